@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from fhir_assets.cli.output import errors
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.warehouse.ops import runs
@@ -65,6 +66,21 @@ def with_full_run_id(warehouse: Warehouse, selection: Selection) -> Selection:
     if len(run_ids) > 1:
         raise ConfigurationError(f"several run ids begin with {selection.run_id}: pass more characters of the id")
     return replace(selection, run_id=run_ids[0]) if run_ids else selection
+
+
+def count_missing(ids: list[int] | None, count: int) -> int:
+    """Return how many of the ids that were passed are not among the ``count`` selected dead letters."""
+    return max(0, len(set(ids)) - count) if ids else 0
+
+
+def report_missing(missing: int, condition: str) -> None:
+    """Print that ids were passed over, because no dead letter with the id meets the condition."""
+    if missing:
+        errors.print(
+            f"{missing:,} of the ids are not those of dead letters that {condition}: "
+            "`fhir-assets dead-letters list --status all` prints the ids with their status and stage",
+            soft_wrap=True,
+        )
 
 
 def _utc(moment: datetime | None) -> datetime | None:

@@ -21,6 +21,8 @@ from fhir_assets.cli.dead_letter_options import (
     Until,
     Window,
     build_selection,
+    count_missing,
+    report_missing,
     with_full_run_id,
 )
 from fhir_assets.cli.output import console, print_json, print_table
@@ -165,7 +167,10 @@ def discard(
     by: By = None,
     json: Json = False,
 ) -> None:
-    """Discard dead letters. They stay in the table but no longer count as open; a replay by id reopens them."""
+    """Discard dead letters. They stay in the table but no longer count as open; a replay by id reopens them.
+
+    The exit code is 1 if an id is not that of an open dead letter.
+    """
     selection = build_selection(ids, run, resource_type, stage, rule, window, since, until)
     if selection == Selection() and not everything:
         raise ConfigurationError(f"select dead letters: {SELECTING_OPTIONS} or --all")
@@ -175,10 +180,14 @@ def discard(
     with warehouse.connect() as conn:
         count = replays.discard(conn, selection, reason=reason, by=person)
         audit_log.record(conn, AuditRecord("discard", f"cli:{person}", selection.resource_type, count=count))
+    missing = count_missing(ids, count)
     if json:
-        print_json({"discarded": count})
+        print_json({"discarded": count, "not_found": missing})
     else:
         console.print(f"{count:,} dead letters are discarded.")
+    report_missing(missing, "are open")
+    if missing:
+        raise typer.Exit(1)
 
 
 def _decode(body: bytes | None) -> str | None:

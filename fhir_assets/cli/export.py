@@ -1,6 +1,7 @@
 """`fhir-assets export`: write resources, dead letters and tables to files."""
 
 import getpass
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -16,6 +17,8 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.exports.export import Export, ExportedFile, Format, build_run_folder, find_run_windows
+from fhir_assets.warehouse.ops import runs
+from fhir_assets.warehouse.postgres.db.connections import Connection
 from fhir_assets.warehouse.postgres.tables import view_tables
 
 
@@ -40,7 +43,10 @@ def export(
     ViewDefinition is not valid.
     """
     settings = load_settings()
-    types = _types(settings, resource_type)
+    if resource_type not in ("all", *BY_NAME):
+        raise ConfigurationError(
+            f"{resource_type} is not a supported resource type: pass one of {', '.join(BY_NAME)}, or all"
+        )
     if run and (first or last):
         raise ConfigurationError("--run selects the windows of the run: leave out --from and --to")
     if not (raw or valid or normalized or failed):
@@ -56,14 +62,9 @@ def export(
         keys_by_type: dict[str, list[str]] = {}
         folder, run_id, keys = "", None, _windows(settings, first, last)
         if run:
-            try:
-                run_id, keys_by_type = find_run_windows(conn, run)
-            except KeyError:
-                raise ConfigurationError(
-                    f"no run, or several, have an id that begins with {run}: `fhir-assets runs list` prints the ids"
-                ) from None
+            run_id, keys_by_type = _find_run_windows(conn, run)
             folder = build_run_folder(run_id, datetime.now(UTC))
-            types = [name for name in types if name in keys_by_type]
+        types = _find_types(conn, settings, resource_type, keys_by_type if run else None)
         view_tables.ensure_tables(conn, views)
         conn.commit()
         actor = f"cli:{getpass.getuser()}"
@@ -93,12 +94,31 @@ def export(
         raise typer.Exit(1)
 
 
-def _types(settings: Settings, wanted: str) -> list[str]:
-    if wanted == "all":
-        return list(settings.fhir_resource_types)
-    if wanted not in BY_NAME:
-        raise ConfigurationError(f"{wanted} is not a supported resource type: pass one of {', '.join(BY_NAME)}, or all")
-    return [wanted]
+def _find_run_windows(conn: Connection, run: str) -> tuple[str, dict[str, list[str]]]:
+    """Return the complete id of a run and its windows by type. Raises ConfigurationError if there is no such run."""
+    try:
+        return find_run_windows(conn, run)
+    except KeyError:
+        raise ConfigurationError(
+            f"no run, or several, have an id that begins with {run}: `fhir-assets runs list` prints the ids"
+        ) from None
+
+
+def _find_types(
+    conn: Connection, settings: Settings, wanted: str, keys_by_type: Mapping[str, Sequence[str]] | None
+) -> list[str]:
+    """Return the types to export. ``keys_by_type`` are the windows of the selected run, None without one.
+
+    Types that were loaded and are no longer in FHIR_RESOURCE_TYPES are included. Raises ConfigurationError if the run
+    has not loaded the wanted type.
+    """
+    if keys_by_type is None:
+        loaded = {*settings.fhir_resource_types, *runs.find_types(conn)} if wanted == "all" else {wanted}
+    else:
+        loaded = set(keys_by_type) if wanted == "all" else {wanted}.intersection(keys_by_type)
+    if types := [name for name in BY_NAME if name in loaded]:
+        return types
+    raise ConfigurationError(f"the run did not load {wanted}: `fhir-assets runs show ID` prints what it loaded")
 
 
 def _windows(settings: Settings, first: datetime | None, last: datetime | None) -> list[str] | None:

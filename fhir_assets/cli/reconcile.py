@@ -43,7 +43,7 @@ def reconcile(
 
     Without --deep the totals of the source are compared by type. Resources that were updated after the last load are
     due, not missing; a surplus in the tables is reported, and is no fault. The exit code is 0 only if everything is
-    accounted for; it is not 0 if the source does not count.
+    accounted for; it is not 0 if the source does not count, or has none of the types.
     """
     settings = load_settings(**({"fhir_resource_types": types} if types else {}))
     warehouse = Warehouse(settings)
@@ -56,17 +56,21 @@ def reconcile(
     offered = source.list_types()
     failures = TypeFailures()
     compared: list[TypeComparison] = []
+    not_offered = [name for name in settings.fhir_resource_types if offered is not None and name not in offered]
     with hide_library_output():
         for name in settings.fhir_resource_types:
-            if offered is not None and name not in offered:
+            if name in not_offered:
                 continue
             with failures.collect(name), warehouse.connect() as conn:
                 compared.append(compare_type(conn, source, store, views, settings.window_scheme, name, deep=deep))
-    complete = all(comparison.complete for comparison in compared) and not failures
+    complete = bool(compared) and all(comparison.complete for comparison in compared) and not failures
     if json:
-        print_json({"complete": complete, "types": [_to_json(comparison) for comparison in compared]})
+        types_as_json = [_to_json(comparison) for comparison in compared]
+        print_json({"complete": complete, "types": types_as_json, "not_offered": not_offered})
     else:
         print_table("Source and tables", [_to_row(comparison) for comparison in compared], _COLUMNS)
+        if not_offered:
+            errors.print(f"Not compared, because the source does not have them: {', '.join(not_offered)}", markup=False)
         _explain(compared, deep=deep)
     failures.raise_collected()
     if not complete:
@@ -119,7 +123,7 @@ def _explain(compared: Sequence[TypeComparison], *, deep: bool) -> None:
             errors.print(f"  {name}/{identity}", markup=False)
         for window in comparison.unreconciled_windows[:_MAX_SHOWN]:
             errors.print(f"{name} of {window.partition_key}: {'; '.join(window.faults)}", markup=False, soft_wrap=True)
-    if all(comparison.complete for comparison in compared):
+    if compared and all(comparison.complete for comparison in compared):
         console.print("Everything is accounted for.")
     elif not deep and any(comparison.missing for comparison in compared):
         errors.print("`fhir-assets reconcile --deep` names the missing resources.")

@@ -20,6 +20,8 @@ from fhir_assets.cli.dead_letter_options import (
     Until,
     Window,
     build_selection,
+    count_missing,
+    report_missing,
     with_full_run_id,
 )
 from fhir_assets.cli.ingest import report_failures
@@ -60,7 +62,8 @@ def replay(
     """Validate dead letters again and load those that are valid now.
 
     The replay is done in Dagster runs of this process. The exit code is 0 if the runs succeeded, even if dead letters
-    failed again; the output has their number.
+    failed again; the output has their number. It is 1 if dead letters were not replayed, because another run loads
+    their windows, or because an id is not that of a dead letter that can be replayed.
     """
     settings = load_settings()
     warehouse = Warehouse(settings)
@@ -75,9 +78,16 @@ def replay(
     with warehouse.connect() as conn:
         replayed = replays.count_outcome(conn, [outcome.run_id for outcome in outcomes])
     failures = select_failed(outcomes)
+    pending = max(0, count - replayed.resolved - replayed.failed) if wait else 0
+    missing = count_missing(ids, count)
     if json:
-        facts = {"dead_letters": count, "runs": [outcome.run_id for outcome in outcomes], "success": not failures}
-        print_json({**facts, "resolved": replayed.resolved, "failed": replayed.failed, "marked": not wait})
+        facts: dict[str, object] = {
+            "dead_letters": count,
+            "runs": [outcome.run_id for outcome in outcomes],
+            "success": not failures,
+        }
+        facts |= {"resolved": replayed.resolved, "failed": replayed.failed, "marked": not wait}
+        print_json({**facts, "pending": pending, "not_found": missing})
     elif not count:
         console.print("No open dead letter matches: there is nothing to replay.")
     elif not wait:
@@ -86,14 +96,14 @@ def replay(
         console.print(
             f"Of {count:,} dead letters {replayed.resolved:,} are resolved and {replayed.failed:,} failed again."
         )
-        pending = count - replayed.resolved - replayed.failed
-        if pending > 0 and not failures:
+        if pending and not failures:
             console.print(
                 f"{pending:,} dead letters were not replayed, because another run loads their windows: replay them "
                 "when it has ended."
             )
     report_failures(settings, failures)
-    if failures:
+    report_missing(missing, "can be replayed")
+    if failures or pending or missing:
         raise typer.Exit(1)
 
 

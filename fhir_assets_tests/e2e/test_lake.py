@@ -121,11 +121,11 @@ def test_an_interrupted_lake_update_is_completed_by_the_next_one(
     write = writer.LakeFolder.write_window
     written: list[str] = []
 
-    def fail_at_second_window(self: writer.LakeFolder, key: str) -> int:
+    def fail_at_second_window(self: writer.LakeFolder, key: str, expected: int) -> int:
         if written:
             raise OSError(28, "No space left on device")
         written.append(key)
-        return write(self, key)
+        return write(self, key, expected)
 
     with monkeypatch.context() as patch:
         patch.setattr(writer.LakeFolder, "write_window", fail_at_second_window)

@@ -47,6 +47,19 @@ def run(*words: str) -> tuple[Result, dict[str, Any]]:
     return result, {row["type"]: row for row in json.loads(result.stdout)["types"]}
 
 
+def test_types_that_the_source_does_not_have_are_named_and_nothing_compared_is_not_complete(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = CliRunner().invoke(app, ["reconcile", "--types", "Patient,Encounter"])
+    assert result.exit_code == 0
+    assert "Not compared, because the source does not have them: Encounter" in result.output
+    result = CliRunner().invoke(app, ["reconcile", "--types", "Encounter"])
+    assert result.exit_code == 1
+    assert "Everything is accounted for" not in result.output
+    result, types = run("--types", "Encounter")
+    assert (result.exit_code, types, json.loads(result.stdout)["not_offered"]) == (1, {}, ["Encounter"])
+
+
 def forget(deployment: Deployment, identity: str) -> None:
     """Lose a resource from the tables and from the store's record of what must be there."""
     with connect(deployment.url) as conn:

@@ -7,7 +7,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from fhir_assets.cli.main import app
 from fhir_assets.definitions import build_definitions
 from fhir_assets.errors import CorrectionRefused
 from fhir_assets.pipeline.refresh import Refresh
@@ -216,7 +218,7 @@ def test_an_edit_that_leaves_the_resource_invalid_is_refused_and_not_stored(
 def test_discarded_dead_letters_are_not_counted_and_can_be_replayed_by_id(
     deployment: Deployment, tmp_path: Path
 ) -> None:
-    assert run_dead_letters("discard", "--window", KEY, "--reason", "test data") == {"discarded": 3}
+    assert run_dead_letters("discard", "--window", KEY, "--reason", "test data")["discarded"] == 3
     assert "test data" in (find_dead_letter(deployment, "p0-2").resolution or "")
     assert run_dead_letters("replay", "--window", KEY)["dead_letters"] == 0
     assert materialize(deployment, *LAYERS, windows=[KEY]).success
@@ -225,6 +227,32 @@ def test_discarded_dead_letters_are_not_counted_and_can_be_replayed_by_id(
     edit(tmp_path, dead_letter)
     assert run_dead_letters("replay", str(dead_letter.id))["resolved"] == 1
     assert reconcile(deployment, KEY)
+
+
+@pytest.mark.parametrize(("words", "done"), [(("replay",), "failed"), (("discard", "--reason", "known"), "discarded")])
+def test_an_id_without_a_dead_letter_is_passed_over_and_the_exit_code_says_so(
+    deployment: Deployment, words: tuple[str, ...], done: str
+) -> None:
+    known = find_dead_letter(deployment, "p0-0").id
+    result = CliRunner().invoke(
+        app, ["dead-letters", *words, str(known), "987654321", "--json"], catch_exceptions=False
+    )
+    assert result.exit_code == 1
+    output = json.loads(result.stdout)
+    assert (output[done], output["not_found"]) == (1, 1)
+    assert "1 of the ids are not those of dead letters that" in result.stderr
+    assert "987654321" not in result.stdout
+
+
+def test_a_dead_letter_that_another_run_replays_is_pending_and_the_exit_code_says_so(deployment: Deployment) -> None:
+    with connect(deployment.url) as conn:
+        runs.hold_liveness_lock(conn, "another")
+        known = find_dead_letter(deployment, "p0-0").id
+        conn.execute("UPDATE ops.dead_letters SET status = 'replaying', claimed_by = 'another' WHERE id = %s", [known])
+        conn.commit()
+        result = CliRunner().invoke(app, ["dead-letters", "replay", str(known), "--json"], catch_exceptions=False)
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["not_found"] == 1
 
 
 def test_a_dead_letter_is_never_replayed_by_two_runs_at_once(deployment: Deployment) -> None:

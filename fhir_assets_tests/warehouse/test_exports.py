@@ -102,6 +102,20 @@ def test_the_export_of_a_run_has_its_own_folder(loaded: Deployment, tmp_path: Pa
     assert {row["family"] for row in names} == {f"Fämily {n}" for n in range(10)}
 
 
+def test_an_export_of_all_types_includes_loaded_types_that_the_settings_no_longer_name(
+    loaded: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [(run_id,)] = loaded.query("SELECT DISTINCT run_id FROM ops.ingestion_runs")
+    monkeypatch.setenv("FHIR_RESOURCE_TYPES", "Observation")
+    for words in ((), ("--run", run_id)):
+        output = export("all", "-o", str(tmp_path / "out"), "--valid", *words)
+        assert {file["name"]: file["rows"] for file in output["files"]}["Patient.valid.ndjson"] == 10
+    with pytest.raises(ConfigurationError, match="the run did not load Observation"):
+        CliRunner().invoke(
+            app, ["export", "Observation", "-o", str(tmp_path / "out"), "--run", run_id], catch_exceptions=False
+        )
+
+
 def lines_of_csv(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))

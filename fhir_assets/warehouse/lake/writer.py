@@ -100,7 +100,7 @@ class LakeFolder:
         states = self._read_states()
         removed = [key for key in before if key not in states]
         outdated = [key for key, state in states.items() if key in partition_keys or before.get(key) != state]
-        size = sum(self.write_window(key) for key in sorted(outdated))
+        size = sum(self.write_window(key, states[key].rows) for key in sorted(outdated))
         for key in removed:
             self._target.delete(self._path(key))
         self._states = states
@@ -121,11 +121,16 @@ class LakeFolder:
         rows_by_window = self._conn.execute(query, {"type": self._view.resource_type}).fetchall()
         return {key: _FileState(rows, written_by, self._layout.shape) for key, rows, written_by in rows_by_window}
 
-    def write_window(self, key: str) -> int:
-        """Write the file of one window. Returns its size in bytes. Raises StoreError."""
+    def write_window(self, key: str, expected: int) -> int:
+        """Write the file of one window, which has ``expected`` rows. Returns its size in bytes. Raises StoreError."""
         path = self._target.spool() / f"{os.urandom(8).hex()}.parquet{UNFINISHED}"
         try:
-            parquet.write(path, self._layout, self._stream_rows(key))
+            rows = parquet.write(path, self._layout, self._stream_rows(key))
+            if rows != expected:
+                raise StoreError(
+                    f"{self._path(key)} of the lake would have {rows:,} rows and its table {expected:,}: check the "
+                    "table with `fhir-assets reconcile`, then materialize the asset again"
+                )
             size = path.stat().st_size
             self._target.put_file(self._path(key), path)
         except OSError as error:

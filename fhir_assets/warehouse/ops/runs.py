@@ -282,6 +282,19 @@ def find_by_prefix(conn: Connection, prefix: str) -> list[str]:
     return [run_id for (run_id,) in rows]
 
 
+def find_types(conn: Connection) -> list[str]:
+    """Return the resource types that runs have loaded from the source."""
+    rows = conn.execute(
+        """
+        SELECT DISTINCT resource_type
+        FROM ops.ingestion_runs
+        WHERE source = ops.current_source()
+        ORDER BY 1
+        """
+    )
+    return [resource_type for (resource_type,) in rows]
+
+
 def find_failure(conn: Connection, run_id: str, resource_type: str) -> str | None:
     """Return the reason for which a finished step of a run failed for one resource type; None if none did."""
     row = conn.execute(
