@@ -142,7 +142,11 @@ def _build_normalized_step(
                     window_counts = runs.find_counts(conn, run.run_id, name, run.partition_keys)
                 for view in selected:
                     metadata_by_window = {
-                        key: {PARTITION_ROW_COUNT: window_rows[view.name][key], **window_counts.get(key, {})}
+                        key: {
+                            PARTITION_ROW_COUNT: window_rows[view.name][key],
+                            **window_counts.get(key, {}),
+                            **metadata,
+                        }
                         for key in run.partition_keys
                     }
                     add_window_metadata(
@@ -151,7 +155,7 @@ def _build_normalized_step(
                         metadata_by_window,
                     )
                     table = LoadedView(view.name, loaded.rows[view.name], rows[view.name])
-                    yield dg.Output(table, output_name=view.name, metadata=metadata)
+                    yield dg.Output(table, output_name=view.name)
         if check_names:
             with sanitized_errors(), warehouse.connect() as conn:
                 counts = reconcile(conn, store, name, run.partition_keys, main_view=main_view)

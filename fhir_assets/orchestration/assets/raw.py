@@ -26,6 +26,7 @@ from fhir_assets.pipeline.fetch.vanished import VanishedStep
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.pipeline.sources.binding import SourceBinding
 from fhir_assets.settings import Settings
+from fhir_assets.storage.manifest import Fetch
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import dead_letters, runs, settlements
 
@@ -107,24 +108,13 @@ def _build_raw_step(
                 _log_fetch(context, update, seconds)
                 for notice in update.notices:
                     _log.warning(notice.message, extra={"resource_type": name, "notice": notice.code})
+                metadata = _metadata(update, seconds, skipped=name not in available, deleted=deleted.get(name))
                 add_window_metadata(
                     context.op_execution_context.get_step_execution_context(),
                     dg.AssetKey(["raw", BY_NAME[name].key]),
-                    {
-                        key: {
-                            "fetched": fetch.matched,
-                            "server_total": _describe_total(fetch.server_total),
-                            "dead": fetch.dead,
-                        }
-                        for key, fetch in update.fetches.items()
-                    },
+                    {key: {**_window_metadata(update.fetches.get(key)), **metadata} for key in run.partition_keys},
                 )
-                yield dg.Output(
-                    update,
-                    output_name=BY_NAME[name].key,
-                    metadata=_metadata(update, seconds, skipped=name not in available)
-                    | ({"run_deleted": deleted[name]} if name in deleted else {}),
-                )
+                yield dg.Output(update, output_name=BY_NAME[name].key)
                 with warehouse.connect() as conn:
                     if update.refusal:
                         # This step goes on with the other types; the step that validates this type fails.
@@ -197,7 +187,13 @@ def _log_fetch(context: dg.AssetExecutionContext, update: RawUpdate, seconds: fl
         log_line(context, f"{notice.severity}: {notice.message}")
 
 
-def _metadata(update: RawUpdate, seconds: float, *, skipped: bool) -> dict[str, int | float | str]:
+def _window_metadata(fetch: Fetch | None) -> dict[str, int | str]:
+    if fetch is None:
+        return {}
+    return {"fetched": fetch.matched, "server_total": _describe_total(fetch.server_total), "dead": fetch.dead}
+
+
+def _metadata(update: RawUpdate, seconds: float, *, skipped: bool, deleted: int | None) -> dict[str, int | float | str]:
     """Return the metadata of the run, which is the same for all of its windows."""
     fetches = update.fetches.values()
     fetched = sum(fetch.matched for fetch in fetches)
@@ -212,6 +208,8 @@ def _metadata(update: RawUpdate, seconds: float, *, skipped: bool) -> dict[str, 
         metadata["notices"] = "; ".join(notice.message for notice in update.notices)
     if update.before_first_window:
         metadata["older_than_FHIR_LAST_UPDATED_GTE"] = update.before_first_window
+    if deleted is not None:
+        metadata["run_deleted"] = deleted
     if skipped:
         metadata["skipped"] = "the source does not offer this type"
     return metadata

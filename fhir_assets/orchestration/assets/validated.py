@@ -87,16 +87,18 @@ def _build_validated_asset(
             with warehouse.connect() as conn:
                 runs.record_counts(conn, run.run_id, name, counts)
             _log_validation(context, name, counts, perf_counter() - started, _sum_dead(update))
+            metadata = _metadata(update, perf_counter() - started)
+            window_counts = {
+                manifest.partition_key: {"valid": manifest.rows, "dead": sum(manifest.validated.dead.values())}
+                for manifest in update.manifests
+                if manifest.validated
+            }
             add_window_metadata(
                 context.op_execution_context.get_step_execution_context(),
                 context.asset_key,
-                {
-                    manifest.partition_key: {"valid": manifest.rows, "dead": sum(manifest.validated.dead.values())}
-                    for manifest in update.manifests
-                    if manifest.validated
-                },
+                {key: {**window_counts.get(key, {}), **metadata} for key in run.partition_keys},
             )
-            yield dg.Output(update, metadata=_metadata(update, perf_counter() - started))
+            yield dg.Output(update)
 
     return validated
 
