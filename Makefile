@@ -118,8 +118,8 @@ build/hapi/.built:
 	cd build/hapi && mvn -q -B compile dependency:copy-dependencies -DoutputDirectory=lib
 	touch $@
 
-hapi-story: $(VENV)/.installed-dev build/hapi/.built ## The story against a real HAPI: all roads, writes during loads, a kill
-	$(BIN)/python -m pytest -m slow --durations=5 fhir_assets_tests/e2e/test_hapi.py
+hapi-story: $(VENV)/.installed-dev build/hapi/.built ## The stories against a real HAPI: all roads, writes during loads, deliveries, kills
+	$(BIN)/python -m pytest -m slow --durations=5 fhir_assets_tests/e2e/test_hapi.py fhir_assets_tests/e2e/test_hapi_delivery.py
 
 benchmark: $(VENV)/.installed-dev ## All figures of docs/performance.md, with those of comparable tools
 	$(PIP) --require-hashes -r requirements/benchmark.lock

@@ -133,7 +133,7 @@ def _execute(
             if result.status == 200:
                 return _render_response(result), None
         case "DELETE" if resource_id:
-            result = interactions.delete(resource_type, resource_id)
+            result = interactions.delete(resource_type, resource_id, entry.request.ifMatch)
         case "DELETE":
             result = interactions.delete_matching(resource_type, url.query)
         case _:

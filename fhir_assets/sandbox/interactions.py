@@ -148,12 +148,14 @@ class Interactions:
             raise Refusal(400, "value", "The resource's id is not the id of the match")
         return InteractionResult(200, self._write(resource_type, existing[0].id, body))
 
-    def delete(self, resource_type: str, resource_id: str) -> InteractionResult:
+    def delete(self, resource_type: str, resource_id: str, if_match: str | None = None) -> InteractionResult:
         """Delete a resource. The status is 204 even if the resource does not exist or is already deleted."""
         self.require_type(resource_type)
         latest = self.store.latest(resource_type, resource_id)
         if latest is None or latest.deleted:
             return InteractionResult(204, latest, changed=False)
+        if if_match is not None and f'W/"{latest.version_id}"' != if_match:
+            raise Refusal(412, "conflict", "If-Match does not name the current version")
         return InteractionResult(204, self._store(resource_type, resource_id, lambda *_: b""))
 
     def delete_matching(self, resource_type: str, query: str) -> InteractionResult:

@@ -155,7 +155,8 @@ def build_fhir_routes(interactions: Interactions, pages: Pages) -> APIRouter:
 
     @routes.delete("/{resource_type}/{resource_id}")
     async def delete(request: Request, resource_type: str, resource_id: str) -> Response:
-        return _result_response(request, interactions.delete(resource_type, resource_id))
+        if_match = request.headers.get("if-match")
+        return _result_response(request, interactions.delete(resource_type, resource_id, if_match))
 
     return routes
 

@@ -6,7 +6,6 @@ After every round, the ids and versions in the tables are compared with those th
 import random
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import pytest
 from fhir_assets.ingestion import Outcome
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets_tests.support import hapi as hapi_server
-from fhir_assets_tests.support.databases import fresh_database
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.hapi import Hapi, Versions, writing
 
@@ -27,15 +25,11 @@ TYPES = ("Patient", "Observation")
 PATIENTS = 40
 
 
-@pytest.fixture(scope="module")
-def hapi(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hapi]:
-    """A HAPI server with patients and their observations."""
-    hapi_server.build()
-    log = tmp_path_factory.mktemp("hapi") / "hapi.log"
-    with fresh_database(postgres, "template0") as database, Hapi(database, log) as server:
-        server.put_all([patient(f"p{n}") for n in range(PATIENTS)])
-        server.put_all([observation(f"o{n}", f"p{n % PATIENTS}") for n in range(3 * PATIENTS)])
-        yield server
+@pytest.fixture(scope="module", autouse=True)
+def data(hapi: Hapi) -> None:
+    """Patients and their observations."""
+    hapi.put_all([patient(f"p{n}") for n in range(PATIENTS)])
+    hapi.put_all([observation(f"o{n}", f"p{n % PATIENTS}") for n in range(3 * PATIENTS)])
 
 
 def patient(resource_id: str, **content: object) -> dict[str, Any]:

@@ -77,6 +77,12 @@ def test_an_update_with_an_outdated_if_match_version_is_refused(empty: SandboxSe
     assert call(empty, "PUT", "Patient/p", PATIENT, headers={"If-Match": 'W/"1"'}).status_code == 200
 
 
+def test_a_deletion_with_an_outdated_if_match_version_is_refused(empty: SandboxServer) -> None:
+    call(empty, "PUT", "Patient/p", PATIENT)
+    assert call(empty, "DELETE", "Patient/p", headers={"If-Match": 'W/"4"'}).status_code == 412
+    assert call(empty, "DELETE", "Patient/p", headers={"If-Match": 'W/"1"'}).status_code == 204
+
+
 def test_a_conditional_update_creates_updates_and_refuses_several(empty: SandboxServer) -> None:
     anonymous = PATIENT.replace(b'"id":"p",', b"")
     condition = "Patient?identifier=urn:mrn|7"

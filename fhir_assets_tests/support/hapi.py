@@ -14,9 +14,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, urlencode, urlsplit
 
+import pytest
 import requests
+
+from fhir_assets_tests.support.databases import fresh_database
 
 PROJECT = Path(__file__).resolve().parents[2]
 SOURCE = PROJECT.parent / "shared" / "hapi"
@@ -115,18 +118,21 @@ class Hapi:
 
     def read_versions(self, *resource_types: str) -> Versions:
         """Return all resources that the server has, by a search of its own for each type."""
-        versions: Versions = {}
-        for resource_type in resource_types:
-            page = self._send("GET", f"{resource_type}?_count=200")
-            while True:
-                for entry in page.get("entry", []):
-                    resource = entry["resource"]
-                    versions[resource["resourceType"], resource["id"]] = resource["meta"]["versionId"]
-                link = next((link["url"] for link in page["link"] if link["relation"] == "next"), None)
-                if link is None:
-                    break
-                page = self._send("GET", link)
-        return versions
+        return {
+            (resource["resourceType"], resource["id"]): resource["meta"]["versionId"]
+            for resource_type in resource_types
+            for resource in self.read(resource_type)
+        }
+
+    def read(self, resource_type: str, **parameters: str) -> list[dict[str, Any]]:
+        """Return the resources that a search finds, of all its pages."""
+        resources: list[dict[str, Any]] = []
+        link: str | None = f"{resource_type}?{urlencode({'_count': '200', **parameters})}"
+        while link is not None:
+            page = self._send("GET", link)
+            resources += [entry["resource"] for entry in page.get("entry", [])]
+            link = next((link["url"] for link in page["link"] if link["relation"] == "next"), None)
+        return resources
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         url = path if path.startswith("http") else f"{self.url}/{path}".rstrip("/")
@@ -222,3 +228,12 @@ def writing(write: Callable[[], None]) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+
+
+@pytest.fixture(scope="session")
+def hapi(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hapi]:
+    """A HAPI server, which all stories of a session share."""
+    build()
+    log = tmp_path_factory.mktemp("hapi") / "hapi.log"
+    with fresh_database(postgres, "template0") as database, Hapi(database, log) as server:
+        yield server
