@@ -5,6 +5,7 @@ the temporary file. A killed process leaves it behind: its name begins with ``.`
 nothing takes it for a result.
 """
 
+import errno
 import os
 import re
 import stat
@@ -30,9 +31,10 @@ _STANDARD_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
 def replace_file(path: Path, *, mode: int = _NEW_FILE_MODE) -> Iterator[BinaryIO]:
     """Open a file for writing that appears under ``path`` when the ``with`` block ends without an error.
 
-    ``mode`` are the permissions of a new file before the umask; an existing file keeps its permissions and, if the
-    process may set it, its owner. A symbolic link stays, and the file that it points to is replaced. A device, a named
-    pipe or an open descriptor (``/dev/stdout``, ``/dev/fd/3``) is written directly. Raises OSError.
+    ``mode`` are the permissions of a new file before the umask. An existing file keeps its permissions and, if the
+    process may set it, its owner; one that the process may not write is an error. A symbolic link stays, and the file
+    that it points to is replaced. A device, a named pipe or an open descriptor (``/dev/stdout``, ``/dev/fd/3``) is
+    written directly. Raises OSError.
     """
     if (descriptor := _find_descriptor(path)) is not None:
         with open(os.dup(descriptor), "wb") as stream:
@@ -44,6 +46,8 @@ def replace_file(path: Path, *, mode: int = _NEW_FILE_MODE) -> Iterator[BinaryIO
         with target.open("wb") as stream:
             yield stream
         return
+    if existing is not None and not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     temporary = build_temporary_path(target)
     permissions = stat.S_IMODE(existing.st_mode) if existing else mode
     try:

@@ -84,6 +84,14 @@ def test_an_existing_file_keeps_its_owner(file: Path) -> None:
     assert (file.stat().st_uid, file.stat().st_gid) == (12345, 12346)
 
 
+def test_a_file_that_is_protected_against_writing_is_an_error(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write to every file
+    with pytest.raises(PermissionError):
+        replace_content(file, b"after")
+    assert file.read_bytes() == b"before"
+    assert names(file.parent) == ["result"]
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_symbolic_link_stays_and_its_target_is_replaced(tmp_path: Path, exists: bool) -> None:
     (tmp_path / "elsewhere").mkdir()

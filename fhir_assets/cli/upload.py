@@ -15,7 +15,7 @@ import psycopg
 import typer
 
 from fhir_assets import logs
-from fhir_assets.atomic_files import replace_file
+from fhir_assets.atomic_files import replace_content, replace_file
 from fhir_assets.cli.output import console, errors, print_json, print_table
 from fhir_assets.cli.upload_progress import Progress
 from fhir_assets.delivery.tables import build_dead_letter
@@ -165,22 +165,40 @@ def _interruptible(stop: Event) -> Iterator[None]:
 
 
 def _record_failures(settings: Settings, journal: Journal, steps: Steps, path: Path) -> int:
-    """Write the failure file and the dead letters, and return the number of failures. Dead letters of earlier uploads
-    whose resources are delivered now are resolved.
+    """Write the dead letters and the failure file, and return the number of failures.
+
+    Dead letters of earlier uploads whose resources are delivered now are resolved. Raises ConfigurationError, after the
+    dead letters are written, if the file cannot be written.
     """
     count = journal.failed_count()
+    recorded = _record_dead_letters(settings, journal, steps, count)
     try:
-        if count:
-            with replace_file(path, mode=0o600) as file:
-                file.writelines(failure.line for failure in journal.failures())
-        else:
-            path.unlink(missing_ok=True)
+        _write_failures(journal, path, count)
     except OSError as error:
         raise ConfigurationError(
-            f"cannot write {path}: {error.strerror}; free space, or pass another --failures"
+            f"cannot write {path}: {error.strerror}; free space, or run the same command with --resume and another "
+            f"--failures. The failures are in {'ops.dead_letters' if recorded else 'the journal of the upload'}"
         ) from None
+    if not recorded:
+        errors.print(f"The database is not available: the failures are in {path} only, not in ops.dead_letters.")
+    return count
+
+
+def _write_failures(journal: Journal, path: Path, count: int) -> None:
+    """Replace the failure file; without failures, remove that of an earlier upload, but no link and no device."""
+    if count:
+        with replace_file(path, mode=0o600) as file:
+            file.writelines(failure.line for failure in journal.failures())
+    elif path.is_symlink() and path.is_file():
+        replace_content(path, b"")
+    elif path.is_file():
+        path.unlink()
+
+
+def _record_dead_letters(settings: Settings, journal: Journal, steps: Steps, count: int) -> bool:
+    """Write the dead letters and resolve earlier ones. Return False if the database is not available."""
     if count == 0 and settings.db_url is None and not (settings.home / "postgres").exists():
-        return 0
+        return True
     partition = f"upload:{journal.path.stem if journal.path else ''}"
     try:
         warehouse = Warehouse(settings)
@@ -195,8 +213,8 @@ def _record_failures(settings: Settings, journal: Journal, steps: Steps, path: P
             for name in (*steps, _UNKNOWN):
                 settlements.settle(conn, Settlement(run_id, name, "deliver", [partition], began))
     except (DatabaseUnavailable, psycopg.Error):
-        errors.print(f"The database is not available: the failures are in {path} only, not in ops.dead_letters.")
-    return count
+        return False
+    return True
 
 
 def _print_fact(name: str, value: str) -> None:

@@ -1,12 +1,14 @@
 """Uploads to servers that refuse entries or whole batches, for a time or always."""
 
+import os
 import time
 
 import orjson
 import pytest
 
 from fhir_assets.delivery.upload.journal import BatchKey, BatchResult, Journal
-from fhir_assets.errors import NotFhir, ServerRefused
+from fhir_assets.errors import ConfigurationError, NotFhir, ServerRefused
+from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply, ScriptedServer, reply
 from fhir_assets_tests.support.uploads import BatchResponder, Claimant, Upload, patient, write
 
@@ -28,6 +30,35 @@ def test_an_entry_that_always_fails_is_given_up_and_the_others_are_sent_once(upl
     assert summary["totals"] == {"created": 0, "updated": 9, "unchanged": 0, "failed": 1}
     assert [line["resource"]["id"] for line in upload.refused()] == ["7"]
     assert {identity for identity, times in batches.times.items() if times > 1} == {"7"}
+
+
+def test_a_failure_file_that_cannot_be_written_leaves_the_failures_in_the_dead_letters(upload: Upload) -> None:
+    write(upload.input / "Patient.ndjson", [patient("p")])
+    with ScriptedServer(BatchResponder(lambda identity, attempt: 422)) as server:
+        with pytest.raises(ConfigurationError, match=r"--resume and another --failures.*ops\.dead_letters"):
+            upload("--failures", "absent/failures.ndjson", url=server.url)
+        with connect(os.environ["DB_URL"]) as conn:
+            query = "SELECT resource_id FROM ops.dead_letters WHERE stage = 'deliver' AND status = 'open'"
+            assert conn.execute(query).fetchall() == [("p",)]
+        upload("--resume", url=server.url, exit_code=1)
+    assert [line["resource"]["id"] for line in upload.refused()] == ["p"]
+
+
+@pytest.mark.parametrize("kind", ["link", "device", "file"])
+def test_an_upload_without_failures_removes_no_link_and_no_device(upload: Upload, kind: str) -> None:
+    write(upload.input / "Patient.ndjson", [patient("p")])
+    target, path = upload.home / "target", upload.home / "failures"
+    if kind == "device":
+        os.mkfifo(path)
+    else:
+        target.write_bytes(b"of an earlier upload")
+        path.symlink_to(target) if kind == "link" else target.rename(path)
+    with ScriptedServer(BatchResponder(lambda identity, attempt: 201)) as server:
+        upload("--failures", str(path), url=server.url)
+    assert path.is_fifo() == (kind == "device")
+    assert path.is_symlink() == (kind == "link")
+    assert not path.is_file() or path.read_bytes() == b""
+    assert path.exists() == (kind != "file")
 
 
 def test_a_refused_older_line_does_not_overwrite_a_newer_one(upload: Upload) -> None:
