@@ -142,6 +142,20 @@ def test_a_dead_letter_that_was_closed_by_mistake_is_named_and_fails_the_check(d
     assert [evaluation.passed for evaluation in deployment.checks(check.run_id)] == [False]
 
 
+def test_a_window_that_is_red_and_green_again_twice_is_reported_each_time(deployment: Deployment) -> None:
+    with connect(deployment.url) as conn:
+        (key,) = conn.execute("SELECT partition_key FROM fhir.resource LIMIT 1").fetchone() or ("",)
+    for _ in range(2):
+        with connect(deployment.url) as conn:
+            conn.execute("UPDATE ops.dead_letters SET status = 'resolved', resolution = 'replayed'")
+        materialize(deployment, windows=[key])
+        assert [name for name, _ in deployment.ingestion().find_unreconciled_windows()] == ["Patient"]
+        with connect(deployment.url) as conn:
+            conn.execute("UPDATE ops.dead_letters SET status = 'open', resolution = NULL")
+        assert deployment.ingestion().find_unreconciled_windows() == []
+        assert deployment.ingestion().find_unreconciled_windows() == []
+
+
 def test_a_server_that_does_not_count_is_unknown_and_not_complete(deployment: Deployment, server: SearchServer) -> None:
     def drop_totals(bundle: Resource, request: ReceivedRequest) -> None:
         bundle.pop("total")

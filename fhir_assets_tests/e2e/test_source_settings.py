@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -14,9 +15,10 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.record import Deletion, build_record, read_header
 from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD
-from fhir_assets.pipeline.sources.transition import SourceTransition
+from fhir_assets.pipeline.sources.transition import SourceTransition, TransitionResult
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.settings import load_settings
+from fhir_assets.warehouse.ops import runs
 from fhir_assets_tests.support.content import add, materialize, patient
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 
@@ -237,3 +239,28 @@ def test_a_running_load_is_not_disturbed(deploy_patients: Callable[..., Deployme
                 with pytest.raises(ConfigurationError, match="1 runs are loading data"):
                     deployment.change_source(what)
         assert ids(deployment) == ["a"]
+
+
+@pytest.mark.parametrize("what", [SourceTransition.carry_over, SourceTransition.start_anew])
+def test_a_load_that_begins_during_a_transition_is_not_disturbed(
+    deploy_patients: Callable[..., Deployment],
+    monkeypatch: pytest.MonkeyPatch,
+    what: Callable[[SourceTransition], TransitionResult],
+) -> None:
+    with SandboxServer(patients("a")) as server:
+        deployment = deploy_patients(server)
+        ingest(deployment)
+        other = change(deployment, fhir_partition="daily")
+        rearrange = SourceTransition._rearrange
+
+        def begin_load(*arguments: Any, **options: Any) -> Any:
+            with Warehouse(deployment.settings).connect() as conn:
+                runs.start(conn, "late", ["Patient"], ["2024-01-01"], triggered_by="test", at=datetime.now(UTC))
+            return rearrange(*arguments, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(SourceTransition, "_rearrange", begin_load)
+            with pytest.raises(ConfigurationError, match="1 runs are loading data"):
+                other.change_source(what)
+        assert ids(deployment) == ["a"]
+        other.change_source(what)

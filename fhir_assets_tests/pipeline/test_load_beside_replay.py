@@ -7,9 +7,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.pipeline import partition_commit
 from fhir_assets.pipeline.load.step import LoadStep
-from fhir_assets.warehouse.ops import audit_log, dead_letters, replays, retention, settlements
+from fhir_assets.pipeline.receive import receiver
+from fhir_assets.warehouse.ops import audit_log, dead_letters, received, replays, retention, settlements
+from fhir_assets.warehouse.ops.dead_letters import Selection
+from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets_tests.support.interleaving import Point, interleave
 from fhir_assets_tests.support.small_hospital import KEY, SmallHospital, build_patient
 
@@ -98,6 +102,57 @@ def test_two_replays_of_the_same_dead_letters_store_no_resource_twice(
     hospital: SmallHospital, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
     run(hospital, monkeypatch, hospital.replay, REPLAY_POINTS[point], lambda: hospital.replay("other"), kill=False)
+
+
+def test_a_replay_whose_sign_of_life_is_lost_is_settled_by_the_next_one(
+    hospital: SmallHospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run takes its dead letters over, although it still works on them: both add them to the partition."""
+
+    def replay() -> None:
+        with hospital.connect() as conn:
+            replays.request_replay(conn, Selection(), claimed_by="lost")
+        hospital.replay_claimed("lost")
+
+    point = REPLAY_POINTS["when it has recorded failures"]
+    outcome = interleave(hospital.url, monkeypatch, replay, point, lambda: hospital.replay("other"))
+    outcome.raise_errors()
+    assert any("more dead letters" in warning for warning in hospital.count_window().warnings)
+    assert_nothing_is_lost(hospital)
+
+
+def test_a_receipt_whose_session_is_lost_commits_nothing(
+    hospital: SmallHospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock of the origin goes with the session, and another process receives the origin."""
+
+    def receive() -> None:
+        hospital.receive(build_patient("p9"), origin="test:9")
+
+    def end_session() -> None:
+        with hospital.connect() as conn:
+            conn.execute(
+                """
+                SELECT pg_terminate_backend(pid)
+                FROM pg_locks
+                WHERE locktype = 'advisory' AND classid::bigint = %s AND granted
+                """,
+                [advisory_locks.RECEIVED_ORIGIN],
+            )
+            conn.commit()
+
+    point = Point(receiver, "_require_lock")
+    outcome = interleave(hospital.url, monkeypatch, receive, point, receive, break_connections=end_session)
+    assert outcome.waited
+    assert isinstance(outcome.errors[0], DatabaseUnavailable)
+    assert outcome.errors[1] is None
+    hospital.extend()
+    assert hospital.count_window().faults == []
+    manifest = hospital.store.manifest("raw", "Patient", KEY)
+    assert manifest
+    assert [receipt.rows for receipt in manifest.receipts if receipt.origin == "test:9"] == [1]
+    with hospital.connect() as conn:
+        assert received.find_pending(conn) == []
 
 
 @pytest.mark.parametrize(

@@ -129,10 +129,3 @@ def _wait_for_end_or_lock(url: str, thread: threading.Thread) -> bool:
                 return True
             sleep(_POLL_SECONDS)
     return False
-
-
-def break_other_connections(url: str, pids: list[int]) -> None:
-    """End the sessions with these process ids, as a firewall or a failover does."""
-    with psycopg.connect(url, autocommit=True) as conn:
-        for pid in pids:
-            conn.execute("SELECT pg_terminate_backend(%s)", [pid])

@@ -36,16 +36,17 @@ from fhir_assets.windows import Granularity, WindowScheme
 from fhir_assets_tests.support.consent_records import VIEWS as CONSENT_VIEWS
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
-NOW = datetime(2024, 1, 6, 12, tzinfo=UTC)
+NOW = datetime(2024, 12, 31, 12, tzinfo=UTC)
 KEY = "2024-01-05"
-VIEWS = tuple(view for view in CONSENT_VIEWS if view.resource_type == "Patient")
 TYPES = ("Patient", "Consent")
 NO_GATE = ConsentGate()
 
 
-def build_patient(identity: str, *, gender: str = "male", version: int = 1, **fields: Any) -> dict[str, Any]:
-    """Return a Patient of the window; each version is one minute later."""
-    moment = DAY + timedelta(hours=1, minutes=version)
+def build_patient(
+    identity: str, *, gender: str = "male", version: int = 1, day: datetime = DAY, **fields: Any
+) -> dict[str, Any]:
+    """Return a Patient of the window of a day; each version is one minute later."""
+    moment = day + timedelta(hours=1, minutes=version)
     return {
         "resourceType": "Patient",
         "id": identity,
@@ -56,13 +57,27 @@ def build_patient(identity: str, *, gender: str = "male", version: int = 1, **fi
     }
 
 
+class NotDone(Exception):
+    """An operation says that it did nothing, and has to be repeated."""
+
+
 class SmallHospital:
     """A store and a database, with the operations that change resources."""
 
-    def __init__(self, url: str, folder: Path, *, cipher: Cipher = NO_ENCRYPTION, gate: ConsentGate = NO_GATE) -> None:
+    def __init__(
+        self,
+        url: str,
+        folder: Path,
+        *,
+        cipher: Cipher = NO_ENCRYPTION,
+        gate: ConsentGate = NO_GATE,
+        day: datetime = DAY,
+    ) -> None:
         self.url = url
         self.cipher = cipher
         self.gate = gate
+        self.day = day
+        self.key = f"{day:%Y-%m-%d}"
         self.store: Store = open_store(str(folder / "store"), cipher)
         self.scheme = WindowScheme(Granularity.DAILY, datetime(2024, 1, 1, tzinfo=UTC), open_start=False)
         self.views: Sequence[View] = CONSENT_VIEWS
@@ -78,9 +93,9 @@ class SmallHospital:
         """Mark a run as alive for the block, and record its window as running."""
         with connect(self.url, autocommit=True) as conn:
             runs.hold_liveness_lock(conn, run_id)
-            runs.start(conn, run_id, ["Patient"], [KEY], triggered_by="test", at=NOW)
+            runs.start(conn, run_id, ["Patient"], [self.key], triggered_by="test", at=NOW)
             yield
-            runs.finish(conn, run_id, ["Patient"], [KEY])
+            runs.finish(conn, run_id, ["Patient"], [self.key])
 
     def receive(self, *resources: dict[str, Any], origin: str) -> None:
         """Receive resources into raw."""
@@ -94,7 +109,7 @@ class SmallHospital:
 
     def validate(self, run_id: str, *, refresh: Refresh = Refresh.WINDOW, resource_type: str = "Patient") -> None:
         """Validate the window and commit it."""
-        update = self.build_validate_step(run_id, refresh).run(resource_type, [KEY])
+        update = self.build_validate_step(run_id, refresh).run(resource_type, [self.key])
         commit_update(self.connect, self.store, update)
 
     def build_validate_step(self, run_id: str, refresh: Refresh) -> ValidateStep:
@@ -116,7 +131,7 @@ class SmallHospital:
             workers=WorkerPool(1),
             consent_gate=self.gate,
         )
-        step.run(resource_type, [self.scheme.window(KEY)])
+        step.run(resource_type, [self.scheme.window(self.key)])
 
     def load(self, run_id: str = "load", *, refresh: Refresh = Refresh.WINDOW) -> None:
         """Validate the whole window and load it."""
@@ -132,12 +147,12 @@ class SmallHospital:
         """Replay all open dead letters of the window."""
         with self.live_run(run_id):
             with self.connect() as conn:
-                replays.request_replay(conn, Selection(resource_type="Patient"), claimed_by=run_id)
+                replays.request_replay(conn, Selection(partition_keys=[self.key]), claimed_by=run_id)
             self.replay_claimed(run_id)
 
     def replay_claimed(self, run_id: str) -> None:
         """Replay the dead letters that a run has claimed, as the assets do."""
-        raw = self.store.manifests("raw", "Patient", [KEY])
+        raw = self.store.manifests("raw", "Patient", [self.key])
         with self.connect() as conn:
             outdated = find_outdated_partitions(conn, self.store, "Patient", raw)
         update: ValidatedUpdate
@@ -145,12 +160,12 @@ class SmallHospital:
             update = self.build_validate_step(run_id, Refresh.MISSING).run("Patient", outdated, revalidated=outdated)
         else:
             step = ReplayValidateStep(self.store, Validator(), self.connect, run_id=run_id, now=NOW, also_open=False)
-            update = step.run("Patient", [KEY]).update
+            update = step.run("Patient", [self.key]).update
         commit_update(self.connect, self.store, update)
         self.load_tables(run_id, refresh=Refresh.MISSING)
         views = [view for view in self.views if view.resource_type == "Patient"]
         ReplayLoadStep(self.connect, views, run_id=run_id, also_open=False, consent_gate=self.gate).run(
-            "Patient", [self.scheme.window(KEY)]
+            "Patient", [self.scheme.window(self.key)]
         )
         with self.connect() as conn:
             replays.release_claims(conn, run_id)
@@ -158,14 +173,15 @@ class SmallHospital:
     def correct(self, identity: str, **fields: Any) -> None:
         """Correct the dead letter of a patient by hand."""
         letter = self.find_dead_letter(identity)
-        body = json.dumps(build_patient(identity, **fields)).encode()
+        body = json.dumps(build_patient(identity, day=self.day, **fields)).encode()
         CorrectionStep(self.connect, Validator(), self.receiver()).run(letter.id, Correction(None, body, "anna"))
 
     def discard(self, *identities: str) -> None:
         """Discard the dead letters of patients."""
         ids = [self.find_dead_letter(identity).id for identity in identities]
         with self.connect() as conn:
-            replays.discard(conn, Selection(ids=ids), reason="no", by="anna")
+            if replays.discard(conn, Selection(ids=ids), reason="no", by="anna") < len(ids):
+                raise NotDone("a run replays the dead letter")
 
     def delete(self, *identities: str) -> None:
         """Apply deletions of patients that the source made after every version."""
@@ -176,14 +192,26 @@ class SmallHospital:
         """Apply the consents that are due."""
         ConsentStep(self.connect, self.views, self.gate, run_id=run_id, actor="test").run(NOW)
 
-    def rotate(self) -> None:
-        """Re-encrypt everything with the newest key."""
-        ReencryptStep(self.connect, self.store, self.views, actor="test", busy_timeout=30).run()
+    def rotate(self) -> int:
+        """Re-encrypt everything with the newest key, and return the number of items that are left."""
+        step = ReencryptStep(self.connect, self.store, self.views, actor="test", busy_timeout=1)
+        return step.run().left_over
+
+    def _select(self, conn: Session, query: str, column: str) -> list[tuple[Any, ...]]:
+        """Return the rows of the stored patients of the window, in the order of their ids."""
+        stored = """
+            IN (
+                SELECT id
+                FROM fhir.resource
+                WHERE resource_type = 'Patient' AND partition_key = %s AND deleted_at IS NULL
+            )
+        """
+        return conn.execute(f"{query} WHERE {column} {stored} ORDER BY 1".encode(), [self.key]).fetchall()
 
     def find_dead_letters(self) -> list[StoredDeadLetter]:
-        """Return all dead letters."""
+        """Return the dead letters of the window."""
         with self.connect() as conn:
-            return dead_letters.find(conn, Selection())
+            return dead_letters.find(conn, Selection(partition_keys=[self.key]))
 
     def find_dead_letter(self, identity: str) -> StoredDeadLetter:
         """Return the dead letter of a patient."""
@@ -197,11 +225,9 @@ class SmallHospital:
     def find_loaded(self) -> dict[str, str]:
         """Return the genders of the patients in the tables; fail if a table has a patient twice or not at all."""
         with self.connect() as conn:
-            rows = conn.execute("SELECT _resource_key, gender FROM fhir.patient ORDER BY 1").fetchall()
-            names = conn.execute("SELECT _resource_key FROM fhir.patient_name ORDER BY 1").fetchall()
-            resources = conn.execute(
-                "SELECT id FROM fhir.resource WHERE resource_type = 'Patient' AND deleted_at IS NULL ORDER BY 1"
-            ).fetchall()
+            rows = self._select(conn, "SELECT p._resource_key, p.gender FROM fhir.patient p", "p._resource_key")
+            names = self._select(conn, "SELECT n._resource_key FROM fhir.patient_name n", "n._resource_key")
+            resources = self._select(conn, "SELECT id FROM fhir.resource", "id")
         loaded = dict(rows)
         assert [key for key, _ in rows] == [key for (key,) in names] == [key for (key,) in resources]
         return loaded
@@ -209,12 +235,13 @@ class SmallHospital:
     def find_withheld(self) -> set[str]:
         """Return the ids of the patients that consent withholds."""
         with self.connect() as conn:
-            return {key for (key,) in conn.execute("SELECT id FROM ops.withheld WHERE resource_type = 'Patient'")}
+            rows = conn.execute("SELECT id FROM ops.withheld WHERE partition_key = %s", [self.key])
+            return {key for (key,) in rows}
 
     def count_window(self) -> WindowCounts:
         """Return the counts of the window."""
         with self.connect() as conn:
-            (counts,) = reconcile(conn, self.store, "Patient", [KEY], main_view="patient")
+            (counts,) = reconcile(conn, self.store, "Patient", [self.key], main_view="patient")
         return counts
 
 

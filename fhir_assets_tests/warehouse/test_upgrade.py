@@ -138,6 +138,7 @@ def restore_revision_0019(session: Session, *, encrypted: bool) -> None:
     session.execute("DROP FUNCTION ops.current_source()")
     session.execute("ALTER TABLE ops.dead_letters DROP COLUMN recorded")
     session.execute("DROP SEQUENCE ops.dead_letter_records")
+    session.execute("ALTER TABLE ops.loaded_parts DROP COLUMN views")
     for table, name in NEW_COLUMNS:
         session.execute(f"ALTER TABLE {table} DROP COLUMN {name} CASCADE".encode())
     session.execute("ALTER TABLE ops.consent_records ADD COLUMN patient_id text")

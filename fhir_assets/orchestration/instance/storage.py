@@ -27,6 +27,7 @@ from fhir_assets.orchestration.dagster_internals import (
 )
 from fhir_assets.orchestration.instance.config import find_dagster_url
 from fhir_assets.orchestration.instance.event_rows import Row, build_rows, key_text, split_partitions
+from fhir_assets.orchestration.instance.runless_evaluations import build_runless_evaluation
 from fhir_assets.settings import load_settings
 
 _TABLES = load_event_log_tables()
@@ -340,6 +341,15 @@ class BatchedEventLog(PostgresEventLogStorage):
         for row in rows:
             if row.id not in planned:
                 self.store_asset_check_event(row.event, row.id)
+
+    def _store_runless_asset_check_evaluation(self, event: dg.EventLogEntry, event_id: int | None) -> None:
+        """Store an evaluation outside of a run: the newest one of a check and partition replaces the one before.
+
+        Dagster inserts a row for each, which the unique index refuses for the second evaluation of a partition.
+        """
+        with self.index_connection() as conn:
+            timestamp = self._event_insert_timestamp(event)  # type: ignore[no-untyped-call]
+            conn.execute(build_runless_evaluation(event, event_id, timestamp))
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlalchemy.Connection]:

@@ -116,6 +116,7 @@ class LoadStep:
         self._store = store
         self._connect = connect
         self._views = views
+        self._view_names = [view.name for view in views]
         self._row_builder: RowBuilder | None = None
         self._workers = workers
         self._ruleset = compute_views_ruleset(views)
@@ -132,18 +133,20 @@ class LoadStep:
         The validated partitions are read from the store after the step began, so that they contain everything whose
         dead letters it may resolve.
 
-        Raises DatabaseUnavailable, ViewError, StoreError or WorkerLost; windows whose transaction was not committed
-        are unchanged then.
+        Raises DatabaseUnavailable, ViewError, Overtaken, StoreError or WorkerLost; windows whose transaction was not
+        committed are unchanged then.
         """
         total = LoadResult(rows=Counter({view.name: 0 for view in self._views}))
         self._began = settlements.begin(self._connect)
         validated = self._store.manifests("validated", resource_type, [window.key for window in windows])
         with self._connect() as conn:
             view_tables.ensure_tables(conn, self._views)
+            layouts = view_tables.read_layouts(conn, resource_type)
             conn.commit()
             DeletionLog(self._store, self._connect).apply_pending(conn, resource_type, run_id=self._run_id)
             for group in _group_by_transaction(self._plan_tasks(conn, resource_type, windows, validated)):
                 with conn.transaction():
+                    view_tables.hold_layouts(conn, resource_type, layouts)
                     total += self._load_group(conn, resource_type, group)
             runs.reduce_loaded(conn, self._run_id, resource_type, [window.key for window in windows])
         return total
@@ -152,7 +155,7 @@ class LoadStep:
         self, conn: Connection, resource_type: str, windows: Sequence[Window], validated: Sequence[Manifest]
     ) -> Iterator[_Task]:
         by_key = {window.key: window for window in windows}
-        loaded = checkpoints.get_loaded_parts(conn, resource_type, list(by_key))
+        loaded = checkpoints.get_loaded_parts(conn, resource_type, list(by_key), views=self._view_names)
         conn.commit()
         keys = [manifest.partition_key for manifest in validated]
         raw_by_key = {raw.partition_key: raw for raw in self._store.manifests("raw", resource_type, keys)}
@@ -299,7 +302,11 @@ class LoadStep:
     def _record_loaded_parts(self, conn: Connection, resource_type: str, group: Sequence[_Task]) -> None:
         """Record the parts as loaded and move the checkpoint, in the transaction of their rows."""
         checkpoints.record_loaded_parts(
-            conn, self._run_id, resource_type, {task.window.key: task.manifest.parts for task in group}
+            conn,
+            self._run_id,
+            resource_type,
+            {task.window.key: task.manifest.parts for task in group},
+            views=self._view_names,
         )
         inputs = {task.window.key: task.manifest.validated.inputs for task in group if task.manifest.validated}
         received.record_loaded(conn, self._run_id, resource_type, inputs)

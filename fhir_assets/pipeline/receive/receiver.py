@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import msgspec
+import psycopg
 
+from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.model import known_resource_type
 from fhir_assets.fhir.record import Record, RejectedInput
 from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer
@@ -24,7 +26,7 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, dead_letters, received
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.warehouse.ops.received import ReceivedWindow
-from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session
+from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session, is_alive
 from fhir_assets.windows import Window, WindowScheme
 
 
@@ -130,12 +132,27 @@ class Receiver:
             dead_letter_buffer.flush()
             parts = writer.finish()
         windows = origin_writer.build_windows(parts)
+        _require_lock(conn)
         rewrite_partitions(self._connect, self._store, origin_writer.build_manifests(parts, windows), _merge)
         result = Received(origin, tuple(windows), origin_writer.skipped)
         received.record(conn, origin, windows, origin_writer.arrivals)
         audit_log.record(conn, *audit_records(result))
         conn.commit()
         return result
+
+
+def _require_lock(conn: Session) -> None:
+    """Raise DatabaseUnavailable if the session that holds the lock of the origin was lost.
+
+    Another process may be receiving the same origin then, and parts of both would be committed.
+    """
+    try:
+        is_alive(conn)
+    except psycopg.OperationalError as error:
+        raise DatabaseUnavailable(
+            f"The connection to Postgres was lost while an input was received ({type(error).__name__}): nothing was "
+            "received, try again"
+        ) from None
 
 
 class _OriginWriter:

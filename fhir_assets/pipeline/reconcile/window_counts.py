@@ -64,6 +64,8 @@ class WindowCounts:
     """What the source said or did during the fetches of the window. Those of severity ``error`` are faults."""
     lost: int = 0
     """Resources that validation rejected and that are neither a dead letter nor in the tables."""
+    surplus: int = 0
+    """Dead letters of stage ``validate`` beyond ``dead``, which the validated partition counts."""
     other_parts: bool = False
     """Whether other parts were validated than those that the raw partition has."""
 
@@ -117,6 +119,11 @@ class WindowCounts:
     def warnings(self) -> list[str]:
         """The messages of the notices of severity ``warning``."""
         warnings = [notice.message for notice in self.notices if notice.severity == "warning"]
+        if self.surplus:
+            warnings.append(
+                f"{self.surplus} more dead letters than the validated partition counts: a run is working on the "
+                "window, or was killed; the next replay or complete validation settles them"
+            )
         if self.beyond is None:
             warnings.append(
                 "the server neither counts its resources nor returns them without a filter: whether it has resources "
@@ -152,12 +159,16 @@ def reconcile(
     not_loaded = reconciliation.count_unloaded(conn, resource_type, partition_keys)
     versions = reconciliation.count_versions(conn, resource_type, partition_keys)
     absent = _count_absent(conn, store, resource_type, list(validated.values()), main_view)
-    lost = _count_lost(conn, store, resource_type, raw, validated, absent)
+    rejected = {key: sum(m.validated.dead.values()) for key, m in validated.items() if m.validated}
+    dead = settlements.count_dead(conn, resource_type, list(rejected))
+    short = [raw[key] for key, count in rejected.items() if dead.get(key, 0) < count]
+    lost = _count_lost(conn, store, resource_type, short, absent)
     return [
         replace(
             _count(manifest, validated.get(key), not_loaded.get(key, 0), absent.get(key, AbsentCounts())),
             versions=versions.get(key, 0),
             lost=lost.get(key, 0),
+            surplus=max(0, dead.get(key, 0) - rejected.get(key, 0)),
         )
         for key, manifest in raw.items()
     ]
@@ -195,21 +206,17 @@ def _count_lost(
     conn: Session,
     store: Store,
     resource_type: str,
-    raw: Mapping[str, Manifest],
-    validated: Mapping[str, Manifest],
+    raw: Sequence[Manifest],
     absent: Mapping[str, AbsentCounts],
 ) -> dict[str, int]:
     """Count by partition key the resources that are in raw, but neither in the tables nor dead letters nor withheld.
 
-    Only partitions with fewer dead letters than their manifest counts are looked at. Valid resources that are missing
-    in the tables are counted by ``_count_absent``.
+    ``raw`` are the partitions that have fewer dead letters than their validated partition counts. Valid resources that
+    are missing in the tables are counted by ``_count_absent``.
     """
-    rejected = {key: sum(m.validated.dead.values()) for key, m in validated.items() if m.validated}
-    dead = settlements.count_dead(conn, resource_type, [key for key, count in rejected.items() if count])
-    short = [key for key, count in rejected.items() if dead.get(key, 0) < count]
-    if not short:
+    if not raw:
         return {}
-    lines = _build_raw_lines(store, [raw[key] for key in short], cipher_of(conn))
+    lines = _build_raw_lines(store, raw, cipher_of(conn))
     unaccounted = reconciliation.count_unaccounted(conn, resource_type, lines)
     return {key: max(0, count - absent.get(key, AbsentCounts()).missing) for key, count in unaccounted.items()}
 

@@ -90,6 +90,7 @@ class SourceTransition:
             if effects & {Effect.WINDOWS, Effect.COVERAGE}:
                 source_state.remove_loaded_parts(conn)
                 received = source_state.request_received(conn)
+            _refuse_started(conn)
             self._binding.rebind(conn)
         return TransitionResult((*map(str, changes), *problems), rearranged.set_aside, 0, received)
 
@@ -112,6 +113,7 @@ class SourceTransition:
             self._move_keys(conn, rearranged)
             received = source_state.request_received(conn)
             audit_log.record(conn, AuditRecord("delete", self._actor, count=removed, detail={"start": "anew"}))
+            _refuse_started(conn)
             self._binding.rebind(conn)
             for name in list(self._store.blobs.names(_BULK)):
                 self._store.blobs.delete(name)
@@ -216,6 +218,11 @@ def _parse_key(key: str) -> datetime | None:
 def _refuse_running(conn: Connection) -> None:
     runs.abandon_dead(conn)
     conn.commit()
+    _refuse_started(conn)
+
+
+def _refuse_started(conn: Connection) -> None:
+    """Refuse the transition if runs are loading; those that began since its first look do so under the old settings."""
     if running := source_state.find_running(conn):
         raise ConfigurationError(
             f"{len(running)} runs are loading data (`fhir-assets runs list`): wait until they end, or cancel them, "

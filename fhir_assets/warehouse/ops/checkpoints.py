@@ -86,25 +86,41 @@ def advance(conn: Connection, resource_type: str, window_start: datetime | None,
     return moved.rowcount == 1
 
 
-def get_loaded_parts(conn: Connection, resource_type: str, partition_keys: Sequence[str]) -> dict[str, frozenset[str]]:
-    """Return the parts of each partition that are loaded into all tables; partitions without parts are left out."""
+def get_loaded_parts(
+    conn: Connection, resource_type: str, partition_keys: Sequence[str], *, views: Sequence[str] = ()
+) -> dict[str, frozenset[str]]:
+    """Return the parts of each partition that are loaded into the tables of ``views``.
+
+    Partitions without such parts are left out.
+    """
     rows = conn.execute(
         """
         SELECT partition_key, array_agg(part)
         FROM ops.loaded_parts
         WHERE source = ops.current_source()
-            AND resource_type = %s AND partition_key = ANY(%s)
+            AND resource_type = %s
+            AND partition_key = ANY(%s)
+            AND (views IS NULL OR views @> %s::text[])
         GROUP BY 1
         """,
-        [resource_type, list(partition_keys)],
+        [resource_type, list(partition_keys), list(views)],
     )
     return {key: frozenset(parts) for key, parts in rows}
 
 
 def record_loaded_parts(
-    conn: Connection, run_id: str, resource_type: str, parts: Mapping[str, Iterable[LoadedPart]]
+    conn: Connection,
+    run_id: str,
+    resource_type: str,
+    parts: Mapping[str, Iterable[LoadedPart]],
+    *,
+    views: Sequence[str] | None = None,
 ) -> None:
-    """Replace the loaded parts of partitions, by partition key. Call it in the transaction that loads them."""
+    """Replace the loaded parts of partitions, by partition key. Call it in the transaction that loads them.
+
+    ``views`` are those that the parts were loaded into, None for all. A process that does not know a new view of the
+    type yet does not record its parts as loaded into it.
+    """
     rows = [(key, part.name, part.rows) for key in sorted(parts) for part in parts[key]]
     keys, names, counts = zip(*rows, strict=True) if rows else ((), (), ())
     conn.execute(
@@ -119,12 +135,14 @@ def record_loaded_parts(
     )
     conn.execute(
         """
-        INSERT INTO ops.loaded_parts (resource_type, partition_key, part, rows, run_id)
-        SELECT %s, key, part, rows, %s
+        INSERT INTO ops.loaded_parts AS loaded (resource_type, partition_key, part, rows, run_id, views)
+        SELECT %s, key, part, rows, %s, %s::text[]
         FROM unnest(%s::text[], %s::text[], %s::bigint[]) AS new (key, part, rows)
-        ON CONFLICT (resource_type, partition_key, part, source) DO NOTHING
+        ON CONFLICT (resource_type, partition_key, part, source) DO UPDATE SET
+            views = ARRAY(SELECT DISTINCT unnest(loaded.views || excluded.views) ORDER BY 1)
+        WHERE NOT loaded.views @> excluded.views
         """,
-        [resource_type, run_id, list(keys), list(names), list(counts)],
+        [resource_type, run_id, None if views is None else list(views), list(keys), list(names), list(counts)],
     )
 
 

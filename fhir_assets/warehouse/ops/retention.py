@@ -4,6 +4,7 @@ from datetime import datetime
 
 from psycopg import sql
 
+from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 BATCH = 10_000
@@ -41,6 +42,26 @@ def delete_expired_rows(conn: Connection, table: str, before: datetime) -> int:
 
 
 def find_oldest_running(conn: Connection) -> datetime | None:
-    """Return the start of the oldest load that is still running, None if there is none."""
-    row = conn.execute("SELECT min(started_at) FROM ops.ingestion_runs WHERE status = 'RUNNING'").fetchone()
+    """Return the start of the oldest load or receipt that is in progress, None if there is none.
+
+    For a receipt it is the start of the session that holds the lock of its origin. If this user may not see it, the
+    result is a time before all files.
+    """
+    row = conn.execute(
+        """
+        SELECT least(
+            (SELECT min(started_at) FROM ops.ingestion_runs WHERE status = 'RUNNING'),
+            (
+                SELECT min(coalesce(s.backend_start, '0001-01-02 00:00:00+00'))
+                FROM pg_locks l
+                JOIN pg_stat_activity s USING (pid)
+                WHERE l.locktype = 'advisory'
+                    AND l.granted
+                    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                    AND l.classid::bigint = %s
+            )
+        )
+        """,
+        [advisory_locks.RECEIVED_ORIGIN],
+    ).fetchone()
     return row[0] if row else None

@@ -4,17 +4,17 @@ The module ``layout`` defines the columns of the tables.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import psycopg
 from psycopg import sql
 
-from fhir_assets.errors import ConfigurationError, ViewError
+from fhir_assets.errors import ConfigurationError, Overtaken, ViewError
 from fhir_assets.fhir.views import View
 from fhir_assets.warehouse.ops.checkpoints import remove_loaded_parts
-from fhir_assets.warehouse.postgres.db import roles
+from fhir_assets.warehouse.postgres.db import advisory_locks, roles
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.db.migrations import lock_schema
 from fhir_assets.warehouse.postgres.tables.layout import (
@@ -96,6 +96,23 @@ def apply_changes(conn: Session, views: Iterable[View]) -> list[Drift]:
     until the windows are loaded again. See ``ensure_tables`` for all other changes.
     """
     return _update_tables(conn, _build_layouts(conn, views), drop_columns=True)
+
+
+def read_layouts(conn: Connection, resource_type: str) -> dict[str, str]:
+    """Return the layouts of the tables of a resource type, by the name of the view."""
+    rows = conn.execute("SELECT name, layout FROM ops.view_tables WHERE resource_type = %s", [resource_type])
+    return dict(rows.fetchall())
+
+
+def hold_layouts(conn: Connection, resource_type: str, layouts: Mapping[str, str]) -> None:
+    """Keep the tables of a resource type unchanged until the transaction ends.
+
+    A new table waits for the transaction: a load would otherwise record parts as loaded whose rows it lacks. Raises
+    Overtaken if the layouts are no longer ``layouts``, because the views were changed since they were read.
+    """
+    conn.execute("SELECT pg_advisory_xact_lock_shared(%s)", [advisory_locks.SCHEMA])
+    if read_layouts(conn, resource_type) != layouts:
+        raise Overtaken(f"the views of {resource_type} were changed during the load: start this run again")
 
 
 def count_rows(conn: Connection, view: View) -> int:

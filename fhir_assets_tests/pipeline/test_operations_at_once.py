@@ -1,0 +1,258 @@
+"""Every pair of operations on the resources of one window at once: nothing is lost, doubled or left stale.
+
+The pairs share one deployment; each has a window of its own. ``docs/concurrency.md`` lists them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from fhir_assets.errors import CorrectionRefused, Overtaken
+from fhir_assets.pipeline import partition_commit
+from fhir_assets.pipeline.load.step import LoadStep
+from fhir_assets.pipeline.receive import receiver
+from fhir_assets.privacy.consent import ConsentGate, Policy
+from fhir_assets.privacy.encryption import Cipher
+from fhir_assets.privacy.keys import new_key, parse_keys
+from fhir_assets.storage.orphans import find_unreferenced_parts
+from fhir_assets.warehouse.ops import audit_log, consents, corrections, encryption_secret, replays, retention
+from fhir_assets.warehouse.postgres.db.connections import connect
+from fhir_assets.warehouse.postgres.tables import deletions, reencryption_batches, view_tables
+from fhir_assets_tests.support.consent_records import consent, record
+from fhir_assets_tests.support.databases import fresh_database
+from fhir_assets_tests.support.interleaving import Killed, Point, interleave
+from fhir_assets_tests.support.small_hospital import DAY, NotDone, SmallHospital, build_patient
+from fhir_assets_tests.support.views import column, load, view
+
+OLD_KEY, NEW_KEY = new_key(), new_key()
+OPT_OUT = ConsentGate(Policy.OPT_OUT)
+REFUSALS = (Overtaken, CorrectionRefused, NotDone)
+"""Errors by which an operation says that it did nothing, and that it has to be started again."""
+
+_numbers = count()
+
+
+@dataclass
+class Case:
+    """The window of one pair of operations, and the names of its patients."""
+
+    hospital: SmallHospital
+    number: int
+
+    def name(self, patient: str) -> str:
+        """Return the id of a patient of this window."""
+        return f"{patient}-{self.number}"
+
+    def names(self, *patients: str) -> set[str]:
+        """Return the ids of patients of this window."""
+        return {self.name(patient) for patient in patients}
+
+    def build(self, patient: str, **fields: object) -> dict[str, object]:
+        """Return a patient of this window."""
+        return build_patient(self.name(patient), day=self.hospital.day, **fields)  # type: ignore[arg-type]
+
+
+def deny(case: Case) -> None:
+    """Load the Consent by which ``denied`` withholds its data, and apply it."""
+    denial = consent(f"c{case.number}", case.name("denied"), {"type": "deny"})
+    with case.hospital.connect() as conn:
+        load(conn, record(denial), views=tuple(v for v in case.hospital.views if v.resource_type == "Consent"))
+        consents.record_loaded_consents(conn, by_file=False)
+    case.hospital.apply_consent()
+
+
+def prune(case: Case) -> None:
+    """Remove resolved dead letters and unreferenced parts, as `fhir-assets prune` does."""
+    hospital = case.hospital
+    with hospital.connect() as conn:
+        running = retention.find_oldest_running(conn)
+        before = running - timedelta(hours=1) if running else datetime.now(UTC) + timedelta(hours=1)
+        conn.commit()
+        retention.delete_expired_rows(conn, "dead_letters", datetime.now(UTC))
+    for layer in ("raw", "validated", "deleted"):
+        for file in list(find_unreferenced_parts(hospital.store, layer, before=before)):
+            hospital.store.blobs.delete(file.name)
+
+
+def change_views(case: Case) -> None:
+    """Add a view of Patients, and load the window again, as an upgrade does."""
+    hospital = case.hospital
+    added = view(f"born_{case.number}", "Patient", column("born", "birthDate", "date"))
+    hospital.views = (*hospital.views, added)
+    with hospital.connect() as conn:
+        view_tables.ensure_tables(conn, hospital.views)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation and the points at which it stops while the other one runs."""
+
+    run: Callable[[Case], object]
+    points: tuple[Point, ...] = ()
+
+
+COMMITS = Point(partition_commit, "rewrite_partitions")
+OPERATIONS = {
+    "load": Operation(
+        lambda case: case.hospital.load(f"load-{case.number}"),
+        (COMMITS, Point(partition_commit, "settle"), Point(LoadStep, "run"), Point(audit_log, "record")),
+    ),
+    "replay": Operation(
+        lambda case: case.hospital.replay(f"replay-{case.number}"),
+        (Point(replays, "stream_claimed"), COMMITS, Point(replays, "resolve_claimed")),
+    ),
+    "edit": Operation(
+        lambda case: case.hospital.correct(case.name("edited"), gender="other"),
+        (Point(corrections, "record"), Point(corrections, "record", after=True)),
+    ),
+    "discard": Operation(
+        lambda case: case.hospital.discard(case.name("discarded")), (Point(replays, "discard", after=True),)
+    ),
+    "prune": Operation(prune, (Point(retention, "delete_expired_rows"),)),
+    "rotation": Operation(
+        lambda case: case.hospital.rotate(),
+        (Point(reencryption_batches, "lock_resources", after=True), Point(reencryption_batches, "reencrypt_rows")),
+    ),
+    "consent": Operation(deny, (Point(consents, "update_decisions", after=True),)),
+    "deletion": Operation(
+        lambda case: case.hospital.delete(case.name("deleted")),
+        (Point(deletions, "apply"), Point(deletions, "apply", after=True)),
+    ),
+    "receive": Operation(
+        lambda case: case.hospital.receive(
+            case.build("updated", version=2, gender="other"), origin=f"update:{case.number}"
+        ),
+        (Point(receiver, "rewrite_partitions"), Point(receiver, "rewrite_partitions", after=True)),
+    ),
+    "reading": Operation(lambda case: case.hospital.find_loaded()),
+    "new view": Operation(change_views, (Point(view_tables, "remove_loaded_parts", after=True),)),
+}
+MAIN_POINTS = {"load": 2, "replay": 1, "consent": 0, "deletion": 0}
+"""The operations that run first in the quick tests, each with one of its points."""
+
+PAIRS = [
+    pytest.param(
+        first,
+        number,
+        second,
+        id=f"{second} during {first} {number}",
+        marks=() if MAIN_POINTS.get(first) == number else pytest.mark.slow,
+    )
+    for first, operation in OPERATIONS.items()
+    for number in range(len(operation.points))
+    for second in OPERATIONS
+    if first != second
+]
+
+
+@pytest.fixture(scope="module")
+def deployment(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """The database and the folder of the one deployment."""
+    with fresh_database(postgres) as url:
+        yield url, tmp_path_factory.mktemp("operations")
+
+
+@pytest.fixture
+def case(deployment: tuple[str, Path]) -> Case:
+    """A window whose data is encrypted with the old key. Operations encrypt with the new one.
+
+    ``corrected``, ``edited`` and ``discarded`` are invalid, the other patients are loaded.
+    """
+    url, folder = deployment
+    number = next(_numbers)
+    with connect(url) as conn:
+        old = encryption_secret.unlock(conn, Cipher(parse_keys([OLD_KEY, NEW_KEY])))
+    hospital = SmallHospital(url, folder, cipher=old, gate=OPT_OUT, day=DAY + timedelta(days=number))
+    case = Case(hospital, number)
+    valid = [case.build(name) for name in ("plain", "updated", "deleted", "denied")]
+    invalid = [case.build(name, gender="wrong") for name in ("corrected", "edited", "discarded", "invalid")]
+    hospital.receive(*valid, *invalid, origin=f"first:{number}")
+    hospital.load(f"first-{number}")
+    hospital.correct(case.name("corrected"), gender="female")
+    with connect(url) as conn:
+        hospital.cipher = encryption_secret.unlock(conn, Cipher(parse_keys([NEW_KEY, OLD_KEY])))
+    hospital.store.cipher = hospital.cipher
+    return case
+
+
+def assert_nothing_is_lost(case: Case, operations: set[str]) -> None:
+    """Every patient is somewhere, and after what is still due, each is where the operations put it."""
+    hospital = case.hospital
+    everybody = case.names("plain", "updated", "deleted", "denied", "corrected", "edited", "discarded", "invalid")
+    gone = case.names("deleted") if "deletion" in operations else set()
+    places = hospital.find_loaded().keys() | hospital.find_unresolved() | hospital.find_withheld()
+    assert places | gone == everybody
+    if "receive" not in operations:
+        assert hospital.count_window().faults == []
+    hospital.extend(f"extension-{case.number}")
+    hospital.replay(f"last-{case.number}")
+    hospital.apply_consent()
+    loaded = {case.name("plain"): "male", case.name("corrected"): "female"}
+    loaded[case.name("updated")] = "other" if "receive" in operations else "male"
+    unresolved = case.names("discarded", "invalid")
+    if "edit" in operations:
+        loaded[case.name("edited")] = "other"
+    else:
+        unresolved |= case.names("edited")
+    if "deletion" not in operations:
+        loaded[case.name("deleted")] = "male"
+    if "consent" not in operations:
+        loaded[case.name("denied")] = "male"
+    assert hospital.find_loaded() == loaded
+    assert hospital.find_unresolved() == unresolved
+    assert hospital.find_withheld() == (case.names("denied") if "consent" in operations else set())
+    assert hospital.find_dead_letter(case.name("discarded")).status == (
+        "discarded" if "discard" in operations else "open"
+    )
+    counts = hospital.count_window()
+    assert (counts.faults, counts.dead) == ([], len(unresolved))
+    if "rotation" in operations:
+        assert hospital.rotate() == 0
+    if "new view" in operations:
+        with hospital.connect() as conn:
+            rows = conn.execute(
+                f"SELECT _resource_key FROM fhir.born_{case.number} WHERE _resource_key LIKE %s".encode(),
+                [f"%-{case.number}"],
+            )
+            assert {key for (key,) in rows} == set(loaded)
+
+
+@pytest.mark.parametrize(("first", "number", "second"), PAIRS)
+def test_two_operations_at_once(
+    case: Case, monkeypatch: pytest.MonkeyPatch, first: str, number: int, second: str
+) -> None:
+    one, other = OPERATIONS[first], OPERATIONS[second]
+    outcome = interleave(
+        case.hospital.url, monkeypatch, lambda: one.run(case), one.points[number], lambda: other.run(case)
+    )
+    for error, operation in zip(outcome.errors, (one, other), strict=True):
+        if isinstance(error, REFUSALS):
+            operation.run(case)
+        elif error is not None:
+            raise error
+    assert_nothing_is_lost(case, {first, second})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("second", ["load", "replay", "rotation", "consent", "deletion", "receive", "prune"])
+@pytest.mark.parametrize("first", ["load", "replay", "rotation", "consent", "deletion", "receive", "edit"])
+def test_one_of_two_operations_is_killed_and_repeated(
+    case: Case, monkeypatch: pytest.MonkeyPatch, first: str, second: str
+) -> None:
+    if first == second:
+        pytest.skip("the same operation twice has tests of its own")
+    one, other = OPERATIONS[first], OPERATIONS[second]
+    outcome = interleave(
+        case.hospital.url, monkeypatch, lambda: one.run(case), one.points[-1], lambda: other.run(case), kill=True
+    )
+    assert isinstance(outcome.errors[0], Killed)
+    if outcome.errors[1] is not None:
+        raise outcome.errors[1]
+    with suppress(CorrectionRefused):
+        one.run(case)
+    assert_nothing_is_lost(case, {first, second})

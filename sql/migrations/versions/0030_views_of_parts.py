@@ -1,0 +1,14 @@
+"""The views that a part was loaded into."""
+
+from alembic import op
+
+revision = "0030"
+down_revision = "0029"
+
+
+def upgrade() -> None:
+    """Parts that were loaded before have null: they are loaded into all views that existed then."""
+    op.execute("""
+        ALTER TABLE ops.loaded_parts ADD COLUMN views text[];
+        COMMENT ON COLUMN ops.loaded_parts.views IS 'The views whose tables have its rows; null: all';
+    """)
