@@ -48,7 +48,9 @@ them that names neither a type nor an id is not taken for one to a patient."""
 
 _TYPE_AND_ID = re.compile(r"(?:^|/)([A-Z][A-Za-z]+)(?:/[^/?#|]+|\?)").search
 _is_id = re.compile(r"[A-Za-z0-9\-.]{1,64}").fullmatch
-_PERSONS = frozenset({None, "Patient", "Person", "RelatedPerson"})
+_is_type = re.compile(r"[A-Z][A-Za-z]{1,63}").fullmatch
+_PERSONS = (None, "Patient", "Person", "RelatedPerson")
+_NESTED = (dict, list)
 
 
 class Subjects(NamedTuple):
@@ -119,23 +121,28 @@ def _list_mentions(resource: Mapping[str, Any], bases: Bases, hash_identifier: H
     while nodes:
         node = nodes.pop()
         if isinstance(node, list):
-            nodes.extend(node)
+            nodes += [item for item in node if isinstance(item, _NESTED)]
             continue
-        if not isinstance(node, dict):
-            continue
-        target = node.get("reference")
-        if isinstance(target, str):
+        nodes += [value for value in node.values() if isinstance(value, _NESTED)]
+        if "reference" in node and isinstance(target := node["reference"], str):
             found = split_reference(target, bases)
-            if found and found[0] not in NOBODYS_TYPES:
+            if found and found[0] not in NOBODYS_TYPES and _is_type(found[0]) and _is_id(found[1]):
                 yield f"{found[0]}/{found[1]}"
             elif "Patient?" in target:
                 yield from _list_named(_read_conditional(target), hash_identifier)
-        identifier = node.get("identifier")
-        if isinstance(identifier, dict) and "resourceType" not in node and node.get("type") in _PERSONS:
-            yield from _list_named([identifier], hash_identifier)
-        elif node.get("resourceType") == "Patient" and node is not resource:
-            yield from _list_named(identifier, hash_identifier)
-        nodes.extend(value for value in node.values() if isinstance(value, dict | list))
+        if "identifier" in node:
+            yield from _list_persons(node, resource, hash_identifier)
+
+
+def _list_persons(
+    node: Mapping[str, Any], resource: Mapping[str, Any], hash_identifier: HashIdentifier
+) -> Iterator[str]:
+    """Yield the tokens of the person whom a reference, or a contained Patient, names by identifiers."""
+    identifier = node["identifier"]
+    if isinstance(identifier, dict) and "resourceType" not in node and node.get("type") in _PERSONS:
+        yield from _list_named([identifier], hash_identifier)
+    elif node.get("resourceType") == "Patient" and node is not resource:
+        yield from _list_named(identifier, hash_identifier)
 
 
 def _list_wanted_tokens(

@@ -129,3 +129,31 @@ def test_exports_and_the_lake_leave_out_withheld_resources(
     add(server, consent("deny", datetime.now(UTC), version="2", status="inactive"))
     ingest(deployment)
     assert find_exported_patients() == {"a", "b"}
+
+
+def test_an_export_leaves_out_earlier_versions_that_are_about_another_patient(
+    deploy: Deploy, server: SandboxServer, tmp_path: Path
+) -> None:
+    deployment = deploy(
+        fhir_base_url=server.url,
+        fhir_resource_types="Patient,Observation,Consent",
+        fhir_last_updated_gte="2024-01-01",
+        fhir_partition="monthly",
+        consent_policy="opt-out",
+    )
+    ingest(deployment)
+    subject = {"reference": "Patient/b"}
+    moment = datetime.now(UTC)
+    moved = resource("Observation", "oa0", moment, version="2", status="final", code={"text": "x"}, subject=subject)
+    add(server, moved)
+    ingest(deployment)
+    add(server, consent("deny", datetime.now(UTC)))
+    ingest(deployment)
+    with connect(deployment.url, cipher=NO_ENCRYPTION) as conn:
+        folder = LocalBlobs(tmp_path / "left")
+        with Export(conn, deployment.store, folder, "e", actor="test", withholding=True) as export:
+            export.for_type("Observation", None).write_valid()
+            export.finish()
+    lines = (tmp_path / "left" / "e" / "Observation.valid.ndjson").read_bytes().splitlines()
+    assert {json.loads(line)["subject"]["reference"] for line in lines} == {"Patient/b"}
+    assert len(lines) == 4

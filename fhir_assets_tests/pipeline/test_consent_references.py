@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from fhir_assets.fhir.subjects import find_subjects
 from fhir_assets.privacy.consent import ConsentGate, Policy
-from fhir_assets.privacy.encryption import Cipher
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.ops import consents
 from fhir_assets.warehouse.postgres.tables import deletions
@@ -366,3 +367,20 @@ def test_a_policy_that_is_switched_on_later_finds_subjects_by_identifier_and_ref
     assert tables.shown() == set()
     off.apply_consent()
     assert off.withheld() == set()
+
+
+@pytest.mark.parametrize(
+    "elements",
+    [
+        {"subject": {"identifier": {"value": "7"}, "type": {"text": "x"}}},
+        {"subject": [{"reference": 7}, None, 3], "performer": {"reference": ["Patient/b"]}},
+        {"contained": {"id": "p"}, "subject": {"reference": "#p"}},
+        {"contained": [None, {"resourceType": "Patient", "id": "p", "identifier": {"value": "7"}}]},
+        {"subject": {"reference": "Patient/" + "a" * 5000}, "focus": [{"reference": "X" + "a" * 5000 + "/1"}]},
+        {"subject": {"reference": "Patient?identifier=%ff%00|&identifier&identifier=,"}},
+        {"focus": [{"reference": "Group/\x00"}], "extension": [[{"reference": "Patient/b"}]]},
+    ],
+)
+def test_elements_that_do_not_conform_to_r4_are_ignored_or_unknown(elements: dict[str, Any]) -> None:
+    patients, mentions = find_subjects({**observation("x"), **elements}, None, NO_ENCRYPTION.fingerprint)
+    assert all(len(each) < 200 and "\x00" not in each for each in (*patients, *mentions))

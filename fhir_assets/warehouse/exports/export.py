@@ -17,22 +17,22 @@ import orjson
 
 from fhir_assets.atomic_files import UNFINISHED
 from fhir_assets.errors import ConfigurationError, StoreError
-from fhir_assets.fhir.record import read_header
+from fhir_assets.fhir.record import parse_stored, read_header
 from fhir_assets.fhir.views import View
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.storage.blobs import Blobs
+from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.orphans import remove_unfinished_files
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.exports import parquet
 from fhir_assets.warehouse.ops import audit_log, dead_letters
 from fhir_assets.warehouse.ops.dead_letters import Selection
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
+from fhir_assets.warehouse.postgres.resources import find_versions
 from fhir_assets.warehouse.postgres.tables import row_streams
 from fhir_assets.warehouse.postgres.tables.layout import build_layout
 
 Format = Literal["ndjson", "parquet", "csv"]
-
-_IDS_PER_QUERY = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,27 +218,34 @@ class TypeExport:
             )
 
     def _read_layer(self, layer: str) -> Iterator[bytes]:
+        for manifest in self._list_manifests(layer):
+            for batch in self._store.batches(manifest.parts):
+                yield from batch
+
+    def _list_manifests(self, layer: str) -> Iterator[Manifest]:
         keys = self._keys if self._keys is not None else self._store.partition_keys(layer, self._type)
         for key in keys:
             manifest = self._store.manifest(layer, self._type, key)
             if manifest is not None:
-                for batch in self._store.batches(manifest.parts):
-                    yield from batch
+                yield manifest
 
     def _read_valid(self) -> Iterator[bytes]:
-        for lines in _split(self._read_layer("validated")):
-            ids = [read_header(line).id for line in lines]
-            rows = self._conn.execute(
-                """
-                SELECT id
-                FROM fhir.resource
-                WHERE source = ops.current_source()
-                    AND resource_type = %s AND id = ANY(%s) AND resource IS NOT NULL
-                """,
-                [self._type, ids],
-            )
-            stored = {resource_id for (resource_id,) in rows}
-            yield from (line for line, resource_id in zip(lines, ids, strict=True) if resource_id in stored)
+        """Yield the lines of resources in the tables; under a consent policy only those of the version in the tables.
+
+        Another version may be about another patient, whose data is withheld.
+        """
+        for manifest in self._list_manifests("validated"):
+            for batch in self._store.batches_with_arrivals(manifest.parts):
+                headers = [read_header(line) for line in batch.lines]
+                stored = find_versions(self._conn, self._type, [header.id or "" for header in headers])
+                for line, header, arrived in zip(batch.lines, headers, batch.times(), strict=False):
+                    version = stored.get(header.id or "")
+                    text = header.meta.lastUpdated if header.meta else None
+                    updated = parse_stored(text, dated=batch.dated, arrival_known=arrived is not None)
+                    if version and (
+                        not self._export.withholding or version.is_version(updated, arrived, manifest.partition_key)
+                    ):
+                        yield line
 
     def _write_lines_to(self, kind: str, lines: Iterable[bytes]) -> ExportedFile:
         def write(path: Path) -> int:
@@ -270,17 +277,6 @@ def find_run_windows(conn: Connection, run_id: str) -> tuple[str, dict[str, list
     if len({row[0] for row in rows}) != 1:
         raise KeyError(run_id)
     return rows[0][0], {resource_type: keys for _, resource_type, keys in rows}
-
-
-def _split(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
-    chunk: list[bytes] = []
-    for line in lines:
-        chunk.append(line)
-        if len(chunk) == _IDS_PER_QUERY:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
 
 
 def _write_lines(file: BinaryIO, lines: Iterable[bytes]) -> int:
