@@ -16,15 +16,18 @@ import pytest
 
 from fhir_assets.catalog import CATALOG
 from fhir_assets.deployment.store import build_blobs
+from fhir_assets.errors import StoreError
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
 from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.settings import load_settings
+from fhir_assets.storage.blobs import LocalBlobs
 from fhir_assets.warehouse.lake import writer
 from fhir_assets.warehouse.lake.writer import LakeUpdate
 from fhir_assets.warehouse.ops import encryption_secret
 from fhir_assets.warehouse.postgres.db.connections import Session, connect
+from fhir_assets.warehouse.postgres.tables import row_streams
 from fhir_assets_tests.support.encrypted_views import PATIENT_WITH_PHI, TAGGED_PATIENT
 from fhir_assets_tests.support.lake_rows import in_lake, in_table
 from fhir_assets_tests.support.shipped_views import saturated_for_views, views_of_type
@@ -38,6 +41,7 @@ from fhir_assets.deployment.store import build_blobs
 from fhir_assets.deployment.views import build_views
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.settings import load_settings
+from fhir_assets.storage.blobs import LocalBlobs
 from fhir_assets.warehouse.lake import writer
 from fhir_assets.warehouse.postgres.db.connections import connect
 settings = load_settings(fhir_lake_url=sys.argv[2])
@@ -160,3 +164,55 @@ def test_a_lake_in_a_bucket_can_be_read_as_one_table(conn: Session, s3_server: s
         f"{s3_url.removeprefix('s3://')}/patient/partition_key={DAYS[0]}/rows.parquet", filesystem=files
     )
     assert schema.field("gender").metadata[b"comment"] == b"Administrative gender"
+
+
+class _BrokenBlobs(LocalBlobs):
+    """A folder whose disk is full, or whose process ends, after ``room`` files."""
+
+    def __init__(self, root: Path, room: int) -> None:
+        super().__init__(root)
+        self.room = room
+
+    def put_file(self, name: str, path: Path) -> None:
+        if not self.room:
+            raise StoreError("No space left on device")
+        self.room -= 1
+        super().put_file(name, path)
+
+
+def test_what_an_unfinished_update_wrote_is_audited_and_completed_by_the_next_one(
+    conn: Session, tmp_path: Path
+) -> None:
+    for day in DAYS:
+        load(conn, patient(f"p{day}"), key=day)
+    with pytest.raises(StoreError, match="No space left"):
+        writer.update(conn, _BrokenBlobs(tmp_path, 1), PATIENTS[0], [], run_id="broken", actor="test")
+    assert [path.name for path in (tmp_path / ".spool").iterdir()] == []
+    assert conn.execute("SELECT run_id, count FROM ops.audit_log WHERE action = 'export'").fetchall() == [("broken", 1)]
+    conn.commit()
+    assert update(conn, str(tmp_path), PATIENTS[0]).windows == 2
+    assert in_lake(str(tmp_path), "patient") == in_table(conn, "patient")
+
+
+def test_a_window_that_loses_its_rows_after_an_unfinished_update_leaves_the_lake(conn: Session, tmp_path: Path) -> None:
+    """As if the process was killed between the files and the state, and consent was withdrawn then."""
+    for day in DAYS:
+        load(conn, patient(f"p{day}"), key=day)
+    with pytest.raises(StoreError):
+        writer.update(conn, _BrokenBlobs(tmp_path, 1), PATIENTS[0], [], run_id="run", actor="test")
+    [written] = tmp_path.glob("patient/*/rows.parquet")
+    conn.execute("DELETE FROM fhir.patient WHERE _resource_key = %s", [f"p{DAYS[0]}"])
+    conn.commit()
+    update(conn, str(tmp_path), PATIENTS[0])
+    assert not written.exists()
+    assert in_lake(str(tmp_path), "patient") == in_table(conn, "patient")
+
+
+def test_a_file_with_fewer_rows_than_its_table_is_an_error(
+    conn: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(conn, patient("p"), key=DAYS[0])
+    monkeypatch.setattr(row_streams, "stream_rows", lambda *_, **__: iter(()))
+    with pytest.raises(StoreError, match="would have 0 rows and its table 1"):
+        update(conn, str(tmp_path), PATIENTS[0])
+    assert list(tmp_path.glob("patient/*/rows.parquet")) == []

@@ -6,10 +6,12 @@ An update therefore rewrites every window whose rows changed since its file was 
 
 import os
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import psycopg
 from psycopg import sql
 
 from fhir_assets.atomic_files import UNFINISHED
@@ -58,25 +60,35 @@ def update(
 ) -> LakeUpdate:
     """Write the windows ``partition_keys`` of a view, and all other windows whose rows changed.
 
-    All files are written from one snapshot of the database, and each is replaced atomically. Raises StoreError.
+    All files are written from one snapshot of the database, and each is replaced atomically. If the update fails, the
+    files that it has written have their audit record. Raises StoreError.
     """
+
+    def record(rows: int) -> None:
+        # The audit record needs a transaction of its own, because the snapshot does not see the newest audit records.
+        with conn.transaction():
+            audit_record = AuditRecord(
+                "export", actor, view.resource_type, count=rows, run_id=run_id, detail={"file": "lake"}
+            )
+            audit_log.record(conn, audit_record)
+
     lock = f"fhir_assets lake {view.name}"
     conn.commit()
     conn.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", [lock])
     conn.commit()
     try:
         remove_unfinished_files(target)
-        with conn.transaction():
-            conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-            folder = LakeFolder(conn, target, view)
-            written = folder.update(partition_keys)
-        # The audit record needs a transaction of its own, because the snapshot does not see the newest audit records.
-        # It precedes the state, so that files without an audit record are written again.
-        with conn.transaction():
-            audit_record = AuditRecord(
-                "export", actor, view.resource_type, count=written.rows, run_id=run_id, detail={"file": "lake"}
-            )
-            audit_log.record(conn, audit_record)
+        folder = LakeFolder(conn, target, view)
+        try:
+            with conn.transaction():
+                conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+                written = folder.update(partition_keys)
+        except Exception:
+            with suppress(psycopg.Error):
+                record(folder.rows_written)
+            raise
+        # The record precedes the state, so that files without an audit record are written again.
+        record(written.rows)
         folder.save_state(written)
     finally:
         conn.execute("SELECT pg_advisory_unlock(hashtextextended(%s, 0))", [lock])
@@ -93,6 +105,8 @@ class LakeFolder:
         self._view = view
         self._layout: TableLayout = build_layout(view, encrypted=cipher_of(conn).encrypts)
         self._states: dict[str, _FileState] = {}
+        self.rows_written = 0
+        """The number of rows in the files that have been written so far."""
 
     def update(self, partition_keys: Collection[str]) -> LakeUpdate:
         """Write the given windows and those whose rows changed, and delete the files of windows without rows."""
@@ -100,7 +114,14 @@ class LakeFolder:
         states = self._read_states()
         removed = [key for key in before if key not in states]
         outdated = [key for key, state in states.items() if key in partition_keys or before.get(key) != state]
-        size = sum(self.write_window(key, states[key].rows) for key in sorted(outdated))
+        if new := [key for key in outdated if key not in before]:
+            # Known before they are written: if this process is killed, an update that finds no rows of theirs, because
+            # consent was withdrawn in the meantime, deletes their files.
+            self._put_state({**before, **dict.fromkeys(new, _FileState(0))})
+        size = 0
+        for key in sorted(outdated):
+            size += self.write_window(key, states[key].rows)
+            self.rows_written += states[key].rows
         for key in removed:
             self._target.delete(self._path(key))
         self._states = states
@@ -109,7 +130,10 @@ class LakeFolder:
     def save_state(self, written: LakeUpdate) -> None:
         """Save the state of the files, so that unchanged windows are not written again."""
         if written.windows or written.removed:
-            self._target.put(f"{self._view.name}/{_STATE}", msgspec.json.encode(self._states))
+            self._put_state(self._states)
+
+    def _put_state(self, states: dict[str, _FileState]) -> None:
+        self._target.put(f"{self._view.name}/{_STATE}", msgspec.json.encode(states))
 
     def _read_states(self) -> dict[str, _FileState]:
         # xmin is the id of the transaction that wrote a row. Every transaction that replaces rows changes the sum.
