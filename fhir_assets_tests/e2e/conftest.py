@@ -2,3 +2,4 @@
 
 from fhir_assets_tests.support.deployment import deploy as deploy
 from fhir_assets_tests.support.hapi import hapi as hapi
+from fhir_assets_tests.support.uploads import upload as upload

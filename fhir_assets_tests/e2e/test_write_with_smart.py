@@ -23,7 +23,7 @@ from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.support.deployment import Deploy
 from fhir_assets_tests.support.hospital import MRN
-from fhir_assets_tests.support.uploads import Upload, upload, write  # noqa: F401
+from fhir_assets_tests.support.uploads import Upload, write
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 SLOW = Fault(
@@ -49,7 +49,7 @@ def key_pair(tmp_path: Path) -> KeyPair:
 
 
 def test_an_upload_continues_when_its_token_expires(
-    upload: Upload,  # noqa: F811
+    upload: Upload,
     key_pair: KeyPair,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -237,7 +238,7 @@ class SearchPager:
                     NotFhir(f"the next links of a search of {self._type} form a loop: the server's paging is broken"),
                 )
             links.add(hash(url))
-            next_page = _start(lambda url=url: self._searches.next_page(self._type, url))  # type: ignore[misc]
+            next_page = _start(partial(self._searches.next_page, self._type, url))
             yield page
             try:
                 page = next_page.result()

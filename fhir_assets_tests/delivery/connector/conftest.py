@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fhir_assets_tests.support.hospital import hospital  # noqa: F401
+from fhir_assets_tests.support.hospital import hospital as hospital
 from fhir_assets_tests.support.patient_server import PatientServer
 
 

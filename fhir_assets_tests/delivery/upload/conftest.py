@@ -1,3 +1,3 @@
 """The upload command of a test."""
 
-from fhir_assets_tests.support.uploads import upload  # noqa: F401
+from fhir_assets_tests.support.uploads import upload as upload
