@@ -24,6 +24,7 @@ from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.checks.unreconciled_windows import find_unreconciled_windows
 from fhir_assets.orchestration.dead_runs import fail_dead_runs
 from fhir_assets.orchestration.jobs import (
+    CHECK_TABLES,
     FETCH_MISSING_REFERENCES,
     INCREMENTAL_LOAD,
     LOAD_RECEIVED,
@@ -233,6 +234,11 @@ class Ingestion:
                 build_views(settings).views,
                 settings.fhir_resource_types,
             )
+
+    def check_tables(self) -> bool:
+        """Evaluate the checks of all tables in one run. Return whether the run succeeded; checks may have failed."""
+        job = self._definitions.resolve_job_def(CHECK_TABLES)
+        return job.execute_in_process(instance=self._instance, raise_on_error=False).success
 
     def apply_consent(self, views: Sequence[View], *, actor: str) -> None:
         """Withhold or release resources in the tables according to the current consents, without a run."""

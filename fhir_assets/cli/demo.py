@@ -13,11 +13,13 @@ import typer
 from fhir_assets.atomic_files import replace_content
 from fhir_assets.cli.dev import serve_ui
 from fhir_assets.cli.ingest import load_due, print_summary, report_failures, summarize_runs
-from fhir_assets.cli.output import console, print_table, warn_of_clear_data
+from fhir_assets.cli.output import console, hide_library_output, print_table, warn_of_clear_data
+from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.sources import build_binding, describe_server
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.ingestion import select_failed
+from fhir_assets.ingestion import Ingestion, select_failed
+from fhir_assets.orchestration.instance import config
 from fhir_assets.pipeline.sources.transition import SourceTransition
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxProcess
@@ -135,6 +137,7 @@ def _load(addresses: Path) -> None:
         stored = totals.count_by_type(conn)
     if loaded := summarize_runs(settings, outcomes):
         print_summary("Loaded now", loaded)
+        _check_tables(settings)
     else:
         print_table("Loaded earlier", stored, ("type", "loaded", "dead", "withheld"))
     failures = select_failed(outcomes)
@@ -144,3 +147,9 @@ def _load(addresses: Path) -> None:
     database = "the database of DB_URL" if settings.db_url else f"psql '{Warehouse(settings).url()}'"
     console.print(f"Tables: schema fhir, {database}", markup=False, soft_wrap=True)
     console.print("Dead letters: fhir-assets dead-letters list", markup=False)
+
+
+def _check_tables(settings: Settings) -> None:
+    """Evaluate the checks that the schedule ``check_tables`` evaluates at night, so that the UI has results of all."""
+    with hide_library_output():
+        Ingestion(settings, build_definitions(settings), config.open_instance(settings)).check_tables()

@@ -34,6 +34,11 @@ def test_a_second_demo_continues_with_the_first_although_its_server_has_another_
     first = run_demo(tmp_path, database)
     assert first.returncode == 0, first.stderr
     assert "Loaded now" in first.stdout
+    with connect(database) as conn:
+        checks = conn.execute(
+            "SELECT DISTINCT check_name FROM asset_check_executions WHERE execution_status IN ('SUCCEEDED', 'FAILED')"
+        ).fetchall()
+    assert {name for (name,) in checks} >= {"reconciles", "dead_letter_rate", "fresh", "no_duplicates", "volume"}
     second = run_demo(tmp_path, database)
     assert second.returncode == 0, second.stderr
     assert "Loaded earlier" in second.stdout
