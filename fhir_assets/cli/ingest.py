@@ -72,6 +72,7 @@ def ingest(
                 "success": not (failures or red or broken or denials),
                 "types": rows,
                 "unreconciled": red,
+                "unknown_denials": denials,
                 "broken_views": [{"file": str(view.path), "error": view.message} for view in broken],
             }
         )

@@ -11,7 +11,9 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from typer.testing import CliRunner
 
+from fhir_assets.cli.main import app
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.views import build_views
 from fhir_assets.fhir.intake.resources import MRN_SYSTEM
@@ -368,3 +370,31 @@ def evaluate(deployment: Deployment, table: str) -> dg.AssetCheckEvaluation:
         if (each.asset_key.path[-1], each.check_name) == (table, "patients_known")
     ]
     return evaluation
+
+
+def test_ingest_ends_with_1_while_the_patient_of_a_denial_is_not_known(
+    deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    number = {"system": MRN, "value": "mrn-late"}
+    (folder / "Consent.ndjson").write_bytes(encode([build_consent("c", {"identifier": number}, "deny")]))
+    deployment = deploy(
+        fhir_base_url=str(folder),
+        fhir_source="ndjson",
+        fhir_resource_types="Patient,Consent",
+        fhir_last_updated_gte="2024-01-01",
+        fhir_partition="monthly",
+        consent_policy="opt-out",
+    )
+    for variable, value in {**deployment.environment(), "CONSENT_POLICY": "opt-out"}.items():
+        monkeypatch.setenv(variable, value)
+    first = CliRunner().invoke(app, ["ingest"])
+    assert first.exit_code == 1
+    assert "1 Consents deny, and their patient is not known" in first.stderr
+    assert "mrn-late" not in first.stdout + first.stderr
+    (folder / "Patient.ndjson").write_bytes(encode([build_patient("late")]))
+    second = CliRunner().invoke(app, ["ingest", "--json"])
+    summary = json.loads(second.stdout)
+    assert (second.exit_code, summary["success"], summary["unknown_denials"]) == (0, True, 0)
+    assert deployment.query("SELECT count(*) FROM fhir.patient") == [(0,)]
