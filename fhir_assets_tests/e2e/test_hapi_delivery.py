@@ -83,7 +83,7 @@ class Story:
         process = self.start()
         begin = self.relay.sent
         while self.hospital.waiting() and self.relay.sent < begin + requests:
-            assert process.poll() is None, "the connector ended by itself"
+            assert process.poll() is None, process.communicate()[1].decode()
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -97,7 +97,7 @@ class Story:
         """Deliver everything, and end the connector as a service manager does."""
         process = self.start()
         while self.hospital.waiting():
-            assert process.poll() is None, "the connector ended by itself"
+            assert process.poll() is None, process.communicate()[1].decode()
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate()

@@ -179,6 +179,7 @@ class Delivery:
         resource = {**outgoing.resource, "id": resource_id}
         reply = self._send(f"{source.resource_type}/{resource_id}", outgoing, resource, None)
         if reply.status in _GONE:
+            outgoing.uncertain = False
             return None
         delivered = self._confirmation.confirm_update(source, outgoing, reply, resource_id)
         return Acknowledged(change, "created" if reply.status == 201 else "updated", delivered)

@@ -189,6 +189,25 @@ def test_a_resource_that_is_gone_counts_as_deleted(ward: Ward) -> None:
     assert ward.reasons() == []
 
 
+def test_a_row_whose_resource_is_gone_does_not_take_a_foreign_one_instead(ward: Ward) -> None:
+    def refuse_ids(request: ReceivedRequest) -> Reply | None:
+        known = request.path.rpartition("/")[2] in ward.server.patients
+        return Reply(status=405) if request.method == "PUT" and not request.query and not known else None
+
+    ward.admit("1")
+    ward.deliver()
+    ward.server.patients.clear()
+    ward.server.add("f", (MRN, "1"))
+    ward.server.intercept = refuse_ids
+    ward.execute("UPDATE health.patient SET name_family = 'Changed'")
+    ward.deliver()
+    assert ward.reasons() == ["foreign-resource"]
+    ward.discharge()
+    ward.deliver()
+    assert ward.server.families() == {"f": "Foreign"}
+    assert ward.reasons() == []
+
+
 def test_rows_of_an_earlier_release_are_deleted_by_the_id_that_they_have(ward: Ward) -> None:
     ward.admit("1")
     ward.deliver()
