@@ -384,3 +384,16 @@ def test_a_policy_that_is_switched_on_later_finds_subjects_by_identifier_and_ref
 def test_elements_that_do_not_conform_to_r4_are_ignored_or_unknown(elements: dict[str, Any]) -> None:
     patients, mentions = find_subjects({**observation("x"), **elements}, None, NO_ENCRYPTION.fingerprint)
     assert all(len(each) < 200 and "\x00" not in each for each in (*patients, *mentions))
+
+
+def test_the_subjects_of_each_source_are_determined_once(database: str) -> None:
+    tables = Tables(database, OPT_OUT)
+    tables.apply_consent()
+    with tables.connect() as conn:
+        before = consents.get_applied_policy(conn)
+        conn.execute("SELECT set_config('fhir_assets.source', 'other', false)")
+        assert consents.get_applied_policy(conn).subjects is None
+        consents.set_applied_policy(conn, consents.AppliedPolicy(OPT_OUT, "another"))
+        conn.execute("SELECT set_config('fhir_assets.source', '', false)")
+        assert consents.get_applied_policy(conn) == before
+    assert before.subjects

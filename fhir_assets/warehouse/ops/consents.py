@@ -398,7 +398,9 @@ def list_decisions(conn: Connection, *, patient: str | None, limit: int) -> list
 
 @dataclass(frozen=True, slots=True)
 class AppliedPolicy:
-    """The policy that the tables follow. ``subjects`` identifies how the subjects of resources were determined."""
+    """The policy that the tables follow. ``subjects`` identifies how the subjects of the source's resources were
+    determined; None if no policy was applied to them.
+    """
 
     consent_gate: ConsentGate
     subjects: str | None = None
@@ -406,7 +408,9 @@ class AppliedPolicy:
 
 def get_applied_policy(conn: Connection) -> AppliedPolicy:
     """Return the policy that the tables follow, the default if none was recorded."""
-    row = conn.execute("SELECT policy, purpose, subjects FROM ops.consent_policy").fetchone()
+    row = conn.execute(
+        "SELECT policy, purpose, subjects::jsonb ->> ops.current_source() FROM ops.consent_policy"
+    ).fetchone()
     return AppliedPolicy(ConsentGate(Policy(row[0]), Purpose(row[1])), row[2]) if row else AppliedPolicy(ConsentGate())
 
 
@@ -414,12 +418,12 @@ def set_applied_policy(conn: Connection, policy: AppliedPolicy) -> None:
     """Record that the tables follow a policy."""
     conn.execute(
         """
-        INSERT INTO ops.consent_policy (policy, purpose, subjects)
-        VALUES (%s, %s, %s)
+        INSERT INTO ops.consent_policy AS known (policy, purpose, subjects)
+        VALUES (%s, %s, jsonb_build_object(ops.current_source(), %s::text)::text)
         ON CONFLICT (one) DO UPDATE SET
             policy = excluded.policy,
             purpose = excluded.purpose,
-            subjects = excluded.subjects
+            subjects = (coalesce(known.subjects, '{}')::jsonb || excluded.subjects::jsonb)::text
         """,
         [policy.consent_gate.policy.value, policy.consent_gate.purpose.value, policy.subjects],
     )
