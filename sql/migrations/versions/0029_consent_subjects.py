@@ -40,7 +40,7 @@ def upgrade() -> None:
 
         ALTER TABLE ops.consent_policy ADD COLUMN subjects text;
         COMMENT ON COLUMN ops.consent_policy.subjects IS
-            'How the subjects of resources were determined, by source (JSON); if that changes, they are determined again';
+            'How the subjects of resources were determined, by source (JSON)';
 
         ALTER TABLE ops.received ADD COLUMN arrivals timestamptz[];
         COMMENT ON COLUMN ops.received.arrivals IS
