@@ -127,7 +127,7 @@ class DeliverStep:
             for line, header, arrived in zip(lines, headers, batch.times(), strict=False):
                 number += 1
                 row = rows.get(header.id or "")
-                text = header.meta.lastUpdated if header.meta else None
+                text = header.meta.last_updated if header.meta else None
                 updated = parse_stored(text, dated=batch.dated, arrival_known=arrived is not None)
                 if header.id is None or row is None:
                     counts.not_in_tables += 1

@@ -136,8 +136,8 @@ class _ResponseEntry(msgspec.Struct):
     resource: msgspec.Raw = msgspec.Raw(b"")
 
 
-class _ResponseBundle(msgspec.Struct):
-    resourceType: str  # noqa: N815
+class _ResponseBundle(msgspec.Struct, rename="camel"):
+    resource_type: str
     type: str | None = None
     entry: list[_ResponseEntry] = []
 
@@ -155,7 +155,7 @@ def parse_response_bundle(body: bytes, count: int) -> list[EntryResponse]:
         bundle = _response_bundle.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise ValueError("not a Bundle in JSON") from None
-    if bundle.resourceType != "Bundle" or bundle.type not in _RESPONSE_TYPES or len(bundle.entry) != count:
+    if bundle.resource_type != "Bundle" or bundle.type not in _RESPONSE_TYPES or len(bundle.entry) != count:
         raise ValueError("not a Bundle with as many entries as were sent")
     return [
         EntryResponse(
@@ -242,7 +242,7 @@ def _is_resource(body: bytes, entry: BundleEntry) -> bool:
         header = _header.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
-    return header.resourceType == entry.resource_type and header.id == entry.id
+    return header.resource_type == entry.resource_type and header.id == entry.id
 
 
 def _parse_status(text: str) -> int:
@@ -255,8 +255,8 @@ def _keep_digits(text: str) -> tuple[str]:
     return (text,)
 
 
-class _Header(msgspec.Struct):
-    resourceType: str  # noqa: N815
+class _Header(msgspec.Struct, rename="camel"):
+    resource_type: str
     id: str | None = None
 
 

@@ -33,10 +33,10 @@ MAX_DEPTH = 16
 """The maximum nesting of containers."""
 
 
-class Entry(msgspec.Struct):
+class Entry(msgspec.Struct, rename="camel"):
     """An entry of a Bundle, or a parameter of Parameters. ``resource`` is ``null`` if it has none."""
 
-    fullUrl: str | None = None  # noqa: N815
+    full_url: str | None = None
     resource: msgspec.Raw = msgspec.Raw(b"null")
     request: EntryRequest | None = None
     response: EntryResponse | None = None
@@ -86,8 +86,8 @@ class UnusableEntry:
 Part = ContainedResource | DeleteEntry | UnusableEntry
 
 
-class _Bundle(msgspec.Struct):
-    resourceType: str = ""  # noqa: N815
+class _Bundle(msgspec.Struct, rename="camel"):
+    resource_type: str = ""
     timestamp: Any = None
     meta: Any = None
     entry: list[msgspec.Raw] | None = None
@@ -139,7 +139,7 @@ def unpack(body: bytes, location: str, pages: Pages, *, depth: int = 0) -> Itera
     if depth >= MAX_DEPTH:
         yield UnusableEntry(location, "structure", f"containers are nested more than {MAX_DEPTH} levels deep", body)
         return
-    is_bundle = bundle.resourceType == "Bundle"
+    is_bundle = bundle.resource_type == "Bundle"
     name = "entry" if is_bundle else "parameter"
     entries = (bundle.entry if is_bundle else bundle.parameter) or []
     reader = EntryReader(pages, read_timestamp(bundle.timestamp), depth=depth)
@@ -235,15 +235,15 @@ class EntryReader:
 
     def note(self, entry: Entry | None) -> None:
         """Note the full URL of an entry, so that references to the entry can be resolved."""
-        if entry is None or entry.fullUrl is None or bytes(entry.resource) == b"null":
+        if entry is None or entry.full_url is None or bytes(entry.resource) == b"null":
             return
         try:
             header = read_header(bytes(entry.resource))
         except MalformedResource:
             return
-        resource_id = header.id or derive_id(entry.fullUrl)
-        if resource_id and header.resourceType not in CONTAINERS:
-            self._full_urls.add(entry.fullUrl, header.resourceType, resource_id)
+        resource_id = header.id or derive_id(entry.full_url)
+        if resource_id and header.resource_type not in CONTAINERS:
+            self._full_urls.add(entry.full_url, header.resource_type, resource_id)
 
     def read(self, body: bytes, entry: Entry | None, location: str) -> Iterator[Part]:
         """Yield what an entry contains. ``entry`` is ``decode_entry(body)``."""
@@ -273,13 +273,13 @@ class EntryReader:
         except MalformedResource as error:
             yield UnusableEntry(location, error.rule, str(error), body)
             return
-        if header.resourceType in CONTAINERS:
+        if header.resource_type in CONTAINERS:
             for part in unpack(body, f"{location}.resource", self._pages, depth=self._depth + 1):
                 yield self._resolve(part) if isinstance(part, ContainedResource) else part
             return
         if header.id is None:
             put_url = entry.request.url if entry.request and entry.method == "PUT" else None
-            body = insert_id(body, derive_id(entry.fullUrl, put_url))
+            body = insert_id(body, derive_id(entry.full_url, put_url))
         yield self._resolve(ContainedResource(location, body))
 
     def _resolve(self, part: ContainedResource) -> ContainedResource:

@@ -64,23 +64,23 @@ class EntryResponse(msgspec.Struct, rename="camel"):
         self.last_modified = _text(self.last_modified)
 
 
-class _Meta(msgspec.Struct):
-    versionId: str | None = None  # noqa: N815
-    lastUpdated: str | None = None  # noqa: N815
+class _Meta(msgspec.Struct, rename="camel"):
+    version_id: str | None = None
+    last_updated: str | None = None
 
 
-class EntryResource(msgspec.Struct):
+class EntryResource(msgspec.Struct, rename="camel"):
     """The part of ``Bundle.entry.resource`` that identifies a version."""
 
-    resourceType: str | None = None  # noqa: N815
+    resource_type: str | None = None
     id: str | None = None
     meta: _Meta | None = None
 
 
-class HistoryEntry(msgspec.Struct):
+class HistoryEntry(msgspec.Struct, rename="camel"):
     """An entry of a Bundle, without the content of its resource."""
 
-    fullUrl: str | None = None  # noqa: N815
+    full_url: str | None = None
     resource: EntryResource | None = None
     request: EntryRequest | None = None
     response: EntryResponse | None = None
@@ -96,14 +96,14 @@ class HistoryEntry(msgspec.Struct):
         urls = (
             self.request.url if self.request else None,
             self.response.location if self.response else None,
-            self.fullUrl,
+            self.full_url,
         )
         targets = [target for url in urls if url and (target := parse_target(url))]
         if targets:
             version = next((target.version_id for target in targets if target.version_id), None)
             return Target(targets[0].resource_type, targets[0].id, self._version_id or version)
-        if self.resource is not None and self.resource.id and self.resource.resourceType:
-            return Target(self.resource.resourceType, self.resource.id, self._version_id)
+        if self.resource is not None and self.resource.id and self.resource.resource_type:
+            return Target(self.resource.resource_type, self.resource.id, self._version_id)
         return None
 
     @property
@@ -111,13 +111,13 @@ class HistoryEntry(msgspec.Struct):
         """The time of the version or deletion, None if the entry has none."""
         response_time = parse_instant(self.response.last_modified) if self.response else None
         meta = self.resource.meta if self.resource else None
-        return response_time or (parse_instant(meta.lastUpdated) if meta else None)
+        return response_time or (parse_instant(meta.last_updated) if meta else None)
 
     @property
     def _version_id(self) -> str | None:
         etag = parse_etag(self.response.etag) if self.response else None
         meta = self.resource.meta if self.resource else None
-        return etag or (meta.versionId if meta else None)
+        return etag or (meta.version_id if meta else None)
 
 
 def is_deletion(request: EntryRequest | None, response: EntryResponse | None) -> bool:
@@ -216,10 +216,10 @@ def read_deleted_entries(line: bytes, at: datetime) -> Iterator[Deletion | None]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         yield None
         return
-    if bundle.resourceType != "Bundle":
+    if bundle.resource_type != "Bundle":
         yield None
         return
-    bundle_time = parse_instant(bundle.meta.lastUpdated) if bundle.meta else None
+    bundle_time = parse_instant(bundle.meta.last_updated) if bundle.meta else None
     for entry in bundle.entry or ():
         if entry is not None and entry.is_deletion:
             target = entry.target
@@ -227,8 +227,8 @@ def read_deleted_entries(line: bytes, at: datetime) -> Iterator[Deletion | None]
             yield Deletion(target.resource_type, target.id, moment, target.version_id) if target else None
 
 
-class _DeletedBundle(msgspec.Struct):
-    resourceType: str = ""  # noqa: N815
+class _DeletedBundle(msgspec.Struct, rename="camel"):
+    resource_type: str = ""
     meta: _Meta | None = None
     entry: list[HistoryEntry | None] | None = None
 

@@ -95,17 +95,17 @@ class Deletion:
     version_id: str | None = None
 
 
-class Meta(msgspec.Struct):
+class Meta(msgspec.Struct, rename="camel"):
     """The part of ``Resource.meta`` that is read before validation."""
 
-    versionId: str | None = None  # noqa: N815
-    lastUpdated: str | None = None  # noqa: N815
+    version_id: str | None = None
+    last_updated: str | None = None
 
 
-class ResourceHeader(msgspec.Struct):
+class ResourceHeader(msgspec.Struct, rename="camel"):
     """The part of a resource that is read before validation."""
 
-    resourceType: str  # noqa: N815
+    resource_type: str
     id: str | None = None
     meta: Meta | None = None
 
@@ -158,11 +158,11 @@ def build_record(
     meta = header.meta
     resource_id = header.id or ""
     if meta is None:
-        return Record(header.resourceType, resource_id, None, None, arrived, body)
-    moment = parse_instant(meta.lastUpdated)
+        return Record(header.resource_type, resource_id, None, None, arrived, body)
+    moment = parse_instant(meta.last_updated)
     if moment is not None and (posted or (moment > arrived and not is_credible(moment, received or arrived))):
-        return Record(header.resourceType, resource_id, meta.versionId, None, arrived, body, dated=False)
-    return Record(header.resourceType, resource_id, meta.versionId, moment, arrived, body)
+        return Record(header.resource_type, resource_id, meta.version_id, None, arrived, body, dated=False)
+    return Record(header.resource_type, resource_id, meta.version_id, moment, arrived, body)
 
 
 def parse_stored(last_updated: str | None, *, dated: bool, arrival_known: bool) -> datetime | None:

@@ -17,21 +17,21 @@ from fhir_assets.sandbox.search import Listing, find_matches, parse_search
 Page = Callable[[Listing], bytes]
 
 
-class _Request(msgspec.Struct):
+class _Request(msgspec.Struct, rename="camel"):
     method: str
     url: str
-    ifMatch: str | None = None  # noqa: N815
-    ifNoneExist: str | None = None  # noqa: N815
+    if_match: str | None = None
+    if_none_exist: str | None = None
 
 
-class _Entry(msgspec.Struct):
+class _Entry(msgspec.Struct, rename="camel"):
     request: _Request | None = None
     resource: msgspec.Raw = msgspec.Raw(b"")
-    fullUrl: str | None = None  # noqa: N815
+    full_url: str | None = None
 
 
-class _Bundle(msgspec.Struct):
-    resourceType: str  # noqa: N815
+class _Bundle(msgspec.Struct, rename="camel"):
+    resource_type: str
     type: str
     entry: list[_Entry] = []
 
@@ -50,7 +50,7 @@ def run_bundle(interactions: Interactions, body: bytes, page: Page) -> bytes:
         bundle = _bundle.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise Refusal(400, "structure", "The body is not a Bundle in JSON") from None
-    if bundle.resourceType != "Bundle" or bundle.type not in ("batch", "transaction"):
+    if bundle.resource_type != "Bundle" or bundle.type not in ("batch", "transaction"):
         raise Refusal(400, "value", "Only a Bundle of type batch or transaction can be posted here")
     responses = (_run_batch if bundle.type == "batch" else _run_transaction)(interactions, bundle.entry, page)
     return b'{"resourceType":"Bundle","type":"%b-response","entry":[%b]}' % (
@@ -96,12 +96,12 @@ def _resolve_urn_references(entries: list[_Entry]) -> tuple[list[bytes], dict[in
     texts = [bytes(entry.resource) for entry in entries]
     ids: dict[int, str] = {}
     for n, entry in enumerate(entries):
-        if entry.fullUrl and entry.fullUrl.startswith("urn:uuid:") and entry.request:
+        if entry.full_url and entry.full_url.startswith("urn:uuid:") and entry.request:
             url = entry.request.url
             if entry.request.method == "POST":
                 ids[n] = str(uuid.uuid4())
                 url = f"{url}/{ids[n]}"
-            texts = [text.replace(orjson.dumps(entry.fullUrl), orjson.dumps(url)) for text in texts]
+            texts = [text.replace(orjson.dumps(entry.full_url), orjson.dumps(url)) for text in texts]
     return texts, ids
 
 
@@ -125,15 +125,15 @@ def _execute(
             listing = Listing("searchset", entry.request.url, listed, max(search.count, 1), len(versions))
             return b'{"resource":%b,"response":{"status":"200 OK"}}' % page(listing), None
         case "PUT" if resource_id:
-            result = interactions.update(resource_type, resource_id, text, entry.request.ifMatch)
+            result = interactions.update(resource_type, resource_id, text, entry.request.if_match)
         case "PUT":
             result = interactions.update_matching(resource_type, url.query, text)
         case "POST" if not resource_id:
-            result = interactions.create(resource_type, text, entry.request.ifNoneExist, new_id)
+            result = interactions.create(resource_type, text, entry.request.if_none_exist, new_id)
             if result.status == 200:
                 return _render_response(result), None
         case "DELETE" if resource_id:
-            result = interactions.delete(resource_type, resource_id, entry.request.ifMatch)
+            result = interactions.delete(resource_type, resource_id, entry.request.if_match)
         case "DELETE":
             result = interactions.delete_matching(resource_type, url.query)
         case _:

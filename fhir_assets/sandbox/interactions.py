@@ -23,8 +23,8 @@ _ID = re.compile(r"[A-Za-z0-9\-.]{1,64}")
 _REFERENCE = re.compile(rb'"reference"\s*:\s*"([A-Z][A-Za-z]+)/([A-Za-z0-9\-.]{1,64})(?:/_history/[^"]*)?"')
 
 
-class _Head(msgspec.Struct):
-    resourceType: str  # noqa: N815
+class _Head(msgspec.Struct, rename="camel"):
+    resource_type: str
     id: str | None = None
 
 
@@ -179,7 +179,7 @@ class Interactions:
             head = _head.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError):
             raise Refusal(400, "structure", "The body is not a FHIR resource in JSON") from None
-        if head.resourceType != resource_type:
+        if head.resource_type != resource_type:
             raise Refusal(400, "value", "The resource's type is not the type in the URL")
         if head.id is not None and not _ID.fullmatch(head.id):
             raise Refusal(400, "value", "The resource's id is not a FHIR id")

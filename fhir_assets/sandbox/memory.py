@@ -122,13 +122,13 @@ def _unindex(index: dict[str, dict[str, None]], name: str, version: Version) -> 
             index.get(key, {}).pop(version.id, None)
 
 
-class _Meta(msgspec.Struct):
-    versionId: str | None = None  # noqa: N815
-    lastUpdated: str | None = None  # noqa: N815
+class _Meta(msgspec.Struct, rename="camel"):
+    version_id: str | None = None
+    last_updated: str | None = None
 
 
-class _Seed(msgspec.Struct):
-    resourceType: str  # noqa: N815
+class _Seed(msgspec.Struct, rename="camel"):
+    resource_type: str
     id: str
     meta: _Meta | None = None
 
@@ -161,11 +161,11 @@ class Store:
         """
         head = _seed.decode(body)
         meta = head.meta or _Meta()
-        when = parse_date(meta.lastUpdated).start if meta.lastUpdated else arrived
-        type_store = self.type_store(head.resourceType)
+        when = parse_date(meta.last_updated).start if meta.last_updated else arrived
+        type_store = self.type_store(head.resource_type)
         previous = type_store.latest.get(head.id)
-        number = meta.versionId or ("1" if previous is None else _next(previous.version_id))
-        type_store.add(Version(head.resourceType, head.id, number, when, body))
+        number = meta.version_id or ("1" if previous is None else _next(previous.version_id))
+        type_store.add(Version(head.resource_type, head.id, number, when, body))
 
     def next_version(self, resource_type: str, resource_id: str) -> str:
         """Return the versionId of the next version of a resource."""

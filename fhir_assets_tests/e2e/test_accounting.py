@@ -75,8 +75,8 @@ def test_the_counts_of_any_file_add_up_and_agree_with_the_tables_and_the_dead_le
 
 
 def agrees_with_state(deployment: Deployment, found: dict[str, int]) -> None:
-    assert found["loaded"] == deployment.loaded().get("Patient", 0)
-    assert found["dead"] == sum(deployment.dead().values())
+    assert found["loaded"] == deployment.count_loaded().get("Patient", 0)
+    assert found["dead"] == sum(deployment.count_dead_letters().values())
 
 
 @pytest.fixture

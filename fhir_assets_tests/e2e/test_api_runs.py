@@ -151,7 +151,7 @@ def _backfilled(api: Api, deployment: Deployment) -> None:
     assert [run["status"] for run in started] == ["SUCCESS"] * len(started)
     assert len(started) >= 2
     # The sensor load_received requests the run that loads both patients.
-    wait_until(lambda: deployment.loaded().get("Patient") == 2, seconds=240)
+    wait_until(lambda: deployment.count_loaded().get("Patient") == 2, seconds=240)
 
 
 def _replayed(api: Api, deployment: Deployment, run_id: str) -> None:

@@ -49,7 +49,7 @@ def test_a_backfill_of_90_days_succeeds_and_reconciles(deploy: Deploy, tmp_path:
     assert len(evaluations) >= 3
     assert all(evaluation.passed for evaluation in evaluations)
     assert deployment.tables() == clean.tables()
-    assert deployment.dead() == clean.dead()
+    assert deployment.count_dead_letters() == clean.count_dead_letters()
 
 
 def test_the_schedule_loads_new_resources_and_requests_nothing_twice(deploy: Deploy, tmp_path: Path) -> None:
@@ -76,10 +76,10 @@ def test_the_schedule_loads_new_resources_and_requests_nothing_twice(deploy: Dep
 
     with daemon(deployment, tmp_path / "daemon.log", FHIR_SCHEDULE="* * * * *"):
         wait_until(lambda: len(ticks()) >= 2, seconds=240)
-        wait_until(lambda: deployment.loaded() == {"Patient": 1}, seconds=60)
+        wait_until(lambda: deployment.count_loaded() == {"Patient": 1}, seconds=60)
         (folder / "more.Patient.ndjson").write_bytes(patient("b", START.replace(day=2)) + b"\n")
         before = len(ticks())
-        wait_until(lambda: deployment.loaded() == {"Patient": 2}, seconds=180)
+        wait_until(lambda: deployment.count_loaded() == {"Patient": 2}, seconds=180)
         wait_until(lambda: len(ticks()) >= before + 2, seconds=180)
     assert {tick.status for tick in ticks()} == {TickStatus.SUCCESS, TickStatus.SKIPPED}
     assert [tick.status for tick in ticks()].count(TickStatus.SUCCESS) == 2

@@ -205,7 +205,7 @@ def test_a_database_lost_during_a_load_leaves_the_tables_unchanged(
     assert deployment.tables() == before
     server.set_faults()
     assert ingest(deployment, *NEXT_DAY).returncode == 0
-    assert deployment.loaded() == {"Patient": 21}
+    assert deployment.count_loaded() == {"Patient": 21}
 
 
 def test_truncated_responses_leave_the_tables_unchanged(server: SandboxServer, deployment: Deployment) -> None:
@@ -216,7 +216,7 @@ def test_truncated_responses_leave_the_tables_unchanged(server: SandboxServer, d
     assert deployment.store.manifest("raw", "Patient", "2024-01-06") is None
     server.set_faults()
     assert ingest(deployment, *NEXT_DAY).returncode == 0
-    assert deployment.loaded() == {"Patient": 21}
+    assert deployment.count_loaded() == {"Patient": 21}
 
 
 def test_a_store_url_that_names_a_file_is_one_clear_error(deployment: Deployment, tmp_path: Path) -> None:

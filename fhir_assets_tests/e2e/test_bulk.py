@@ -67,7 +67,7 @@ def clean(deploy: Deploy, population: Path, empty_database: str, known: dict[str
             fhir_resource_types=FEW,
         )
         deployment.ingest()
-        known["expected"] = Expected(deployment.tables(), deployment.dead())
+        known["expected"] = Expected(deployment.tables(), deployment.count_dead_letters())
     return known["expected"]
 
 
@@ -89,7 +89,7 @@ def test_a_bulk_export_gives_the_same_tables_as_files(deploy: Deploy, population
         load(deployment)
         stats = server.stats()
     assert deployment.tables() == clean.tables
-    assert deployment.dead() == clean.dead
+    assert deployment.count_dead_letters() == clean.dead
     assert stats["kick_offs"] == 1
     assert stats["requests"]["delete"] == 1, "the job is deleted on the server"
 
@@ -116,7 +116,7 @@ def test_transient_failures_end_in_complete_tables(
         load(deployment)
         assert server.stats()["struck"][fault.kind]
     assert deployment.tables() == clean.tables
-    assert deployment.dead() == clean.dead
+    assert deployment.count_dead_letters() == clean.dead
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_each_sandbox_fault_ends_in_complete_tables_or_a_clear_error(
         server.set_faults()
         load(deployment)
     assert deployment.tables() == clean.tables
-    assert deployment.dead() == clean.dead
+    assert deployment.count_dead_letters() == clean.dead
 
 
 @pytest.mark.slow
@@ -166,7 +166,7 @@ def test_a_file_that_differs_from_its_count_is_loaded_and_its_windows_are_red(
         deployment = bulk(deploy, server, fhir_max_attempts=2)
         outcomes = deployment.ingest()
     assert deployment.tables() == clean.tables
-    assert deployment.dead() == clean.dead
+    assert deployment.count_dead_letters() == clean.dead
     faults = [fault for outcome in outcomes for fault in deployment.unreconciled(outcome)]
     assert faults
     assert any("that the server's manifest counts" in str(fault) for fault in faults)
@@ -242,7 +242,7 @@ def test_search_authenticates_with_a_client_secret(deploy: Deploy) -> None:
         }
         deployment = deploy(**settings, fhir_auth_client_id="client", fhir_auth_client_secret="s3cret")
         load(deployment)
-    assert deployment.loaded() == {"Patient": 1}
+    assert deployment.count_loaded() == {"Patient": 1}
 
 
 def command(deployment: Deployment) -> tuple[list[str], dict[str, str]]:
@@ -290,7 +290,7 @@ def test_a_killed_run_resumes_the_same_export(
     subprocess.run(arguments, env=environment, check=True, capture_output=True, timeout=300)
     assert slow_server.stats()["kick_offs"] == 1
     assert deployment.tables() == clean.tables
-    assert deployment.dead() == clean.dead
+    assert deployment.count_dead_letters() == clean.dead
 
 
 def _reached(deployment: Deployment, server: SandboxServer, moment: str) -> bool:

@@ -48,7 +48,7 @@ def test_an_export_that_takes_longer_than_it_is_fresh_is_requested_once_and_lose
         assert len(server.exports) == 1
         assert server.exports[0].deleted
     assert ids(deployment) == ["dated", "undated"]
-    assert deployment.dead() == {"json": 1}
+    assert deployment.count_dead_letters() == {"json": 1}
 
 
 def _fail(*args: object) -> None:
@@ -121,7 +121,7 @@ def test_a_resource_from_before_since_whose_id_is_invalid_is_a_dead_letter(deplo
         server.files = [("Patient", [patient(invalid, START - timedelta(days=500))])]
         assert load(deployment) == []
     assert ids(deployment) == ["p"]
-    assert sum(deployment.dead().values()) == 1
+    assert sum(deployment.count_dead_letters().values()) == 1
 
 
 def test_a_window_that_does_not_reconcile_is_read_again_from_an_export_of_everything_and_becomes_green(
@@ -142,7 +142,7 @@ def test_a_window_that_does_not_reconcile_is_read_again_from_an_export_of_everyt
         load(deployment)
         assert "_since" in server.exports[-1].query
     assert ids(deployment) == ["p", "undated"]
-    assert deployment.dead() == {"json": 1}
+    assert deployment.count_dead_letters() == {"json": 1}
 
 
 def test_resources_from_before_the_first_window_are_counted_and_not_loaded(deploy: Deploy) -> None:
@@ -295,7 +295,7 @@ def test_only_errors_of_an_error_file_are_dead_letters_and_the_rest_is_counted(d
     with BulkServer(("Patient", [patient("p", START)]), errors=errors) as server:
         deployment = bulk(deploy, server)
         assert load(deployment) == []
-    assert deployment.dead() == {"export-error": 3}
+    assert deployment.count_dead_letters() == {"export-error": 3}
     keys = deployment.store.partition_keys("raw", "Patient")
     notices = {
         notice.message.partition(": ")[2]
@@ -353,7 +353,7 @@ def test_a_resource_of_another_type_in_a_file_belongs_to_its_own_type_or_is_a_de
         deployment = bulk(deploy, server, fhir_resource_types="Patient,Organization")
         assert load(deployment) == []
     assert ids(deployment) == ["o", "p"]
-    assert deployment.dead() == {"structure": 1}
+    assert deployment.count_dead_letters() == {"structure": 1}
 
 
 def test_the_resources_of_a_line_that_is_a_bundle_are_loaded(deploy: Deploy) -> None:
@@ -365,7 +365,7 @@ def test_the_resources_of_a_line_that_is_a_bundle_are_loaded(deploy: Deploy) -> 
         deployment = bulk(deploy, server)
         assert load(deployment) == []
     assert ids(deployment) == ["p", "q", "r", "s"]
-    assert deployment.dead() == {"structure": 1}
+    assert deployment.count_dead_letters() == {"structure": 1}
 
 
 @pytest.mark.parametrize(

@@ -114,8 +114,8 @@ def test_no_patient_data_leaks_outside_encrypted_storage(
             population.patient("no-number", extension=rank),
         )
         assert pipeline.ingest(DAY, **source) == 0
-        assert pipeline.deployment.loaded()["Patient"] >= 3
-        assert len(deployment.dead()) >= 5
+        assert pipeline.deployment.count_loaded()["Patient"] >= 3
+        assert len(deployment.count_dead_letters()) >= 5
 
         # A server that fails and quotes resources; a page that is not JSON
         echo.body = b'{"resourceType":"Bundle","type":"searchset","entry":[{"resource":' + resources[0]
@@ -141,7 +141,7 @@ def test_no_patient_data_leaks_outside_encrypted_storage(
         with connect(site.url) as conn:
             refuse(conn, "fhir.patient_name", "true", mark("data error"), "22000")
         assert pipeline.ingest(DAY, **source) == 0
-        assert deployment.dead()["unloadable"]
+        assert deployment.count_dead_letters()["unloadable"]
         with connect(site.url) as conn:
             refuse(conn, "fhir.resource_patient", "true", mark("check violation"), "23514")
         add(server, population.patient("one-more"))

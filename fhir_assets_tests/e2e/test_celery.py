@@ -121,7 +121,7 @@ def test_two_workers_of_which_one_is_killed_load_the_same_tables_as_one_process(
         clean = deploy(home="clean", url=empty_database, **settings)
         last = START + timedelta(days=WINDOWS - 1)
         assert all(outcome.success for outcome in clean.ingest(first=START, last=last))
-        wanted = sum(clean.loaded().values())
+        wanted = sum(clean.count_loaded().values())
         assert wanted > 1500
 
         server.reset_stats()
@@ -159,7 +159,7 @@ def test_two_workers_of_which_one_is_killed_load_the_same_tables_as_one_process(
         stats = server.stats()
     assert stats["max_in_flight"] == ALLOWED
     assert spread.tables() == clean.tables()
-    assert spread.dead() == clean.dead()
+    assert spread.count_dead_letters() == clean.count_dead_letters()
     ended = [run.status for run in spread.instance.get_runs()]
     assert ended.count(dg.DagsterRunStatus.SUCCESS) == WINDOWS // WINDOWS_PER_RUN
     assert ended.count(dg.DagsterRunStatus.FAILURE) == 1 == len(ended) - WINDOWS // WINDOWS_PER_RUN
@@ -228,7 +228,7 @@ def test_a_terminated_worker_finishes_its_run_and_leaves_the_next_run_to_others(
     assert status(slow_server, second) is dg.DagsterRunStatus.STARTING
     with worker(slow_server, tmp_path / "two.log", env):
         wait_until(lambda: status(slow_server, second) is dg.DagsterRunStatus.SUCCESS, seconds=300)
-    assert slow_server.loaded() == {"Patient": 2}
+    assert slow_server.count_loaded() == {"Patient": 2}
 
 
 def test_a_worker_ends_a_cancelled_run_and_takes_the_next(slow_server: Deployment, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_worker_ends_a_cancelled_run_and_takes_the_next(slow_server: Deploymen
         slow_server.instance.report_run_canceling(run)
         wait_until(lambda: status(slow_server, first) is dg.DagsterRunStatus.CANCELED, seconds=300)
         wait_until(lambda: status(slow_server, second) is dg.DagsterRunStatus.SUCCESS, seconds=300)
-    assert slow_server.loaded() == {"Patient": 1}
+    assert slow_server.count_loaded() == {"Patient": 1}
 
 
 def is_finished(deployment: Deployment, types: int) -> bool:

@@ -48,18 +48,18 @@ def test_files_load_completely_and_each_known_defect_becomes_a_dead_letter_with_
     rules_of_dead_letters = {(kind, identity): rule for kind, identity, rule in dead_letters}
     assert rules_of_dead_letters == {(b["resourceType"], b["id"]): b["rule"] for b in broken}
     bad = Counter(b["resourceType"] for b in broken)
-    assert Counter(deployment.loaded()) == lines_by_type(population) - bad
+    assert Counter(deployment.count_loaded()) == lines_by_type(population) - bad
 
 
 def test_loading_the_same_files_again_changes_nothing(deploy: Deploy, population: Path) -> None:
     deployment = deploy(fhir_source="ndjson", fhir_base_url=str(population), fhir_partition="monthly")
     deployment.ingest()
-    tables, dead = deployment.tables(), deployment.dead()
+    tables, dead = deployment.tables(), deployment.count_dead_letters()
     assert deployment.ingest() == []
     again = deployment.ingest(first=START, last=START)
     assert [outcome.success for outcome in again] == [True]
     assert deployment.tables() == tables
-    assert deployment.dead() == dead
+    assert deployment.count_dead_letters() == dead
 
 
 @pytest.mark.slow
@@ -83,7 +83,7 @@ def test_a_search_with_every_fault_gives_the_same_tables_as_files(
     assert [search.unreconciled(outcome) for outcome in outcomes] == [[]] * len(outcomes)
     assert {kind for kind, times in injected.items() if times} == {fault.kind for fault in ALL_FAULTS}
     assert search.tables() == files.tables()
-    assert search.dead() == files.dead()
+    assert search.count_dead_letters() == files.count_dead_letters()
 
 
 @needs_shared
@@ -91,8 +91,8 @@ def test_all_synthea_resources_are_loaded(deploy: Deploy) -> None:
     deployment = deploy(fhir_source="ndjson", fhir_base_url=str(SYNTHEA), fhir_partition="monthly")
     outcomes = deployment.ingest()
     assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]] * len(outcomes)
-    assert deployment.loaded() == lines_by_type(SYNTHEA)
-    assert sum(deployment.loaded().values()) == 8421
+    assert deployment.count_loaded() == lines_by_type(SYNTHEA)
+    assert sum(deployment.count_loaded().values()) == 8421
 
 
 @needs_shared
@@ -104,10 +104,10 @@ def test_the_published_examples_of_the_30_types_all_load(deploy: Deploy, tmp_pat
     deployment = deploy(fhir_source="ndjson", fhir_base_url=str(file), fhir_partition="monthly")
     outcomes = deployment.ingest()
     assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]] * len(outcomes)
-    assert deployment.dead() == {}
+    assert deployment.count_dead_letters() == {}
     with gzip.open(file) as lines:
         kinds = Counter(orjson.loads(line)["resourceType"] for line in lines)
-    assert deployment.loaded() == {kind: count for kind, count in kinds.items() if kind in BY_NAME}
+    assert deployment.count_loaded() == {kind: count for kind, count in kinds.items() if kind in BY_NAME}
 
 
 def test_a_resource_without_last_updated_in_an_old_file_belongs_to_the_first_window(

@@ -262,7 +262,7 @@ def test_a_denial_counts_in_every_form_and_withholds_by_every_form_of_subject(
     }
     deployment, faults = CHANNELS[channel](deploy, resources, tmp_path, values)
     assert faults == []
-    assert deployment.dead() == {}
+    assert deployment.count_dead_letters() == {}
     loaded = {f"{kind}/{key}" for kind, key in deployment.query("SELECT resource_type, id FROM fhir.resource")}
     expected = {*map(name, build_loaded()), "Consent/permit-ok"}
     if policy == "opt-in":

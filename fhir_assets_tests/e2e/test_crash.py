@@ -89,7 +89,7 @@ def assert_killed_load_equals_clean_load(
         assert any(was_running)
         finish(killed)
     assert killed.tables() == clean.tables()
-    assert killed.dead() == clean.dead()
+    assert killed.count_dead_letters() == clean.count_dead_letters()
     left = killed.query("SELECT count(*) FROM ops.ingestion_runs WHERE status = 'RUNNING'")
     assert left == [(0,)]
 
@@ -123,13 +123,13 @@ def test_a_replay_killed_ten_times_gives_the_tables_of_a_load_without_dead_lette
         finish(clean)
         strict = deploy(home="killed", url=empty_database, **at)
         finish(strict)
-        assert strict.dead() == {"required-binding": 10_000}
+        assert strict.count_dead_letters() == {"required-binding": 10_000}
         killed = replace(strict, settings=strict.settings.model_copy(update={"validation_warn_rules": lenient_rules}))
         was_running = [run_and_kill(killed, n * 0.25, REPLAY) for n in range(10)]
         assert any(was_running)
         finish(killed, REPLAY)
         assert killed.query("SELECT count(*) FROM ops.dead_letters WHERE status <> 'resolved'") == [(0,)]
         finish(killed)
-    assert killed.dead() == {}
+    assert killed.count_dead_letters() == {}
     assert killed.tables() == clean.tables()
     assert killed.query("SELECT count(*) FROM ops.ingestion_runs WHERE status = 'RUNNING'") == [(0,)]

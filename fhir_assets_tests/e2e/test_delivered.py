@@ -138,7 +138,7 @@ def test_an_unreachable_target_fails_the_run_after_the_tables_are_loaded(deploy:
     }
     deployment = deploy(fhir_delivery_url="http://127.0.0.1:9/fhir", **settings)
     assert not load(deployment)
-    assert deployment.loaded() == {"Patient": 30}
+    assert deployment.count_loaded() == {"Patient": 30}
     [(error,)] = deployment.query("SELECT DISTINCT error FROM ops.ingestion_runs WHERE status = 'FAILED'")
     assert "127.0.0.1:9" in str(error)
     assert "is FHIR_DELIVERY_URL right" in str(error)

@@ -103,7 +103,7 @@ def test_an_invalid_id_does_not_end_a_full_refresh(deploy: Deploy, server: Searc
     remove(server, "b")
     assert ingest(deployment, Refresh.FULL) == []
     assert present(deployment) == ["a", "c", "d"]
-    assert sum(deployment.dead().values()) == 1
+    assert sum(deployment.count_dead_letters().values()) == 1
 
 
 def test_what_came_through_another_channel_stays(deploy: Deploy, server: SearchServer) -> None:

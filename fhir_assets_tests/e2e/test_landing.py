@@ -59,7 +59,7 @@ def test_files_of_several_types_and_formats_are_split_loaded_and_left_in_the_lan
         zone.put(name, b"not ours")
     before = zone.names()
     assert land(deployment) == []
-    assert deployment.loaded() == {"Patient": 3, "Encounter": 1}
+    assert deployment.count_loaded() == {"Patient": 3, "Encounter": 1}
     assert zone.names() == before
     assert tick(deployment).run_requests == []
     assert receive(deployment).success
@@ -85,7 +85,7 @@ def test_a_file_with_new_content_under_its_old_name_is_loaded(deployment: Deploy
     assert land(deployment) == []
     zone.put("a.ndjson", patient("b", DAY) + b"\n")
     assert land(deployment) == []
-    assert deployment.loaded() == {"Patient": 2}
+    assert deployment.count_loaded() == {"Patient": 2}
 
 
 def test_an_invalid_file_fails_the_check_until_its_dead_letters_are_resolved_and_stops_no_other_file(
@@ -167,7 +167,7 @@ def test_a_file_is_received_once_it_stopped_growing_or_has_a_done_file(deploy: D
     assert files(deployment)["growing.ndjson"] == "ready"
     receive(deployment)
     assert load_received(deployment) == []
-    assert deployment.loaded() == {"Patient": 3}
+    assert deployment.count_loaded() == {"Patient": 3}
 
 
 def test_an_unreadable_file_is_named_and_the_other_files_are_loaded(
@@ -212,7 +212,7 @@ def test_a_load_that_dies_before_it_records_the_file_is_repeated_without_duplica
     assert receive(deployment).success
     assert load_received(deployment) == []
     assert deployment.query("SELECT sum(rows) FROM ops.received") == [(1,)]
-    assert deployment.loaded() == {"Patient": 1}
+    assert deployment.count_loaded() == {"Patient": 1}
 
 
 def test_with_keys_files_that_the_api_lands_are_encrypted_and_still_identified_by_content(
@@ -229,7 +229,7 @@ def test_with_keys_files_that_the_api_lands_are_encrypted_and_still_identified_b
     zone.put("ours.ndjson", content)
     (tmp_path / "landing" / "theirs.ndjson").write_bytes(patient("b", DAY) + b"\n")
     assert land(deployment) == []
-    assert deployment.loaded() == {"Patient": 2}
+    assert deployment.count_loaded() == {"Patient": 2}
     assert b"Canary" not in (tmp_path / "landing" / "ours.ndjson").read_bytes()
     zone.put("again.ndjson", content)
     zone.put("cut.ndjson", content)

@@ -68,7 +68,7 @@ def test_the_daemon_finds_receives_and_loads_files_by_itself(deploy: Deploy, tmp
 
     def has_loaded(count: int) -> bool:
         try:
-            return deployment.loaded() == {"Patient": count}
+            return deployment.count_loaded() == {"Patient": count}
         except (UndefinedTable, InvalidSchemaName):
             return False
 
@@ -77,7 +77,7 @@ def test_the_daemon_finds_receives_and_loads_files_by_itself(deploy: Deploy, tmp
         zone.put("second.ndjson", b"{\n" + patient("c", START))
         wait_until(lambda: has_loaded(3), seconds=240)
     assert deployment.query("SELECT count(*) FROM ops.received WHERE loaded_at IS NULL") == [(0,)]
-    assert deployment.dead() == {"json": 1}
+    assert deployment.count_dead_letters() == {"json": 1}
 
 
 def test_the_landing_command_loads_waiting_files_and_names_the_invalid_one(deploy: Deploy, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_the_landing_command_loads_waiting_files_and_names_the_invalid_one(deplo
     code, output, errors = run(deployment, "list", "--status", "bad", "--json")
     assert code == 0, errors
     assert [file["name"] for file in json.loads(output)] == ["bad.ndjson"]
-    assert deployment.loaded() == {"Patient": 2}
+    assert deployment.count_loaded() == {"Patient": 2}
 
 
 def load_clean_and_killed(
@@ -131,7 +131,7 @@ def test_the_load_after_a_kill_at_any_moment_gives_the_tables_of_an_uninterrupte
     }
     clean, killed = load_clean_and_killed(deploy, empty_database, common)
     assert killed.tables() == clean.tables()
-    assert killed.dead() == clean.dead()
+    assert killed.count_dead_letters() == clean.count_dead_letters()
     assert killed.query("SELECT count(*) FROM ops.received WHERE loaded_at IS NULL") == [(0,)]
     rows = "SELECT sum(rows), sum(rejected) FROM ops.received"
     assert killed.query(rows) == clean.query(rows)
@@ -154,7 +154,7 @@ def test_the_load_of_visits_after_a_kill_at_any_moment_gives_the_tables_of_an_un
         "fhir_partition": "monthly",
     }
     clean, killed = load_clean_and_killed(deploy, empty_database, common)
-    assert killed.loaded() == {"Patient": 700, "Encounter": 6100}
+    assert killed.count_loaded() == {"Patient": 700, "Encounter": 6100}
     assert killed.tables() == clean.tables()
     dead_letters = "SELECT rule, count(*) FROM ops.dead_letters GROUP BY 1 ORDER BY 1"
     assert killed.query(dead_letters) == clean.query(dead_letters) == [("csv", 1), ("visit-conflict", 1900)]

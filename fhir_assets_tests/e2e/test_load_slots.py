@@ -43,7 +43,7 @@ def test_a_load_writes_to_the_tables_only_while_it_holds_a_slot(
             while not refused and not load.done():
                 time.sleep(0.01)
             assert refused
-            assert deployment.loaded() == {}
+            assert deployment.count_loaded() == {}
         assert [outcome.success for outcome in load.result()] == [True]
     other.close()
-    assert deployment.loaded() == {"Patient": 1}
+    assert deployment.count_loaded() == {"Patient": 1}

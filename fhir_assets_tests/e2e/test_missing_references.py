@@ -87,7 +87,7 @@ def test_a_window_that_is_fetched_later_keeps_what_was_received_in_it(
     for outcome in deployment.ingest(first=DAY - timedelta(days=4), last=DAY):
         assert outcome.success
         assert deployment.unreconciled(outcome) == []
-    assert deployment.loaded() == {"Patient": 2, "Encounter": 4}
+    assert deployment.count_loaded() == {"Patient": 2, "Encounter": 4}
 
 
 def test_missing_references_are_not_requested_from_a_file_source(

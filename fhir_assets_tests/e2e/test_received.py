@@ -44,7 +44,7 @@ def test_received_resources_are_loaded_without_a_source_and_without_moving_a_che
     deployment = deploy(fhir_resource_types=("Patient", "Encounter"))
     receiver(deployment).receive([record(patient("a", DAY)), record(patient("b", DAY + timedelta(days=1)))], "api:1")
     assert load(deployment) == [True]
-    assert deployment.loaded() == {"Patient": 2}
+    assert deployment.count_loaded() == {"Patient": 2}
     assert deployment.query("SELECT * FROM ops.checkpoints") == []
     assert deployment.ingestion().find_received() == []
 
@@ -56,11 +56,11 @@ def test_a_fetch_of_a_window_keeps_the_resources_received_in_it(deploy: Deploy) 
         for refresh in (Refresh.WINDOW, Refresh.FULL):
             outcomes = deployment.ingest(first=DAY, last=DAY, refresh=refresh)
             assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]]
-        assert deployment.loaded() == {"Patient": 2}
+        assert deployment.count_loaded() == {"Patient": 2}
         assert deployment.ingestion().find_received() == []
         receiver(deployment).receive([record(patient("c", DAY))], "api:2")
         assert load(deployment) == [True]
-        assert deployment.loaded() == {"Patient": 3}
+        assert deployment.count_loaded() == {"Patient": 3}
 
 
 def test_the_sensor_requests_the_waiting_types_and_windows_once(deploy: Deploy) -> None:
@@ -76,7 +76,7 @@ def test_the_sensor_requests_the_waiting_types_and_windows_once(deploy: Deploy) 
     assert not any("encounter" in key for key in keys)
     assert evaluate_sensor(deployment) == []
     assert load(deployment) == [True, True]
-    assert deployment.loaded() == {"Patient": 3}
+    assert deployment.count_loaded() == {"Patient": 3}
 
 
 def test_a_receipt_is_reported_as_a_materialization_of_raw(deploy: Deploy) -> None:

@@ -80,7 +80,7 @@ def test_a_page_that_the_server_leaves_out_fails_reconciliation(server: SandboxS
     again = materialize(deployment, *LAYERS, windows=[KEY])
     assert again.success
     assert run_check(deployment).passed
-    assert deployment.loaded() == {"Patient": 30}
+    assert deployment.count_loaded() == {"Patient": 30}
 
 
 def test_a_page_lost_from_the_open_window_fails_reconciliation_until_the_next_load_reads_it_again(
@@ -98,7 +98,7 @@ def test_a_page_lost_from_the_open_window_fails_reconciliation_until_the_next_lo
         (later,) = deployment.ingest()
         assert deployment.unreconciled(later) == []
         assert run_check(deployment, later.windows.windows[0].key).passed
-    assert deployment.loaded() == {"Patient": 10}
+    assert deployment.count_loaded() == {"Patient": 10}
 
 
 def test_a_total_that_differs_from_the_resources_received_is_reported(
@@ -108,7 +108,7 @@ def test_a_total_that_differs_from_the_resources_received_is_reported(
     (outcome,) = deployment.ingest(first=DAY, last=DAY)
     (message,) = deployment.unreconciled(outcome)
     assert "1 of 1 windows do not reconcile: the server counts 26 but returned 24" in message
-    assert deployment.loaded() == {"Patient": 24}
+    assert deployment.count_loaded() == {"Patient": 24}
 
 
 @pytest.mark.parametrize("table", ["patient", "resource"])

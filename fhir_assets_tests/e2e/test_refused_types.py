@@ -67,7 +67,7 @@ def test_the_other_types_are_loaded_and_the_failure_names_the_type_and_the_cause
     outcomes = deployment.ingest()
     assert outcomes
     assert not any(item.success for item in outcomes)
-    assert deployment.loaded() == {"Patient": 1, "Encounter": 1}
+    assert deployment.count_loaded() == {"Patient": 1, "Encounter": 1}
     errors = failed_types(deployment, outcomes)
     assert list(errors.values()) == [["Observation"]]
     assert "/Observation" in next(iter(errors))
@@ -88,7 +88,7 @@ def test_the_checkpoint_of_the_refused_type_stays_and_the_next_load_fetches_all_
     refuse(server, None)
     later = deployment.ingest()
     assert all(item.success for item in later)
-    assert deployment.loaded() == {"Patient": 1, "Encounter": 1, "Observation": 1}
+    assert deployment.count_loaded() == {"Patient": 1, "Encounter": 1, "Observation": 1}
 
 
 def test_a_type_refused_after_its_first_load_keeps_its_checkpoint(deployment: Deployment, server: SearchServer) -> None:
@@ -110,7 +110,7 @@ def test_a_full_refresh_loads_the_other_types(deployment: Deployment, server: Se
     server.resources.append(resource("Patient", "p3"))
     outcomes = deployment.ingest(refresh=Refresh.FULL)
     assert not any(item.success for item in outcomes)
-    assert deployment.loaded()["Patient"] == 2
+    assert deployment.count_loaded()["Patient"] == 2
 
 
 def test_a_full_refresh_ignores_types_that_the_server_does_not_offer(
@@ -140,11 +140,11 @@ def test_missing_references_of_the_other_types_are_fetched(deployment: Deploymen
     assert reason
     assert reason.startswith(f"Patient: GET {server.url}/Patient: the server answered 403")
     load_received(deployment)
-    assert deployment.loaded() == {"Patient": 1, "Encounter": 2, "Observation": 1}
+    assert deployment.count_loaded() == {"Patient": 1, "Encounter": 2, "Observation": 1}
     refuse(server, None)
     assert deployment.ingestion().fetch_missing_references(triggered_by="test") is None
     load_received(deployment)
-    assert deployment.loaded() == {"Patient": 2, "Encounter": 2, "Observation": 1}
+    assert deployment.count_loaded() == {"Patient": 2, "Encounter": 2, "Observation": 1}
 
 
 def load_received(deployment: Deployment) -> None:

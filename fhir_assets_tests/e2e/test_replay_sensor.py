@@ -147,5 +147,5 @@ def test_after_an_upgrade_the_sensor_reports_dead_letters_that_now_validate_and_
     (request,), _, _ = evaluate_sensor(replaying)
     assert execute(replaying, request).success
     assert {entry.resolution for entry in find_dead_letters(deployment)} == {"replayed"}
-    assert deployment.loaded() == {"Patient": 20}
+    assert deployment.count_loaded() == {"Patient": 20}
     assert reconcile(deployment, KEY, "2024-01-06")

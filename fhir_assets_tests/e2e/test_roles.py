@@ -39,7 +39,7 @@ def test_a_loader_fetches_validates_and_loads_with_dead_letters_consent_and_chec
             [outcome] = loader.ingest(first=DAY, last=DAY)
             assert not select_failed([outcome])
             assert loader.unreconciled(outcome) == []
-            assert (owner.loaded(), owner.dead()) == ({"Patient": 3}, {"required-binding": 1})
+            assert (owner.count_loaded(), owner.count_dead_letters()) == ({"Patient": 3}, {"required-binding": 1})
         finally:
             with connect(owner.url, autocommit=True, cipher=NO_ENCRYPTION) as conn:
                 conn.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(sql.Identifier(name)))

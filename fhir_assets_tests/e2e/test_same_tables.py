@@ -110,7 +110,7 @@ def test_synthea_gives_the_same_tables_through_every_ingestion_channel(
         return deploy(url=empty_database, **settings)
 
     loaded = CHANNELS[channel](elsewhere, tmp_path, request)
-    assert sum(loaded.loaded().values()) == 8421
+    assert sum(loaded.count_loaded().values()) == 8421
     # Received resources create the tables of their types only; a load of files creates empty tables of other types.
     assert filled(loaded) == filled(expected)
-    assert loaded.dead() == expected.dead() == {}
+    assert loaded.count_dead_letters() == expected.count_dead_letters() == {}

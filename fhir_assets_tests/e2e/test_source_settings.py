@@ -114,7 +114,7 @@ def test_starting_anew_leaves_nothing_of_the_old_server_but_all_of_other_channel
         result = moved.change_source(SourceTransition.start_anew)
         assert result.removed >= 4
         assert ids(moved) == ["posted"]
-        assert moved.dead() == {}
+        assert moved.count_dead_letters() == {}
         ingest(moved)
         assert ids(moved) == ["b1", "posted", "shared"]
         assert moved.query("SELECT gender FROM fhir.patient WHERE id = 'shared'") == [(None,)]

@@ -131,7 +131,7 @@ def make_older(deployment: Deployment, age: timedelta) -> None:
 def test_a_malformed_undated_resource_is_a_dead_letter(deployment: Deployment, server: SearchServer) -> None:
     server.resources.append({"resourceType": "Patient", "id": "", "gender": "male"})
     outcomes = deployment.ingest()
-    assert deployment.dead() == {"structure": 1}
+    assert deployment.count_dead_letters() == {"structure": 1}
     assert deployment.unreconciled(outcomes[-1]) == []
 
 

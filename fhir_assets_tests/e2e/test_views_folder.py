@@ -254,9 +254,9 @@ def test_a_resource_with_two_values_for_one_column_is_a_dead_letter_until_the_vi
     assert load(deployment) == (True, "")
     dead_letters = "SELECT resource_id, stage, path, status FROM ops.dead_letters"
     assert deployment.query(dead_letters) == [("c", "transform", "patient_family.family", "open")]
-    assert deployment.loaded() == {"Patient": 2}
+    assert deployment.count_loaded() == {"Patient": 2}
     write_view(folder, ID, {"name": "family", "path": "name.family.first()", "type": "string"}, name="patient_family")
     (outcome,) = deployment.ingest(first=DAY, last=DAY, refresh=Refresh.MISSING)
     assert outcome.success
     assert deployment.query(dead_letters) == [("c", "transform", "patient_family.family", "resolved")]
-    assert deployment.loaded() == {"Patient": 3}
+    assert deployment.count_loaded() == {"Patient": 3}

@@ -172,5 +172,5 @@ def changed_and_repeated(hospital: Hospital, three: list[dict[str, str]]) -> Non
     task = hospital.task(married)
     assert (task["counts"]["updates"], task["counts"]["visits"], task["counts"]["conflicts"]) == (1, 1, 1)
     assert task["dead_letters"] == 1
-    assert hospital.deployment.dead() == {"visit-conflict": 1, "schema": 1}
+    assert hospital.deployment.count_dead_letters() == {"visit-conflict": 1, "schema": 1}
     assert hospital.api.get("/patients", role="reader").json()["total"] == 3

@@ -43,7 +43,7 @@ def test_a_second_ingest_extends_the_open_window_from_the_checkpoint(deploy: Dep
         ((again_from, _),) = list_search_intervals(server)
     until = datetime.fromisoformat(first_until)
     assert datetime.fromisoformat(again_from) == until - timedelta(seconds=60)
-    assert deployment.loaded() == {"Patient": 2}
+    assert deployment.count_loaded() == {"Patient": 2}
     assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]]
 
 
@@ -94,11 +94,11 @@ def test_materializing_a_complete_window_fetches_it_again_and_an_ingest_does_not
         server.reset_stats()
         assert all(outcome.success for outcome in deployment.ingest(first=DAY, last=DAY))
         assert list_search_intervals(server) == []
-        assert deployment.loaded() == {"Patient": 1}
+        assert deployment.count_loaded() == {"Patient": 1}
         keys = ("raw/patient", "validated/patient", "normalized/patient", "normalized/patient_name")
         assert materialize(deployment, *keys, windows=[KEY]).success
         assert list_search_intervals(server) == [(instant(DAY), instant(DAY + timedelta(days=1)))]
-    assert deployment.loaded() == {"Patient": 2}
+    assert deployment.count_loaded() == {"Patient": 2}
     assert reconciles(deployment, materialize(deployment, windows=[KEY]))
 
 
@@ -111,7 +111,7 @@ def test_a_full_refresh_fetches_everything_again(deploy: Deploy) -> None:
         outcomes = deployment.ingest(refresh=Refresh.FULL)
         assert [start for start, _ in list_search_intervals(server)] == [first]
     assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]]
-    assert deployment.loaded() == {"Patient": 1}
+    assert deployment.count_loaded() == {"Patient": 1}
 
 
 def test_a_type_that_the_server_does_not_offer_is_skipped_until_it_does(deploy: Deploy) -> None:
@@ -124,11 +124,11 @@ def test_a_type_that_the_server_does_not_offer_is_skipped_until_it_does(deploy: 
         )
         assert [outcome.success for outcome in deployment.ingest()] == [True]
         assert list_search_intervals(server, "Organization") == []
-        assert deployment.loaded() == {"Patient": 1}
+        assert deployment.count_loaded() == {"Patient": 1}
         add(server, json.dumps(organization).encode())
         outcomes = deployment.ingest()
         assert [deployment.unreconciled(outcome) for outcome in outcomes] == [[]] * len(outcomes)
-    assert deployment.loaded() == {"Organization": 1, "Patient": 1}
+    assert deployment.count_loaded() == {"Organization": 1, "Patient": 1}
 
 
 def test_a_range_run_and_runs_of_single_partitions_give_the_same_tables(
@@ -144,10 +144,10 @@ def test_a_range_run_and_runs_of_single_partitions_give_the_same_tables(
         single = deploy_patients(deploy, server, fhir_resource_types=types, home="single", url=empty_database)
         for window in reversed(windows):
             assert materialize(single, *keys, windows=[window]).success
-    assert ranged.loaded()["Encounter"] > 10
-    assert sum(ranged.dead().values()) > 0
+    assert ranged.count_loaded()["Encounter"] > 10
+    assert sum(ranged.count_dead_letters().values()) > 0
     assert ranged.tables() == single.tables()
-    assert ranged.dead() == single.dead()
+    assert ranged.count_dead_letters() == single.count_dead_letters()
     for window in windows:
         for layer in ("raw", "validated"):
             rows = [d.store.manifest(layer, "Encounter", window) for d in (ranged, single)]

@@ -34,8 +34,8 @@ def test_several_workers_give_the_tables_and_dead_letters_of_one_process(
     three = deploy(home="three", url=empty_database, fhir_workers=3, **settings)
     for deployment in (one, three):
         assert all(outcome.success for outcome in deployment.ingest())
-    assert three.dead() == one.dead()
-    assert sum(one.dead().values())
+    assert three.count_dead_letters() == one.count_dead_letters()
+    assert sum(one.count_dead_letters().values())
     assert three.tables() == one.tables()
 
 
@@ -70,7 +70,7 @@ def test_a_worker_killed_during_a_load_fails_the_run_with_one_clear_error_and_th
     with connect(killed.url) as conn:
         (reason,) = runs.get_errors(conn, failed[0].run_id)
     assert "a worker process ended during its work (killed by signal 9)" in reason
-    assert killed.loaded() == {}
+    assert killed.count_loaded() == {}
     assert all(outcome.success for outcome in killed.ingest())
     assert killed.tables() == clean.tables()
-    assert killed.dead() == clean.dead()
+    assert killed.count_dead_letters() == clean.count_dead_letters()

@@ -122,11 +122,11 @@ class Deployment:
                 rows_by_table[name] = sorted(row for (row,) in rows)
         return rows_by_table
 
-    def loaded(self) -> dict[str, int]:
+    def count_loaded(self) -> dict[str, int]:
         """Return the number of resources in the tables by resource type."""
         return dict(self.query("SELECT resource_type, count(*) FROM fhir.resource GROUP BY 1"))
 
-    def dead(self) -> dict[str, int]:
+    def count_dead_letters(self) -> dict[str, int]:
         """Return the number of open dead letters by rule."""
         return dict(
             self.query("SELECT rule, sum(occurrences)::bigint FROM ops.dead_letters WHERE status = 'open' GROUP BY 1")

@@ -89,15 +89,15 @@ class _Page(msgspec.Struct):
     entry: list[_Entry] = []
 
 
-class _Head(msgspec.Struct):
-    resourceType: str  # noqa: N815
+class _Head(msgspec.Struct, rename="camel"):
+    resource_type: str
     id: str
 
 
 def name_of(resource: bytes) -> str:
     """Return the ``Type/id`` of a resource."""
     head = msgspec.json.decode(resource, type=_Head)
-    return f"{head.resourceType}/{head.id}"
+    return f"{head.resource_type}/{head.id}"
 
 
 def read_back(url: str, types: Iterable[str]) -> dict[str, bytes]:

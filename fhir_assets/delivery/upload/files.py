@@ -92,11 +92,11 @@ def read_entry(body: bytes, location: str) -> BundleEntry | Unusable:
         header = read_header(body)
     except MalformedResource as error:
         return Unusable("", location, str(error), body)
-    if known_resource_type(header.resourceType) != header.resourceType:
+    if known_resource_type(header.resource_type) != header.resource_type:
         return Unusable("", location, "its resourceType is not defined by FHIR R4", body)
     if not header.id:
-        return Unusable(header.resourceType, location, "it has no id, which an update (PUT) needs", body)
-    return BundleEntry(header.resourceType, header.id, body, location)
+        return Unusable(header.resource_type, location, "it has no id, which an update (PUT) needs", body)
+    return BundleEntry(header.resource_type, header.id, body, location)
 
 
 Counts = Mapping[str, Mapping[str, int]]

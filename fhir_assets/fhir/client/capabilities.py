@@ -43,9 +43,9 @@ class _Rest(msgspec.Struct):
     resource: list[_Resource] | None = None
 
 
-class _CapabilityStatement(msgspec.Struct):
-    resourceType: str  # noqa: N815
-    fhirVersion: str | None = None  # noqa: N815
+class _CapabilityStatement(msgspec.Struct, rename="camel"):
+    resource_type: str
+    fhir_version: str | None = None
     rest: list[_Rest] | None = None
 
 
@@ -66,14 +66,14 @@ def parse_capabilities(body: bytes, labels: ServerLabels = DEFAULT_LABELS) -> Ca
         ) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise ValueError("not JSON") from None
-    if statement.resourceType != "CapabilityStatement":
+    if statement.resource_type != "CapabilityStatement":
         raise NotFhir(
             f"answers /metadata with a resource other than a CapabilityStatement: is {labels.base_url} right?"
         )
-    if statement.fhirVersion and not statement.fhirVersion.startswith("4."):
+    if statement.fhir_version and not statement.fhir_version.startswith("4."):
         raise NotFhir("serves a FHIR version other than R4 (4.0 or 4.3): is there an R4 base URL?")
     return Capabilities(
-        statement.fhirVersion,
+        statement.fhir_version,
         {
             resource.type: frozenset(interaction.code for interaction in resource.interaction or ()) or None
             for rest in statement.rest or ()

@@ -61,7 +61,7 @@ class LandedContent:
         self, rule: str, location: str, message: str, body: bytes = b"", header: ResourceHeader | None = None
     ) -> RejectedInput:
         """Return the rejected input for a part of the file at ``location``."""
-        resource_type = known_resource_type(header.resourceType) if header else UNKNOWN_TYPE
+        resource_type = known_resource_type(header.resource_type) if header else UNKNOWN_TYPE
         resource_id = header.id if header else None
         return RejectedInput(resource_type, resource_id, rule, f"{self.label}:{location}", message, self.arrived, body)
 
@@ -334,7 +334,7 @@ def _reject_row(content: LandedContent, row: InvalidRow, location: str) -> Rejec
 
 def _read_type(element: bytes) -> str | None:
     try:
-        return read_header(element).resourceType
+        return read_header(element).resource_type
     except MalformedResource:
         return None
 

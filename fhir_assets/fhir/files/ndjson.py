@@ -250,7 +250,7 @@ class _LineReader:
         header = None
         try:
             header = read_header(body)
-            if not self._is_requested(header.resourceType):
+            if not self._is_requested(header.resource_type):
                 return None
             return build_record(body, header, self._arrived, received=self._received)
         except MalformedResource as error:

@@ -88,7 +88,7 @@ class ExistenceReader:
                 header = read_header(response.body)
             except MalformedResource:
                 raise invalid_json_failure(response) from None
-            return header.id if header.resourceType == resource_type else None
+            return header.id if header.resource_type == resource_type else None
 
         for known in known_ids[:MAX_KNOWN_IDS]:
             try:

@@ -24,8 +24,8 @@ class _Link(msgspec.Struct):
     url: str | None = None
 
 
-class _Bundle(msgspec.Struct):
-    resourceType: str = ""  # noqa: N815
+class _Bundle(msgspec.Struct, rename="camel"):
+    resource_type: str = ""
     type: str | None = None
     link: list[_Link] | None = None
     entry: list[HistoryEntry | None] | None = None
@@ -151,7 +151,7 @@ def _parse_page(response: FhirResponse) -> _HistoryPage:
         raise NotFhir("the server answered a history with JSON that is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise invalid_json_failure(response) from None
-    if bundle.resourceType != "Bundle" or bundle.type not in ("history", None):
+    if bundle.resource_type != "Bundle" or bundle.type not in ("history", None):
         raise NotFhir("the server answered a history with something other than a Bundle of type history")
     links = bundle.link or []
     next_link = next((link.url for link in links if link.relation == "next" and link.url), None)

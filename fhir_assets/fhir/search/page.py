@@ -38,8 +38,8 @@ class SearchEntry(msgspec.Struct):
         return self.search.mode if self.search else None
 
 
-class _Bundle(msgspec.Struct):
-    resourceType: str = ""  # noqa: N815
+class _Bundle(msgspec.Struct, rename="camel"):
+    resource_type: str = ""
     type: str | None = None
     total: int | None = None
     link: list[Link] | None = None
@@ -51,10 +51,10 @@ class _LenientLink(msgspec.Struct):
     url: str | None = None
 
 
-class _LenientBundle(msgspec.Struct):
+class _LenientBundle(msgspec.Struct, rename="camel"):
     """A Bundle whose entries are decoded one by one, so that a malformed entry does not make the page unreadable."""
 
-    resourceType: str = ""  # noqa: N815
+    resource_type: str = ""
     type: str | None = None
     total: msgspec.Raw = msgspec.Raw()
     link: list[_LenientLink | None] | _LenientLink | None = None
@@ -97,9 +97,9 @@ def parse_search_page(response: FhirResponse) -> SearchPage:
         raise invalid_json_failure(response) from None
     except RecursionError:
         raise NotFhir("the server answered a search with JSON that is nested too deeply to be read") from None
-    if bundle.resourceType == "OperationOutcome":
+    if bundle.resource_type == "OperationOutcome":
         raise NotFhir("the server answered a search with an OperationOutcome: see the server's log")
-    if bundle.resourceType != "Bundle" or (bundle.type or "searchset") != "searchset":
+    if bundle.resource_type != "Bundle" or (bundle.type or "searchset") != "searchset":
         raise NotFhir("the server answered a search with something other than a Bundle of type searchset")
     total = bundle.total if isinstance(bundle, _Bundle) else read_total(bundle.total)
     next_link = next((link.url for link in links if link.relation == "next"), None)

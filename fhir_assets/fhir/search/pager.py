@@ -265,8 +265,8 @@ class SearchPager:
         try:
             header = read_header(body)
             resource_id = header.id
-            if header.resourceType != self._type:
-                if header.resourceType == "OperationOutcome" and entry.mode is None:
+            if header.resource_type != self._type:
+                if header.resource_type == "OperationOutcome" and entry.mode is None:
                     note_outcome(self._client.notices, self._type, body)
                     return None
                 raise MalformedResource(f"a resource of another type than {self._type} among the matches", "structure")
@@ -358,7 +358,7 @@ def _format_instant(moment: datetime) -> str:
 
 def _resource_type(body: bytes) -> str:
     try:
-        return read_header(body).resourceType
+        return read_header(body).resource_type
     except MalformedResource:
         return ""
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import msgspec
 
 
-class _Head(msgspec.Struct):
-    resourceType: str  # noqa: N815
+class _Head(msgspec.Struct, rename="camel"):
+    resource_type: str
     id: str
 
 
@@ -36,7 +36,7 @@ class ContainedScope:
             head = _head.decode(item)
             if head.id in self._types:
                 return False
-            self._types[head.id] = head.resourceType
+            self._types[head.id] = head.resource_type
         return True
 
     def accepts(self, body: msgspec.Raw) -> bool:

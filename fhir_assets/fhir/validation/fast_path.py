@@ -19,8 +19,8 @@ _START = b'{"resourceType":"'
 _find_escaped_control_character = re.compile(rb"\\(?:u00|[bf])").search
 
 
-class _Type(msgspec.Struct):
-    resourceType: str  # noqa: N815
+class _Type(msgspec.Struct, rename="camel"):
+    resource_type: str
 
 
 _type = msgspec.json.Decoder(_Type)
@@ -77,7 +77,7 @@ class FastPath:
         if body.startswith(_START):
             name = body[len(_START) : body.find(b'"', len(_START))]
         else:
-            name = _type.decode(body).resourceType.encode()
+            name = _type.decode(body).resource_type.encode()
         compiled = self._compiled.get(name)
         if compiled is None:
             type_name = name.decode()

@@ -85,7 +85,7 @@ class CorrectionStep:
             header = read_header(body)
         except MalformedResource as error:
             raise CorrectionRefused(f"the corrected resource is {error}") from None
-        if header.resourceType != dead_letter.resource_type:
+        if header.resource_type != dead_letter.resource_type:
             raise CorrectionRefused(
                 f"the corrected resource must be of type {dead_letter.resource_type}, the type of the dead letter"
             )

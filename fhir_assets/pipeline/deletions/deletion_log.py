@@ -32,12 +32,12 @@ _SEVERAL_ORIGINS = "received"
 """The origin of a part that is merged from parts of several origins."""
 
 
-class _Line(msgspec.Struct, omit_defaults=True):
+class _Line(msgspec.Struct, rename="camel", omit_defaults=True):
     """One deletion as a line of NDJSON in the store."""
 
     id: str
     deleted: datetime
-    versionId: str | None = None  # noqa: N815
+    version_id: str | None = None
 
 
 _decoder = msgspec.json.Decoder(_Line)
@@ -144,7 +144,7 @@ class DeletionLog:
     def _read_deletions(self, resource_type: str, part: Part) -> Iterator[Deletion]:
         for line in flatten_batches(self._store.batches([part])):
             deletion = _decoder.decode(line)
-            yield Deletion(resource_type, deletion.id, deletion.deleted, deletion.versionId)
+            yield Deletion(resource_type, deletion.id, deletion.deleted, deletion.version_id)
 
 
 def _append_parts(new: Manifest, current: Manifest | None) -> Manifest:

@@ -20,12 +20,12 @@ def route_line(line: bytes, file_type: str, requested: Collection[str]) -> Route
         header = read_header(line)
     except MalformedResource:
         return file_type, None
-    resource_type = header.resourceType
+    resource_type = header.resource_type
     if resource_type != file_type and resource_type not in requested:
         if resource_type in CONTAINERS:
             return None
         resource_type = file_type
-    return resource_type, parse_instant(header.meta.lastUpdated) if header.meta else None
+    return resource_type, parse_instant(header.meta.last_updated) if header.meta else None
 
 
 def unpack_line(line: bytes, file_type: str, requested: Collection[str]) -> Iterator[tuple[bytes, Route]]:

@@ -201,7 +201,7 @@ class BulkSource:
                 location = f"{part.name.rpartition('/')[2]}:{number}"
                 try:
                     header = read_header(line)
-                    if header.resourceType != resource_type:
+                    if header.resource_type != resource_type:
                         raise MalformedResource(
                             "its resourceType is not the type in the export's manifest", "structure"
                         )

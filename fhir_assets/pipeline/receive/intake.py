@@ -67,7 +67,7 @@ class IntakeValidator:
             header = read_header(body)
         except MalformedResource as error:
             return ValidatedRecord(None, None, (Issue(error.rule, "error", "Resource", str(error)),))
-        name = header.resourceType
+        name = header.resource_type
         if name == "Patient" and resources.is_patient_record(value := _parse_json(body)):
             return self._validate_patient_record(value)
         if name not in LOAD_ORDER or name not in self._types:
@@ -196,7 +196,7 @@ def _require_complete(pages: Pages) -> None:
 
 def _read_type(body: bytes) -> str:
     try:
-        return read_header(body).resourceType
+        return read_header(body).resource_type
     except MalformedResource as error:
         raise UnreadableBody(str(error)) from None
 

@@ -230,7 +230,7 @@ def _build_raw_lines(store: Store, raw: Sequence[Manifest], cipher: Cipher) -> I
                 identity, moment = NULL, None
                 with suppress(MalformedResource, UnstorableValue):
                     header = read_header(line)
-                    text = header.meta.lastUpdated if header.meta else None
+                    text = header.meta.last_updated if header.meta else None
                     moment = parse_stored(text, dated=batch.dated, arrival_known=arrived is not None)
                     identity = NULL if header.id is None else escape_text(header.id)
                 times = "\t".join(time.isoformat() if time else NULL for time in (moment, arrived))
@@ -271,7 +271,7 @@ def _build_expected_rows(
                     fingerprints = (_compute_fingerprint(manifest, stage, line, cipher) for stage in STAGES)
                     line = next((corrections_of_window[f] for f in fingerprints if f in corrections_of_window), line)
                 header = read_header(line)
-                text = header.meta.lastUpdated if header.meta else None
+                text = header.meta.last_updated if header.meta else None
                 moment = parse_stored(text, dated=batch.dated, arrival_known=at is not None)
                 identity = NULL if header.id is None else escape_text(header.id)
                 yield f"{key}\t{identity}\t{moment.isoformat() if moment else NULL}\t{arrived}\n"

@@ -93,7 +93,7 @@ def _write_to_windows(
 def _read_last_updated(line: bytes, *, dated: bool, arrival_known: bool) -> datetime | None:
     with suppress(MalformedResource):
         meta = read_header(line).meta
-        return parse_stored(meta.lastUpdated if meta else None, dated=dated, arrival_known=arrival_known)
+        return parse_stored(meta.last_updated if meta else None, dated=dated, arrival_known=arrival_known)
     return None
 
 

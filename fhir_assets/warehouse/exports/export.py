@@ -240,7 +240,7 @@ class TypeExport:
                 stored = find_versions(self._conn, self._type, [header.id or "" for header in headers])
                 for line, header, arrived in zip(batch.lines, headers, batch.times(), strict=False):
                     version = stored.get(header.id or "")
-                    text = header.meta.lastUpdated if header.meta else None
+                    text = header.meta.last_updated if header.meta else None
                     updated = parse_stored(text, dated=batch.dated, arrival_known=arrived is not None)
                     if version and (
                         not self._export.withholding or version.is_version(updated, arrived, manifest.partition_key)

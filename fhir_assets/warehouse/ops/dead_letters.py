@@ -375,7 +375,7 @@ def _last_updated(resource: bytes | None) -> datetime | None:
         meta = read_header(resource).meta
     except MalformedResource:
         return None
-    return parse_instant(meta.lastUpdated) if meta else None
+    return parse_instant(meta.last_updated) if meta else None
 
 
 def _storable(text: str) -> str:

@@ -73,7 +73,7 @@ def test_invalid_resources_are_reported_corrected_and_replayed_until_the_checks_
         for variable, value in {**deployment.environment(), **settings}.items():
             monkeypatch.setenv(variable, value)
         with daemon(deployment, tmp_path / "daemon.log", **settings):
-            wait_until(lambda: deployment.loaded() == {"Patient": 196}, seconds=240)
+            wait_until(lambda: deployment.count_loaded() == {"Patient": 196}, seconds=240)
             wait_until(lambda: len(webhook.messages) == 1, seconds=120)
             assert not last_evaluation_passed(deployment, "dead_letter_rate", MONTH_KEY)
             assert last_evaluation_passed(deployment, "reconciles", MONTH_KEY)
@@ -85,7 +85,7 @@ def test_invalid_resources_are_reported_corrected_and_replayed_until_the_checks_
             now = datetime.now(UTC)
             corrected = [patient(id_, now, version="2", name=name, gender="female") for id_ in INVALID_IDS[:2]]
             add(server, *corrected)
-            wait_until(lambda: deployment.loaded() == {"Patient": 198}, seconds=240)
+            wait_until(lambda: deployment.count_loaded() == {"Patient": 198}, seconds=240)
             wait_until(lambda: len(fhir_assets("dead-letters", "list")) == 2, seconds=60)
 
             patch = tmp_path / "patch.json"
@@ -93,7 +93,7 @@ def test_invalid_resources_are_reported_corrected_and_replayed_until_the_checks_
             for dead_letter in fhir_assets("dead-letters", "list"):
                 fhir_assets("dead-letters", "edit", str(dead_letter["id"]), "--patch", str(patch))
             assert fhir_assets("dead-letters", "replay", "--run", load_run_id, "--no-wait")["dead_letters"] == 2
-            wait_until(lambda: deployment.loaded() == {"Patient": 200}, seconds=240)
+            wait_until(lambda: deployment.count_loaded() == {"Patient": 200}, seconds=240)
             wait_until(lambda: len(webhook.messages) == 2, seconds=120)
 
         assert fhir_assets("dead-letters", "list") == []
