@@ -3,7 +3,7 @@
 import getpass
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -134,13 +134,20 @@ class Hospital:
 
     def state(self) -> dict[str, list[str]]:
         """Return the state that actions change: rows of tables, and exported files."""
-        # A file of the lake counts when its view's _windows.json names it.
-        state = {"files": sorted(path.name for path in self.folder.rglob("exports/**/*json"))}
+        state = {"files": sorted(self._exported())}
         with self.connect() as conn:
             for table in STATE:
                 rows = conn.execute(f"SELECT ({STATE[table]})::text FROM {table} ORDER BY 1".encode()).fetchall()
                 state[table] = [row for (row,) in rows]
         return state
+
+    def _exported(self) -> Iterator[str]:
+        """Yield the exported files. A window of the lake counts when its view's _windows.json says that it has rows."""
+        for path in self.folder.rglob("exports/**/*json"):
+            if path.name == "_windows.json":
+                yield from (key for key, window in json.loads(path.read_bytes()).items() if window["rows"])
+            else:
+                yield path.name
 
 
 STATE = {
