@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from threading import RLock
 from typing import Any
 
 from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply, ScriptedServer, reply
@@ -22,6 +23,7 @@ class PatientServer(ScriptedServer):
         self.versions: dict[str, int] = {}
         self.intercept = intercept
         self.lose = 0
+        self._lock = RLock()
         super().__init__(self._answer)
 
     def add(self, resource_id: str, identifier: tuple[str, str], family: str = "Foreign") -> Patient:
@@ -57,7 +59,11 @@ class PatientServer(ScriptedServer):
         return self.execute(request) if answer is None else answer
 
     def execute(self, request: ReceivedRequest) -> Reply:
-        """Execute a request and return its answer."""
+        """Execute a request and return its answer; requests at once are executed one after the other."""
+        with self._lock:
+            return self._execute(request)
+
+    def _execute(self, request: ReceivedRequest) -> Reply:
         resource_id = request.path.removeprefix("/fhir/Patient").strip("/")
         answer = getattr(self, f"_{request.method.lower()}")(request, resource_id)
         if request.method != "GET" and self.lose:
