@@ -25,7 +25,12 @@ def fresh_database(url: str, template: str = TEMPLATE) -> Iterator[str]:
     """
     name = f"test_{uuid.uuid4().hex}"
     with connect(url, autocommit=True) as conn:
-        conn.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template)))
+        # Copying files takes a third of the time of copying pages through the log.
+        conn.execute(
+            sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY FILE_COPY").format(
+                sql.Identifier(name), sql.Identifier(template)
+            )
+        )
     try:
         yield with_database(url, name)
     finally:
