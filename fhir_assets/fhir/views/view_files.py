@@ -1,7 +1,8 @@
 """Load ViewDefinitions from files and folders. An invalid file does not prevent the other files from loading."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,24 @@ class ViewSet:
 
 def read_definition(path: Path) -> dict[str, Any]:
     """Read the JSON object in a file. Raises ViewError if the file cannot be read or does not contain a JSON object."""
+    return _decode(path, _read(path))
+
+
+def read_view(path: Path, reference_bases: Bases = None) -> View:
+    """Read and parse the ViewDefinition in a file. Raises ViewError if the file cannot be read or is invalid."""
+    return replace(_parse(path, _read(path)), reference_bases=reference_bases)
+
+
+def _read(path: Path) -> bytes:
     try:
-        definition = orjson.loads(path.read_bytes())
+        return path.read_bytes()
     except OSError as error:
         raise ViewError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _decode(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        definition = orjson.loads(content)
     except orjson.JSONDecodeError as error:
         raise ViewError(f"{path}: is not JSON: {error}") from None
     if not isinstance(definition, dict):
@@ -41,9 +56,10 @@ def read_definition(path: Path) -> dict[str, Any]:
     return definition
 
 
-def read_view(path: Path, reference_bases: Bases = None) -> View:
-    """Read and parse the ViewDefinition in a file. Raises ViewError if the file cannot be read or is invalid."""
-    return parse_view(read_definition(path), path, reference_bases)
+@lru_cache(maxsize=1024)
+def _parse(path: Path, content: bytes) -> View:
+    """Parse the content of a file. A command reads all views several times, and parsing them takes a quarter second."""
+    return parse_view(_decode(path, content), path)
 
 
 def load_views(folders: Sequence[Path], reference_bases: Bases = None) -> ViewSet:
