@@ -1,7 +1,7 @@
 """The changes of claimed records: their rows, and what is known about their resources on the server.
 
 A record owns the resource that ``health.fhir_delivered`` names for it, and those whose content it has sent without an
-answer (``health.fhir_sent``). Every other resource is foreign, also if it has the record's identifier.
+answer (``health.fhir_sent``). Every other resource is foreign, even if it has the record's identifier.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class Delivered:
 
     @property
     def hashes(self) -> set[str]:
-        """The hashes of the contents that are ours."""
+        """The hashes of what the connector sent and of what the server returned, as far as they are known."""
         return {content_hash for content_hash in (self.sent_hash, self.stored_hash) if content_hash is not None}
 
 
@@ -111,6 +111,10 @@ class Change:
     sent_by_others: frozenset[str] = frozenset()
     locks: frozenset[int] = field(default_factory=frozenset)
     outgoing: Outgoing | Exception | None = None
+
+    def hashes_sent_with(self, identifier: Identifier) -> set[str]:
+        """Return the hashes of what was sent for the record with this identifier, without an answer."""
+        return {sent.content_hash for sent in self.sent if sent.identifier == identifier}
 
 
 def read_changes(conn: Connection, source: Source, claims: Sequence[Claim]) -> dict[str, tuple[Change, int | None]]:

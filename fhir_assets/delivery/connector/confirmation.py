@@ -1,5 +1,8 @@
 """Decides whether the server did what its status says. A status alone is not believed: see ``Confirmation``."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from fhir_assets.delivery.connector import contents
 from fhir_assets.delivery.connector.changes import Delivered, Outgoing
 from fhir_assets.delivery.connector.lookup import Held, Lookup
@@ -29,8 +32,7 @@ class Confirmation:
         located, _ = contents.read_location(source.resource_type, reply.headers)
         body = reply.body
         if (
-            isinstance(body, dict)
-            and contents.is_resource(body, source.resource_type)
+            contents.is_resource(body, source.resource_type)
             and body["id"] == (target or located or body["id"])
             and contents.has_identifier(body, outgoing.identifier)
         ):
@@ -48,11 +50,13 @@ class Confirmation:
         """Return if the resource is deleted. Raises TransientFailure if it is still there."""
         if reply.status in (404, 410) or (contents.is_silent(reply.body) and reply.status != 202):
             return
-        if self._read(source, resource_id) is not None:
+        with _retrying_refusals():
+            held = self._lookup.read(source, resource_id)
+        if held is not None:
             raise _unconfirmed(reply.status, "a deletion, but still has the resource")
 
-    def describe(self, outgoing: Outgoing, held: Held) -> Delivered:
-        """Return a resource that has the content that was sent."""
+    def describe_held(self, outgoing: Outgoing, held: Held) -> Delivered:
+        """Return what to record about a resource that was read, and that counts as the one that was sent."""
         return self._describe(outgoing, held.id, held.version_id, held.content_hash)
 
     def _describe(
@@ -70,25 +74,28 @@ class Confirmation:
     def _read_back(
         self, source: Source, outgoing: Outgoing, resource_id: str | None, *, status: int, believed: bool
     ) -> Delivered:
-        """Return the resource that the server has. If ``believed``, only its id is missing from the answer."""
-        try:
-            if resource_id is not None:
+        """Return the resource that the server has. If ``believed``, the answer confirms the update, but has no id."""
+        with _retrying_refusals():
+            if resource_id is None:
+                matches = self._lookup.search(source, outgoing.identifier)
+            else:
                 held = self._lookup.read(source, resource_id)
                 matches = [held] if held is not None else []
-            else:
-                matches = self._lookup.search(source, outgoing.identifier)
-        except PermanentFailure as failure:
-            # The update may be stored: this failure must not count as its refusal.
-            raise TransientFailure(failure.reason, str(failure), server_wide=False) from None
         if len(matches) == 1 and (believed or matches[0].content_hash == outgoing.content_hash):
-            return self.describe(outgoing, matches[0])
+            return self.describe_held(outgoing, matches[0])
         raise _unconfirmed(status, "an update, but not with the resource, and does not have what was sent")
 
-    def _read(self, source: Source, resource_id: str) -> Held | None:
-        try:
-            return self._lookup.read(source, resource_id)
-        except PermanentFailure as failure:
-            raise TransientFailure(failure.reason, str(failure), server_wide=False) from None
+
+@contextmanager
+def _retrying_refusals() -> Iterator[None]:
+    """Raise the refusal of a read as a TransientFailure.
+
+    The update or the deletion before it may have been executed, so that it must not count as refused.
+    """
+    try:
+        yield
+    except PermanentFailure as failure:
+        raise TransientFailure(failure.reason, str(failure), server_wide=False) from None
 
 
 def _unconfirmed(status: int, what: str) -> TransientFailure:

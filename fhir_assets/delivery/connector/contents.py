@@ -2,11 +2,12 @@
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import orjson
 
 from fhir_assets.delivery.connector.mapping import Identifier
+from fhir_assets.fhir.deletions import parse_etag
 
 _SERVER_ELEMENTS = ("id", "meta", "text")
 
@@ -29,13 +30,13 @@ def has_identifier(resource: Mapping[str, Any], identifier: Identifier) -> bool:
     )
 
 
-def is_resource(body: object, resource_type: str) -> bool:
+def is_resource(body: object, resource_type: str) -> TypeGuard[dict[str, Any]]:
     """Return whether the body of a reply is a resource of this type with an id."""
     return isinstance(body, dict) and body.get("resourceType") == resource_type and _is_text(body.get("id"))
 
 
 def is_error(body: object) -> bool:
-    """Return whether the body is an OperationOutcome that reports an error. One without readable issues does."""
+    """Return whether the body is an OperationOutcome that reports an error, or one whose issues cannot be read."""
     if not isinstance(body, dict) or body.get("resourceType") != "OperationOutcome":
         return False
     issues = body.get("issue")
@@ -45,14 +46,14 @@ def is_error(body: object) -> bool:
 
 
 def is_silent(body: object) -> bool:
-    """Return whether the body contradicts no success: it is empty, or an OperationOutcome without an error."""
+    """Return whether the body is empty, or an OperationOutcome without an error. Such a body contradicts no success."""
     return body is None or (
         isinstance(body, dict) and body.get("resourceType") == "OperationOutcome" and not is_error(body)
     )
 
 
 def read_location(resource_type: str, headers: Mapping[str, str]) -> tuple[str | None, str | None]:
-    """Return the id and the version that the Location names, each None if it does not."""
+    """Return the id and the version in the Location header; None for the one that it does not contain."""
     for header in ("Location", "Content-Location"):
         parts = (headers.get(header) or "").split("?")[0].split("/")
         if resource_type in parts[:-1]:
@@ -63,11 +64,10 @@ def read_location(resource_type: str, headers: Mapping[str, str]) -> tuple[str |
 
 
 def read_version(resource_type: str, headers: Mapping[str, str], body: object) -> str | None:
-    """Return the version that a reply names: by its body, its ETag or its Location."""
+    """Return the version in a reply: that of its body, else of its ETag, else of its Location."""
     if isinstance(body, dict) and isinstance(meta := body.get("meta"), dict) and _is_text(meta.get("versionId")):
         return str(meta["versionId"])
-    etag = (headers.get("ETag") or "").removeprefix("W/").strip('"')
-    return etag or read_location(resource_type, headers)[1]
+    return parse_etag(headers.get("ETag")) or read_location(resource_type, headers)[1]
 
 
 def _canonical(value: Any) -> Any:

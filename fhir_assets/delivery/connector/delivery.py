@@ -6,6 +6,7 @@ resource with the identifier that was not delivered for a record is foreign: it 
 over, and never deleted.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import orjson
@@ -21,7 +22,7 @@ from fhir_assets.delivery.connector.settle import Acknowledged
 from fhir_assets.fhir.validation import Validator
 
 _GONE = ABSENT | {405}
-"""Answers to an update of a resource that was deleted, by servers that let no client choose an id."""
+"""Answers to the update of a deleted resource by servers that do not let clients choose an id."""
 
 
 class Delivery:
@@ -49,7 +50,7 @@ class Delivery:
             return replace(change, outgoing=error)
 
     def deliver(self, change: Change) -> Acknowledged:
-        """Make the server's resource equal to the changed row, or delete it. The change was passed to ``prepare``.
+        """Make the server's resource equal to the changed row, or delete it. ``change`` is the result of ``prepare``.
 
         Raises TransientFailure or PermanentFailure.
         """
@@ -118,39 +119,43 @@ class Delivery:
         if change.claim.attempts > 1 or change.sent:
             held = self._lookup.read(source, known_id)
             if held is not None and held.content_hash == outgoing.content_hash:
-                return self._found(change, outgoing, held)
+                return self._acknowledge_found(change, outgoing, held)
         return self._put_by_id(source, change, outgoing, known_id) or self._create(source, change, outgoing)
 
     def _create(self, source: Source, change: Change, outgoing: Outgoing) -> Acknowledged:
         """Create the record's resource, or update the one that an earlier delivery has created."""
-        earlier_delivery = change.claim.attempts > 1 or change.sent or change.sent_by_others or change.delivered
-        if not self._take_over or earlier_delivery or change.holders:
-            held = self._find(source, change, outgoing.identifier, required=not self._take_over)
+        # With take_over and without an earlier delivery, the conditional update itself finds a single foreign match.
+        has_earlier = change.claim.attempts > 1 or change.sent or change.sent_by_others or change.delivered
+        if not self._take_over or has_earlier or change.holders:
+            held = self._find(source, change, outgoing.identifier, own_only=not self._take_over)
             held = held or self._find_renamed(source, change, outgoing.identifier)
-            if held is not None and held.content_hash == outgoing.content_hash:
-                return self._found(change, outgoing, held)
             if held is not None:
-                if (updated := self._put_by_id(source, change, outgoing, held.id)) is None:
-                    raise TransientFailure(
-                        "gone", "the FHIR server finds the resource, but refuses its update", server_wide=False
-                    )
-                return updated
+                return self._update_found(source, change, outgoing, held)
         reply = self._send(source.resource_type, outgoing, outgoing.resource, {"identifier": outgoing.identifier.token})
-        delivered = self._confirmation.confirm_update(source, outgoing, reply, None)
-        return Acknowledged(change, "created" if reply.status == 201 else "updated", delivered)
+        return self._acknowledge(source, change, outgoing, reply, None)
 
-    def _find(self, source: Source, change: Change, identifier: Identifier, *, required: bool) -> Held | None:
-        """Return the record's own resource with this identifier; None if there is none.
+    def _update_found(self, source: Source, change: Change, outgoing: Outgoing, held: Held) -> Acknowledged:
+        """Update a resource that a search found, unless it already has the content."""
+        if held.content_hash == outgoing.content_hash:
+            return self._acknowledge_found(change, outgoing, held)
+        updated = self._put_by_id(source, change, outgoing, held.id)
+        if updated is None:
+            raise TransientFailure(
+                "gone", "the FHIR server finds the resource, but refuses its update", server_wide=False
+            )
+        return updated
 
-        Raises PermanentFailure if there are only foreign ones, unless ``required`` is false and there is one.
+    def _find(self, source: Source, change: Change, identifier: Identifier, *, own_only: bool) -> Held | None:
+        """Return the record's own resource with this identifier, or, unless ``own_only``, a single foreign one.
+
+        Return None if there is no resource. Raises PermanentFailure if there are only others.
         """
         matches = self._lookup.search(source, identifier)
-        own = [held for held in matches if _is_own(change, identifier, held, alone=len(matches) == 1)]
-        if len(own) == 1:
-            return own[0]
+        if (own := _select_own(change, identifier, matches)) is not None:
+            return own
         if len(matches) > 1:
             raise PermanentFailure("several-matches", "the FHIR server has several resources with this identifier")
-        if matches and required:
+        if matches and own_only:
             raise PermanentFailure(
                 "foreign-resource",
                 f"the FHIR server has a {source.resource_type} with this identifier that was not delivered for this "
@@ -165,24 +170,27 @@ class Delivery:
         if change.delivered is not None:
             others.add(change.delivered.identifier)
         for other in sorted(others - {identifier}, key=lambda i: i.token):
-            matches = self._lookup.search(source, other)
-            own = [held for held in matches if _is_own(change, other, held, alone=len(matches) == 1)]
-            if len(own) == 1:
-                return own[0]
+            if (own := _select_own(change, other, self._lookup.search(source, other))) is not None:
+                return own
         return None
 
-    def _found(self, change: Change, outgoing: Outgoing, held: Held) -> Acknowledged:
-        return Acknowledged(change, "found", self._confirmation.describe(outgoing, held))
+    def _acknowledge_found(self, change: Change, outgoing: Outgoing, held: Held) -> Acknowledged:
+        return Acknowledged(change, "found", self._confirmation.describe_held(outgoing, held))
+
+    def _acknowledge(
+        self, source: Source, change: Change, outgoing: Outgoing, reply: Reply, target: str | None
+    ) -> Acknowledged:
+        delivered = self._confirmation.confirm_update(source, outgoing, reply, target)
+        return Acknowledged(change, "created" if reply.status == 201 else "updated", delivered)
 
     def _put_by_id(self, source: Source, change: Change, outgoing: Outgoing, resource_id: str) -> Acknowledged | None:
-        """Update a resource. Return None if the server has it no longer."""
+        """Update a resource. Return None if the server no longer has it."""
         resource = {**outgoing.resource, "id": resource_id}
         reply = self._send(f"{source.resource_type}/{resource_id}", outgoing, resource, None)
         if reply.status in _GONE:
             outgoing.uncertain = False
             return None
-        delivered = self._confirmation.confirm_update(source, outgoing, reply, resource_id)
-        return Acknowledged(change, "created" if reply.status == 201 else "updated", delivered)
+        return self._acknowledge(source, change, outgoing, reply, resource_id)
 
     def _send(self, path: str, outgoing: Outgoing, resource: dict[str, object], query: dict[str, str] | None) -> Reply:
         """Send an update. Until the answer is confirmed, the server may have stored the content or not."""
@@ -196,15 +204,25 @@ class Delivery:
             raise
 
 
+def _select_own(change: Change, identifier: Identifier, matches: Sequence[Held]) -> Held | None:
+    """Return the record's own resource among all with this identifier; None if there is none, or more than one."""
+    own = [held for held in matches if _is_own(change, identifier, held, alone=len(matches) == 1)]
+    return own[0] if len(own) == 1 else None
+
+
 def _is_own(change: Change, identifier: Identifier, held: Held, *, alone: bool) -> bool:
-    """Return whether a resource with this identifier was delivered or sent for the record, or for one that left it."""
+    """Return whether a resource with this identifier was delivered or sent for the record.
+
+    Also what another record left behind, whose row no longer has the identifier, is the record's own. ``alone`` is
+    whether no other resource has the identifier.
+    """
     known = change.delivered
     if known is not None and known.resource_id == held.id:
         return True
     for holder in change.holders:
         if holder.resource_id == held.id:
             return not holder.current and held.content_hash in holder.hashes
-    sent = {sent.content_hash for sent in change.sent if sent.identifier == identifier}
+    sent = change.hashes_sent_with(identifier)
     if held.content_hash in sent | (change.sent_by_others if _is_current(change, identifier) else frozenset()):
         return True
     # An earlier release delivered to a server that returned no id: its conditional update had this one match.

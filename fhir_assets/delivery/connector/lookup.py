@@ -9,6 +9,7 @@ from fhir_assets.delivery.connector.mapping import Identifier, Source
 from fhir_assets.delivery.connector.server import FhirServer, PermanentFailure, TransientFailure
 
 ABSENT = frozenset({404, 410})
+"""Answers to a read, an update or a deletion of a resource that the server does not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Held:
 
 
 class Lookup:
-    """Reads from one server. The answers are asked for without a cache. Safe for use by several threads."""
+    """Reads from one server, past its caches. Safe for use by several threads."""
 
     def __init__(self, server: FhirServer) -> None:
         self._server = server
@@ -37,14 +38,14 @@ class Lookup:
         if reply.status in ABSENT:
             return None
         body = reply.body
-        found = [body] if contents.is_resource(body, source.resource_type) else list(_list_resources(source, body))
+        found = [body] if contents.is_resource(body, source.resource_type) else _list_resources(source, body)
         for resource in found:
-            if isinstance(resource, dict) and resource["id"] == resource_id:
+            if resource["id"] == resource_id:
                 return _hold(source, resource, contents.read_version(source.resource_type, reply.headers, resource))
         raise TransientFailure("not-fhir", "the response to a read is not the resource", server_wide=False)
 
     def search(self, source: Source, identifier: Identifier) -> list[Held]:
-        """Return the resources with exactly this identifier. What else the server returns is left out.
+        """Return the resources with exactly this identifier. Other resources that the server returns are left out.
 
         Raises TransientFailure if the answer is no searchset or reports an error, and PermanentFailure if the server
         pages through other resources than those asked for.
@@ -80,7 +81,7 @@ def _list_entries(body: object) -> list[object]:
 
 def _list_resources(source: Source, body: object) -> Iterable[dict[str, Any]]:
     for resource in _list_entries(body):
-        if isinstance(resource, dict) and contents.is_resource(resource, source.resource_type):
+        if contents.is_resource(resource, source.resource_type):
             yield resource
 
 

@@ -1,7 +1,7 @@
-"""Deletes the resource of a deleted row: only a resource that was delivered for it, and only if it still is as it was.
+"""Deletes the resource of a deleted row: only one that was delivered for the row, and only if nobody else changed it.
 
-A resource is deleted by its id, never by an identifier, because other resources may have the same identifier. What was
-never delivered deletes nothing.
+A resource is deleted by its id, never by an identifier, because other resources may have the same identifier. For a row
+that was never sent, nothing is deleted.
 """
 
 from fhir_assets.delivery.connector import contents
@@ -24,8 +24,8 @@ class Removal:
     def remove(self, source: Source, change: Change) -> Acknowledged:
         """Delete the resource of a record whose row was deleted. Raises TransientFailure or PermanentFailure.
 
-        The resource of an acknowledged delivery is read by its id. Where only a request without an answer is recorded,
-        or a delivery without an id, the resource is looked up by the identifier, and deleted if it is the only match
+        The resource of an acknowledged delivery is read by its id. If only a request without an answer or a delivery
+        without an id is recorded, the resource is searched for by the identifier, and deleted if it is the only match
         and has the content that was sent.
         """
         known = change.delivered
@@ -58,7 +58,7 @@ class Removal:
                 "resources with its identifier: none is deleted. Delete the one of the row by hand, then discard this "
                 "change",
             )
-        hashes = {sent.content_hash for sent in change.sent if sent.identifier == identifier}
+        hashes = change.hashes_sent_with(identifier)
         if change.delivered is not None and change.delivered.identifier == identifier:
             hashes |= change.delivered.hashes
         if matches[0].content_hash not in hashes:
@@ -80,8 +80,9 @@ class Removal:
 def _require_unchanged(held: Held, known: Delivered, change: Change) -> None:
     """Raise PermanentFailure if somebody else has changed the resource since it was delivered."""
     identifiers = {known.identifier, *(sent.identifier for sent in change.sent)}
+    hashes = known.hashes | {sent.content_hash for sent in change.sent}
     if any(contents.has_identifier(held.resource, identifier) for identifier in identifiers):
-        if known.sent_hash is None or held.content_hash in known.hashes | _hashes_sent(change):
+        if known.sent_hash is None or held.content_hash in hashes:
             return
         # A server that returned no content may have stored another form of it: then the version decides.
         if known.stored_hash is None and held.version_id is not None and held.version_id == known.version_id:
@@ -91,7 +92,3 @@ def _require_unchanged(held: Held, known: Delivered, change: Change) -> None:
         "the row was deleted, but its resource on the FHIR server was changed by somebody else after the delivery: it "
         "is not deleted. Delete it by hand, or discard this change to keep it",
     )
-
-
-def _hashes_sent(change: Change) -> set[str]:
-    return {sent.content_hash for sent in change.sent}

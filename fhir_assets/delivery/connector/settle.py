@@ -91,10 +91,7 @@ class Acknowledged:
 
 
 def acknowledge(conn: Connection, done: Sequence[Acknowledged]) -> None:
-    """Mark changes as processed, record their resources, and supersede open dead letters of their records.
-
-    The caller provides the transaction.
-    """
+    """Mark changes as processed, record their resources, and supersede open dead letters of their records."""
     _mark_processed(conn, [acknowledged.change for acknowledged in done])
     events = [
         (a.change.claim.source, a.change.claim.record_id, txid, a.outcome, a.change.claim.attempts)
@@ -112,7 +109,7 @@ def acknowledge(conn: Connection, done: Sequence[Acknowledged]) -> None:
         _columns(events, 5),
     )
     sources, records = _columns([(a.change.claim.source, a.change.claim.record_id) for a in done], 2)
-    resource_ids = _columns([(a.delivered.resource_id if a.delivered else None,) for a in done], 1)[0]
+    resource_ids = [a.delivered.resource_id if a.delivered else None for a in done]
     conn.execute(
         """
         DELETE FROM health.fhir_delivered d
@@ -176,7 +173,7 @@ class Refused:
 
 
 def record_dead_letters(conn: Connection, refused: Sequence[Refused]) -> None:
-    """Move changes to the dead letters. The caller provides the transaction."""
+    """Move changes to the dead letters."""
     _mark_processed(conn, [refusal.change for refusal in refused])
     with conn.cursor() as cursor:
         cursor.executemany(
