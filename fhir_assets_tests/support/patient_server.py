@@ -44,6 +44,10 @@ class PatientServer(ScriptedServer):
         """Return the family names by id."""
         return {resource_id: patient["name"][0]["family"] for resource_id, patient in self.patients.items()}
 
+    def identifiers(self) -> dict[str, str]:
+        """Return the values of the first identifiers by id."""
+        return {resource_id: patient["identifier"][0]["value"] for resource_id, patient in self.patients.items()}
+
     def count(self, method: str) -> int:
         """Return the number of requests with this method."""
         return sum(request.method == method for request in self.requests)

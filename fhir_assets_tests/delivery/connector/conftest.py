@@ -1,4 +1,4 @@
-"""The hospital whose outbox the tests of the connector deliver, and a server that allows several matches."""
+"""The hospital whose outbox the tests of the connector deliver, and a server of Patients."""
 
 from collections.abc import Iterator
 
@@ -6,6 +6,7 @@ import pytest
 
 from fhir_assets_tests.support.hospital import hospital as hospital
 from fhir_assets_tests.support.patient_server import PatientServer
+from fhir_assets_tests.support.ward import ward as ward
 
 
 @pytest.fixture

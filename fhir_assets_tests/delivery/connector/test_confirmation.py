@@ -1,12 +1,14 @@
 """The connector does not believe a status alone: what the answers to its updates and deletions must say."""
 
 import json
+from collections.abc import Iterable
 
 import pytest
 
 from fhir_assets_tests.support.hospital import Hospital
 from fhir_assets_tests.support.patient_server import PatientServer
 from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply, reply
+from fhir_assets_tests.support.ward import Ward
 
 
 def outcome(severity: str) -> dict[str, object]:
@@ -32,19 +34,12 @@ SILENT = {"empty": reply(b"", 204), "warning": reply(outcome("warning"))}
 ANSWERS = DOUBTFUL | SILENT
 
 
-class Doubtful:
-    """A hospital whose server answers requests of one method with ``ANSWERS``, executed or not."""
+class Doubtful(Ward):
+    """A ward whose server answers requests of one method with ``ANSWERS``, executed or not."""
 
-    def __init__(self, hospital: Hospital, server: PatientServer) -> None:
-        self.hospital = hospital
-        self.server = server
-
-    def admit(self, *names: str) -> None:
-        for name in names:
-            self.hospital.admit(name)
-
-    def deliver(self, **settings: object) -> None:
-        self.hospital.deliver(fhir_base_url=self.server.url, **settings)
+    def admit_all(self, mrns: Iterable[str]) -> None:
+        for mrn in mrns:
+            self.admit(mrn)
 
     def answer(self, method: str, *, executed: bool) -> None:
         def intercept(request: ReceivedRequest) -> Reply | None:
@@ -57,13 +52,6 @@ class Doubtful:
 
         self.server.intercept = intercept
 
-    def on_server(self) -> set[str]:
-        return {patient["identifier"][0]["value"] for patient in self.server.patients.values()}
-
-    def dead(self) -> dict[str, str]:
-        rows = self.hospital.execute("SELECT record_id, reason FROM health.fhir_dlq WHERE status = 'open'")
-        return {str(record): reason for record, reason in rows}
-
     def acknowledged(self) -> int:
         return int(self.hospital.execute("SELECT count(*) FROM health.fhir_processed_event")[0][0])
 
@@ -75,45 +63,45 @@ def doubtful(hospital: Hospital, server: PatientServer) -> Doubtful:
 
 def test_an_update_that_was_not_executed_is_not_acknowledged(doubtful: Doubtful) -> None:
     doubtful.answer("PUT", executed=False)
-    doubtful.admit(*ANSWERS)
+    doubtful.admit_all(ANSWERS)
     doubtful.deliver(connector_max_attempts=2)
-    assert list(doubtful.dead().values()) == ["attempts-used-up"] * len(ANSWERS)
+    assert doubtful.reasons() == ["attempts-used-up"] * len(ANSWERS)
     assert doubtful.acknowledged() == 0
     doubtful.server.intercept = lambda request: None
-    doubtful.hospital.execute("UPDATE health.patient SET name_family = 'Changed'")
+    doubtful.rename()
     doubtful.deliver()
-    assert doubtful.on_server() == set(ANSWERS)
-    assert doubtful.dead() == {}
+    assert set(doubtful.server.identifiers().values()) == set(ANSWERS)
+    assert doubtful.reasons() == []
 
 
 def test_an_update_that_was_executed_is_read_back_and_not_sent_again(doubtful: Doubtful) -> None:
     doubtful.answer("PUT", executed=True)
-    doubtful.admit(*ANSWERS)
+    doubtful.admit_all(ANSWERS)
     doubtful.deliver()
     assert doubtful.server.count("PUT") == len(ANSWERS)
     delivered = doubtful.hospital.execute("SELECT resource_id FROM health.fhir_delivered")
     assert {resource_id for (resource_id,) in delivered} == set(doubtful.server.patients)
-    assert doubtful.dead() == {}
+    assert doubtful.reasons() == []
 
 
 def test_a_deletion_that_was_not_executed_is_not_acknowledged(doubtful: Doubtful) -> None:
-    doubtful.admit(*DOUBTFUL)
+    doubtful.admit_all(DOUBTFUL)
     doubtful.deliver()
     doubtful.answer("DELETE", executed=False)
-    doubtful.hospital.execute("DELETE FROM health.patient")
+    doubtful.discharge()
     doubtful.deliver(connector_max_attempts=2)
-    assert doubtful.on_server() == set(DOUBTFUL)
-    assert list(doubtful.dead().values()) == ["attempts-used-up"] * len(DOUBTFUL)
+    assert set(doubtful.server.identifiers().values()) == set(DOUBTFUL)
+    assert doubtful.reasons() == ["attempts-used-up"] * len(DOUBTFUL)
 
 
 def test_a_deletion_that_was_executed_is_not_sent_again(doubtful: Doubtful) -> None:
-    doubtful.admit(*ANSWERS)
+    doubtful.admit_all(ANSWERS)
     doubtful.deliver()
     doubtful.answer("DELETE", executed=True)
-    doubtful.hospital.execute("DELETE FROM health.patient")
+    doubtful.discharge()
     doubtful.deliver()
     assert doubtful.server.count("DELETE") == len(ANSWERS)
-    assert doubtful.dead() == {}
+    assert doubtful.reasons() == []
 
 
 def test_a_search_without_an_answer_in_fhir_is_not_believed(doubtful: Doubtful) -> None:
@@ -121,10 +109,10 @@ def test_a_search_without_an_answer_in_fhir_is_not_believed(doubtful: Doubtful) 
         return ANSWERS[request.all("identifier")[0].split("|")[-1]] if request.method == "GET" else None
 
     doubtful.server.intercept = answer
-    doubtful.admit(*ANSWERS)
+    doubtful.admit_all(ANSWERS)
     doubtful.deliver(connector_max_attempts=2)
     assert doubtful.server.count("PUT") == 0
-    assert list(doubtful.dead().values()) == ["attempts-used-up"] * len(ANSWERS)
+    assert doubtful.reasons() == ["attempts-used-up"] * len(ANSWERS)
 
 
 @pytest.mark.parametrize("body", [b"", json.dumps(outcome("information")).encode()])
@@ -156,7 +144,7 @@ def test_an_empty_answer_with_an_etag_is_a_success_whose_id_is_looked_up(doubtfu
     assert doubtful.hospital.execute("SELECT resource_id FROM health.fhir_delivered") == [
         tuple(doubtful.server.patients)
     ]
-    doubtful.hospital.execute("UPDATE health.patient SET name_family = 'Changed'")
+    doubtful.rename()
     doubtful.deliver()
     assert list(doubtful.server.families().values()) == ["Changed"]
     assert [request.method for request in doubtful.server.requests] == ["GET", "PUT", "GET", "PUT"]

@@ -11,35 +11,7 @@ from fhir_assets.delivery.connector.setup import load_sources
 from fhir_assets_tests.support.hospital import MRN, Hospital
 from fhir_assets_tests.support.patient_server import PatientServer
 from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply
-
-
-class Ward:
-    """A hospital that delivers to a server which allows several Patients with one identifier."""
-
-    def __init__(self, hospital: Hospital, server: PatientServer) -> None:
-        self.hospital = hospital
-        self.server = server
-
-    def deliver(self, **settings: object) -> None:
-        self.hospital.deliver(fhir_base_url=self.server.url, **settings)
-
-    def admit(self, mrn: str, family: str = "Ours") -> int:
-        return self.hospital.admit(mrn, family)
-
-    def execute(self, statement: str, *parameters: object) -> None:
-        self.hospital.execute(statement, *parameters)
-
-    def discharge(self) -> None:
-        """Delete all rows."""
-        self.execute("DELETE FROM health.patient")
-
-    def reasons(self) -> list[str]:
-        return [reason for _, reason in self.hospital.dead()]
-
-
-@pytest.fixture
-def ward(hospital: Hospital, server: PatientServer) -> Ward:
-    return Ward(hospital, server)
+from fhir_assets_tests.support.ward import Ward
 
 
 def test_a_row_that_came_and_went_before_a_delivery_deletes_nothing(ward: Ward) -> None:
@@ -56,7 +28,7 @@ def test_a_foreign_resource_is_neither_updated_nor_deleted(ward: Ward) -> None:
     ward.admit("1")
     ward.deliver()
     assert ward.reasons() == ["foreign-resource"]
-    ward.execute("UPDATE health.patient SET name_family = 'Changed'")
+    ward.rename()
     ward.deliver()
     ward.discharge()
     ward.deliver()
@@ -94,7 +66,7 @@ def test_a_foreign_twin_survives_updates_and_the_deletion_of_our_resource(ward: 
     ward.deliver(connector_take_over=take_over)
     [ours] = ward.server.patients
     ward.server.add("f", (MRN, "1"))
-    ward.execute("UPDATE health.patient SET name_family = 'Changed'")
+    ward.rename()
     ward.deliver(connector_take_over=take_over)
     assert ward.server.families() == {ours: "Changed", "f": "Foreign"}
     ward.discharge()
@@ -140,10 +112,7 @@ def test_a_resource_that_no_longer_has_the_identifier_is_not_deleted(ward: Ward)
     ward.admit("1")
     ward.deliver()
     [ours] = ward.server.patients
-    # A row of an earlier release: the content that was sent is not known, the identifier is.
-    ward.execute(
-        "UPDATE health.fhir_delivered SET server = NULL, version_id = NULL, sent_hash = NULL, stored_hash = NULL"
-    )
+    ward.forget_contents()
     ward.server.change(ours, identifier=[{"system": MRN, "value": "9"}])
     ward.discharge()
     ward.deliver()
@@ -199,7 +168,7 @@ def test_a_row_whose_resource_is_gone_does_not_take_a_foreign_one_instead(ward: 
     ward.server.patients.clear()
     ward.server.add("f", (MRN, "1"))
     ward.server.intercept = refuse_ids
-    ward.execute("UPDATE health.patient SET name_family = 'Changed'")
+    ward.rename()
     ward.deliver()
     assert ward.reasons() == ["foreign-resource"]
     ward.discharge()
@@ -211,9 +180,7 @@ def test_a_row_whose_resource_is_gone_does_not_take_a_foreign_one_instead(ward: 
 def test_rows_of_an_earlier_release_are_deleted_by_the_id_that_they_have(ward: Ward) -> None:
     ward.admit("1")
     ward.deliver()
-    ward.execute(
-        "UPDATE health.fhir_delivered SET server = NULL, version_id = NULL, sent_hash = NULL, stored_hash = NULL"
-    )
+    ward.forget_contents()
     ward.server.add("f", (MRN, "1"))
     ward.discharge()
     ward.deliver()
@@ -228,7 +195,7 @@ def test_an_unknown_id_is_looked_up_and_deleted_only_if_one_matches(ward: Ward) 
     ward.server.add("f", (MRN, "2"))
     ward.discharge()
     ward.deliver()
-    assert [p["identifier"][0]["value"] for p in ward.server.patients.values()] == ["2", "2"]
+    assert list(ward.server.identifiers().values()) == ["2", "2"]
     assert ward.reasons() == ["several-matches"]
 
 
@@ -248,10 +215,8 @@ def test_install_existing_learns_the_ids_that_an_earlier_release_did_not_record(
     ward.admit("1")
     ward.deliver()
     [ours] = ward.server.patients
-    ward.execute(
-        "UPDATE health.fhir_delivered SET resource_id = NULL, server = NULL, version_id = NULL, sent_hash = NULL,"
-        " stored_hash = NULL"
-    )
+    ward.execute("UPDATE health.fhir_delivered SET resource_id = NULL")
+    ward.forget_contents()
     with ward.hospital.connect() as conn:
         assert outbox.enqueue_existing(conn, load_sources(ward.hospital.settings)["patient"]) == 1
     ward.deliver()
@@ -285,7 +250,7 @@ def test_a_creation_whose_answer_was_lost_is_continued_under_another_identifier(
     ward.execute("UPDATE health.patient SET identifier_value = '2'")
     ward.server.add("f", (MRN, "1"))
     ward.deliver()
-    assert {name: p["identifier"][0]["value"] for name, p in ward.server.patients.items()} == {ours: "2", "f": "1"}
+    assert ward.server.identifiers() == {ours: "2", "f": "1"}
 
 
 @pytest.mark.parametrize("twin", [False, True])
@@ -306,7 +271,7 @@ def test_after_a_lost_answer_only_what_was_sent_is_deleted(ward: Ward, twin: boo
 def test_an_update_whose_answer_was_lost_is_deleted_with_its_row(ward: Ward) -> None:
     ward.admit("1")
     ward.deliver()
-    ward.execute("UPDATE health.patient SET name_family = 'Changed'")
+    ward.rename()
     ward.server.lose = 1
     ward.deliver(connector_max_attempts=1)
     ward.discharge()
@@ -342,7 +307,7 @@ def test_a_new_row_takes_over_what_a_deleted_row_has_left(ward: Ward) -> None:
 def test_what_is_asked_and_what_is_sent_are_one_value(ward: Ward, mrn: str) -> None:
     ward.admit(mrn)
     ward.deliver()
-    ward.execute("UPDATE health.patient SET name_family = 'Changed'")
+    ward.rename()
     ward.deliver()
     [patient] = ward.server.patients.values()
     assert patient["identifier"] == [{"system": MRN, "value": mrn.strip(BLANKS)}]
@@ -409,7 +374,7 @@ def test_the_same_server_under_another_address_keeps_its_resources(ward: Ward) -
     ward.admit("1")
     ward.deliver()
     [ours] = ward.server.patients
-    ward.execute("UPDATE health.patient SET name_family = 'Changed'")
+    ward.rename()
     ward.hospital.deliver(fhir_base_url=ward.server.url.replace("127.0.0.1", "localhost"))
     assert ward.server.families() == {ours: "Changed"}
 
