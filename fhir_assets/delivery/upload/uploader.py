@@ -240,12 +240,9 @@ class Uploader:
 
     def _select_changed(self, batch: Sequence[BundleEntry], done: BatchResult) -> list[BundleEntry]:
         """Return the entries whose content differs from the server's."""
-        _, entry_results = self._post(bundles.build_get_bundle(batch), len(batch))
-        if entry_results is None:
-            return list(batch)
         changed = []
-        for entry, response in zip(batch, entry_results, strict=True):
-            if response.result.accepted and bundles.has_same_content(entry.body, response.resource):
+        for entry, stored in zip(batch, self._read_stored(batch), strict=True):
+            if bundles.has_same_content(entry.body, stored):
                 done.unchanged += 1
                 done.settled.append(entry)
             else:
@@ -256,14 +253,14 @@ class Uploader:
         """Send entries and return their results. A batch that is refused or fails as a whole is split in halves."""
         bundle = bundles.build_put_bundle("transaction" if self.transaction else "batch", self.client.base_url, entries)
         try:
-            bundle_result, entry_results = self._post(bundle, len(entries), policy)
+            bundle_result, responses = self._post(bundle, len(entries), policy)
         except ServerUnavailable:
             # capabilities() raises ServerUnavailable if the server is down. Otherwise one of these entries makes it
             # fail.
             self.client.capabilities()
-            bundle_result, entry_results, policy = EntryResult(0), None, HALF_RETRIES
-        if entry_results is not None:
-            return self._confirm(entries, entry_results)
+            bundle_result, responses, policy = EntryResult(0), None, HALF_RETRIES
+        if responses is not None:
+            return self._confirm(entries, responses)
         if len(entries) == 1:
             return [bundle_result]
         half = len(entries) // 2
@@ -276,24 +273,29 @@ class Uploader:
             for entry, response in zip(entries, responses, strict=True)
             if response.result.accepted and not response.confirms(entry)
         ]
-        missing: set[str] = set()
-        if doubtful:
-            _, stored = self._post(bundles.build_get_bundle(doubtful), len(doubtful))
-            held = [r.resource if r.result.accepted else b"" for r in stored] if stored else [b""] * len(doubtful)
-            missing = {
-                entry.url
-                for entry, resource in zip(doubtful, held, strict=True)
-                if not bundles.has_same_content(entry.body, resource)
-            }
+        if not doubtful:
+            return [response.result for response in responses]
+        missing = {
+            entry.url
+            for entry, stored in zip(doubtful, self._read_stored(doubtful), strict=True)
+            if not bundles.has_same_content(entry.body, stored)
+        }
         return [
             replace(response.result, confirmed=False) if entry.url in missing else response.result
             for entry, response in zip(entries, responses, strict=True)
         ]
 
+    def _read_stored(self, entries: Sequence[BundleEntry]) -> list[bytes]:
+        """Return the server's current resource for each entry; empty if it has none, or refuses the Bundle."""
+        _, responses = self._post(bundles.build_get_bundle(entries), len(entries))
+        if responses is None:
+            return [b""] * len(entries)
+        return [response.resource if response.result.accepted else b"" for response in responses]
+
     def _post(
         self, body: bytes, size: int, policy: RetryPolicy | None = None
     ) -> tuple[EntryResult, list[EntryResponse] | None]:
-        """Post a Bundle. Return the results of its entries, or None with the result of the refused Bundle."""
+        """Post a Bundle. Return its result and the responses to its entries; None instead of these if it is refused."""
         refused = _BATCH_REFUSED | {404} if self.transaction else _BATCH_REFUSED
         return self.client.post(self.client.base_url, body, partial(_read, size), expect={200} | refused, policy=policy)
 
