@@ -67,8 +67,8 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
 def read_json_texts(file: Path, limit: int = MAX_TEXT_BYTES) -> Iterator[JsonText | UnreadableText]:
     """Yield the JSON texts of a file, gzipped or not. Blank lines are skipped.
 
-    The file is NDJSON if one of its first two lines is a resource; if it is not one JSON text and one of its lines is a
-    resource; or if its name says so and it is not one JSON text. A line of more than ``limit`` bytes, and the end of a
+    The file is NDJSON if one of its first two lines is a resource, or if it is not one JSON text and either its name
+    says so or one of its lines is a resource. A line of more than ``limit`` bytes, and the end of a
     damaged file, are unreadable; the lines before and after them are not.
     """
     lines = _number_lines(file, limit)
@@ -78,9 +78,7 @@ def read_json_texts(file: Path, limit: int = MAX_TEXT_BYTES) -> Iterator[JsonTex
         return
     first += lines
     document = _join(first)
-    if document is not None and _is_json(document.body):
-        yield document
-    elif document is None or _is_named_as_lines(file) or any(_is_resource(line) for line in first):
+    if document is None or (not _is_json(document.body) and _contains_lines(file, first)):
         yield from first
     else:
         yield document
@@ -126,5 +124,7 @@ def _is_resource(line: _Line) -> bool:
         return False
 
 
-def _is_named_as_lines(file: Path) -> bool:
-    return file.name.lower().removesuffix(".gz").endswith(_LINES)
+def _contains_lines(file: Path, lines: list[_Line]) -> bool:
+    """Return whether a file that is not one JSON text is NDJSON, by its name or by one of its lines."""
+    is_named_so = file.name.lower().removesuffix(".gz").endswith(_LINES)
+    return is_named_so or any(_is_resource(line) for line in lines)
