@@ -1,11 +1,11 @@
 """Whom a resource is about, for consent: the patients of its compartments, and everything else that it refers to.
 
-An unresolved reference to a patient is one that is there and names no patient of our own by id: a ``urn:uuid`` without
+An unresolved reference to a patient is one that does not name a patient of this server by id: a ``urn:uuid`` without
 its entry, an identifier, a contained Patient, a conditional reference, a URL of another server, or an unknown form.
 
-An identifier becomes tokens, which are hashes. What a resource is known by (``_list_tokens``) and what a reference asks
-for (``_list_wanted_tokens``) meet if system and value are equal, or if one of the two has no system and the values are
-equal.
+Identifiers are compared as tokens, which are hashes. The tokens of a Patient (``_list_tokens``) and those of a
+reference (``_list_wanted_tokens``) have one in common if the systems and the values are equal, or if the values are
+equal and one of the two identifiers has no system.
 """
 
 import re
@@ -26,19 +26,25 @@ from fhir_assets.fhir.references import Bases, split_reference
 HashIdentifier = Callable[[bytes], bytes]
 """Hashes an identifier, keyed if there are keys."""
 
-NOBODYS_TYPES = frozenset(
+_IMPERSONAL_TYPES = frozenset(
     {"Organization", "OrganizationAffiliation", "Practitioner", "PractitionerRole", "Location", "HealthcareService"}
     | {"Endpoint", "InsurancePlan", "Medication", "MedicationKnowledge", "Substance", "Questionnaire", "ValueSet"}
     | {"CodeSystem", "ConceptMap", "StructureDefinition", "PlanDefinition", "ActivityDefinition", "Measure", "Library"}
     | {"SearchParameter", "OperationDefinition", "CapabilityStatement", "ResearchStudy", "EvidenceVariable"}
 )
-"""Types that are about nobody. That a resource refers to one of them says nothing about a patient."""
+"""Types that are about no patient. A reference to one of them says nothing about a patient."""
 
-TOKEN = "#"
-WANTED = "!"
-NAMED = "~"
+_TOKEN = "#"
+"""The prefix of every token."""
+
+_WANTED = "!"
+"""The prefix of the tokens that the patient of a Consent may have."""
+
+_NAMED = "~"
+"""The prefix of the tokens that a Patient whom a resource names by an identifier may have."""
+
 REVISION = "1"
-"""Changes when this module finds other subjects, so that stored ones are determined again."""
+"""To be changed whenever this module finds other subjects, so that stored subjects are determined again."""
 
 _PARTICIPANTS = frozenset(
     {"performer", "asserter", "recorder", "author", "receiver", "actor", "member", "payor", "party", "policyHolder"}
@@ -90,7 +96,7 @@ def find_subjects(resource: Mapping[str, Any], bases: Bases, hash_identifier: Ha
             if patient_id:
                 patients[patient_id] = None
             if resource_type == "Consent":
-                mentions.update(dict.fromkeys(WANTED + token for token in wanted))
+                mentions.update(dict.fromkeys(_WANTED + token for token in wanted))
     own = f"{resource_type}/{resource.get('id')}"
     for mention in _list_mentions(resource, bases, hash_identifier):
         if mention != own and not (mention.startswith("Patient/") and mention[8:] in patients):
@@ -126,7 +132,7 @@ def _list_mentions(resource: Mapping[str, Any], bases: Bases, hash_identifier: H
         nodes += [value for value in node.values() if isinstance(value, _NESTED)]
         if "reference" in node and isinstance(target := node["reference"], str):
             found = split_reference(target, bases)
-            if found and found[0] not in NOBODYS_TYPES and _is_type(found[0]) and _is_id(found[1]):
+            if found and found[0] not in _IMPERSONAL_TYPES and _is_type(found[0]) and _is_id(found[1]):
                 yield f"{found[0]}/{found[1]}"
             elif "Patient?" in target:
                 yield from _list_named(_read_conditional(target), hash_identifier)
@@ -148,7 +154,7 @@ def _list_persons(
 def _list_wanted_tokens(
     resource: Mapping[str, Any], reference: Mapping[str, Any], hash_identifier: HashIdentifier
 ) -> Iterator[str]:
-    """Yield the tokens any of which a Patient has that a reference may lead to."""
+    """Yield the tokens of a reference. A Patient that it may lead to has at least one of them."""
     target = reference.get("reference")
     identifiers: list[Any] = [reference.get("identifier")]
     if isinstance(target, str) and target.startswith("#"):
@@ -164,10 +170,11 @@ def _list_named(identifiers: Any, hash_identifier: HashIdentifier) -> Iterator[s
     """Yield the tokens of someone whom a resource names by identifiers, and those that a Patient may have then."""
     yield from _list_tokens(identifiers, hash_identifier)
     for token in _ask_for(identifiers if isinstance(identifiers, list) else (), hash_identifier):
-        yield NAMED + token
+        yield _NAMED + token
 
 
 def _ask_for(identifiers: Iterable[Any], hash_identifier: HashIdentifier) -> Iterator[str]:
+    """Yield tokens for identifiers. A Patient with one of the identifiers has at least one of the tokens."""
     for system, value in map(_read_identifier, identifiers):
         if value and system:
             yield _build_token(f"s:{system}|{value}", hash_identifier)
@@ -204,4 +211,4 @@ def _read_identifier(identifier: Any) -> tuple[str, str]:
 
 
 def _build_token(text: str, hash_identifier: HashIdentifier) -> str:
-    return TOKEN + hash_identifier(text.encode("utf-8", "surrogatepass")).hex()
+    return _TOKEN + hash_identifier(text.encode("utf-8", "surrogatepass")).hex()
