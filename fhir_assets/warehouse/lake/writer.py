@@ -115,8 +115,8 @@ class LakeFolder:
         removed = [key for key in before if key not in states]
         outdated = [key for key, state in states.items() if key in partition_keys or before.get(key) != state]
         if new := [key for key in outdated if key not in before]:
-            # Known before they are written: if this process is killed, an update that finds no rows of theirs, because
-            # consent was withdrawn in the meantime, deletes their files.
+            # The state names new windows before their files exist. If this process is killed and consent is withdrawn
+            # in the meantime, the next update finds a window without rows in the state, and deletes its file.
             self._put_state({**before, **dict.fromkeys(new, _FileState(0))})
         size = 0
         for key in sorted(outdated):
@@ -125,7 +125,7 @@ class LakeFolder:
         for key in removed:
             self._target.delete(self._path(key))
         self._states = states
-        return LakeUpdate(len(outdated), len(removed), sum(states[key].rows for key in outdated), size)
+        return LakeUpdate(len(outdated), len(removed), self.rows_written, size)
 
     def save_state(self, written: LakeUpdate) -> None:
         """Save the state of the files, so that unchanged windows are not written again."""
@@ -146,7 +146,7 @@ class LakeFolder:
         return {key: _FileState(rows, written_by, self._layout.shape) for key, rows, written_by in rows_by_window}
 
     def write_window(self, key: str, expected: int) -> int:
-        """Write the file of one window, which has ``expected`` rows. Returns its size in bytes. Raises StoreError."""
+        """Write the file of one window, which has ``expected`` rows. Return its size in bytes. Raises StoreError."""
         path = self._target.spool() / f"{os.urandom(8).hex()}.parquet{UNFINISHED}"
         try:
             rows = parquet.write(path, self._layout, self._stream_rows(key))
