@@ -81,13 +81,18 @@ def replay(
     pending = max(0, count - replayed.resolved - replayed.failed) if wait else 0
     missing = count_missing(ids, count)
     if json:
-        facts: dict[str, object] = {
-            "dead_letters": count,
-            "runs": [outcome.run_id for outcome in outcomes],
-            "success": not failures,
-        }
-        facts |= {"resolved": replayed.resolved, "failed": replayed.failed, "marked": not wait}
-        print_json({**facts, "pending": pending, "not_found": missing})
+        print_json(
+            {
+                "dead_letters": count,
+                "runs": [outcome.run_id for outcome in outcomes],
+                "success": not failures,
+                "resolved": replayed.resolved,
+                "failed": replayed.failed,
+                "marked": not wait,
+                "pending": pending,
+                "not_found": missing,
+            }
+        )
     elif not count:
         console.print("No open dead letter matches: there is nothing to replay.")
     elif not wait:
