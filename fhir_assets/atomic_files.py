@@ -1,4 +1,4 @@
-"""Replacement of local files: a file has its earlier content or its complete new content, at every moment.
+"""Replacement of local files: at every moment, a file has its earlier content or its complete new content.
 
 The new content is written to a temporary file in the same folder, flushed to the disk and renamed. A failure deletes
 the temporary file. A killed process leaves it behind: its name begins with ``.`` and ends with ``.tmp``, so that
@@ -18,7 +18,7 @@ UNFINISHED = ".tmp"
 """The suffix of files that are being written. A killed process leaves them behind."""
 
 _NEW_FILE_MODE = 0o666
-"""The permissions of a new file, without those that the umask of the process takes away."""
+"""The permissions of a new file, before the umask of the process is applied."""
 
 _NAME_CHARACTERS = 50
 """The number of characters of a name that the name of its temporary file repeats; names are limited to 255 bytes."""
@@ -31,10 +31,10 @@ _STANDARD_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
 def replace_file(path: Path, *, mode: int = _NEW_FILE_MODE) -> Iterator[BinaryIO]:
     """Open a file for writing that appears under ``path`` when the ``with`` block ends without an error.
 
-    ``mode`` are the permissions of a new file before the umask. An existing file keeps its permissions and, if the
-    process may set it, its owner; one that the process may not write is an error. A symbolic link stays, and the file
-    that it points to is replaced. A device, a named pipe or an open descriptor (``/dev/stdout``, ``/dev/fd/3``) is
-    written directly. Raises OSError.
+    ``mode`` is the permissions of a new file before the umask is applied. An existing file keeps its permissions and,
+    if the process may set it, its owner. A symbolic link stays, and the file that it points to is replaced. A device, a
+    named pipe or an open descriptor (``/dev/stdout``, ``/dev/fd/3``) is written directly. Raises OSError, also if the
+    process may not write to an existing file.
     """
     if (descriptor := _find_descriptor(path)) is not None:
         with open(os.dup(descriptor), "wb") as stream:
@@ -98,7 +98,7 @@ def _take_over(descriptor: int, existing: os.stat_result) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Write the entries of a folder to the disk. Some file systems do not offer this; the file itself is flushed."""
+    """Flush the names in a folder to the disk. Without support by the file system, only the file itself is flushed."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -74,10 +74,10 @@ def count_missing(ids: list[int] | None, count: int) -> int:
 
 
 def report_missing(missing: int, condition: str) -> None:
-    """Print that ids were passed over, because no dead letter with the id meets the condition."""
+    """Print how many ids were passed over because no dead letter with the id meets the condition."""
     if missing:
         errors.print(
-            f"{missing:,} of the ids are not those of dead letters that {condition}: "
+            f"{missing:,} of the ids do not belong to dead letters that {condition}: "
             "`fhir-assets dead-letters list --status all` prints the ids with their status and stage",
             soft_wrap=True,
         )

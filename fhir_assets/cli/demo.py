@@ -150,6 +150,6 @@ def _load(addresses: Path) -> None:
 
 
 def _check_tables(settings: Settings) -> None:
-    """Evaluate the checks that the schedule ``check_tables`` evaluates at night, so that the UI has results of all."""
+    """Evaluate the checks of the nightly schedule ``check_tables``, so that the UI shows results of all checks."""
     with hide_library_output():
         Ingestion(settings, build_definitions(settings), config.open_instance(settings)).check_tables()

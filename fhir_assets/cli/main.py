@@ -38,6 +38,8 @@ from fhir_assets.cli import (
 from fhir_assets.errors import ConfigurationError, FhirAssetsError
 from fhir_assets.logs import describe_error
 
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
 app = typer.Typer(
     name="fhir-assets",
     help="Load FHIR data from clinical servers into Postgres tables, and operate the pipeline that does so.",
@@ -110,9 +112,6 @@ def main() -> None:
         _fail(f"unexpected {facts['type']} at {facts['at']}. This is a defect: please report this message")
 
 
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-
-
 def _run() -> None:
     """Run the command, then write what stdout has buffered. Raises ConfigurationError if stdout cannot be written."""
     try:
@@ -130,7 +129,7 @@ def _run() -> None:
 
 
 def _discard_stdout() -> None:
-    """Let the interpreter flush its buffer of stdout to nowhere when it ends; the flush failed before."""
+    """Redirect stdout to the null device, because the interpreter flushes it again when it ends."""
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 1)
 

@@ -32,8 +32,9 @@ def validate(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON")] = False,
 ) -> None:
-    """Validate every resource against the rules of FHIR R4. The exit code is 1 if a resource is invalid, or if a
-    part of a file cannot be read.
+    """Validate every resource against the rules of FHIR R4.
+
+    The exit code is 1 if a resource is invalid, or if a part of a file cannot be read.
     """
     settings = load_settings()
     validator = Validator(

@@ -1,8 +1,8 @@
 """Halves of surrogate pairs in JSON, such as a half of an emoji that was cut off
 (https://www.rfc-editor.org/rfc/rfc8259#section-8.2).
 
-They are no characters, and parsers refuse the whole document that contains one. Masking them lets an envelope be read,
-so that only the resource with such a text is invalid, not all of its neighbours.
+They are not characters, and parsers refuse a whole document that contains one. If they are masked, a Bundle can be
+read, and only the resource with such a text is invalid, not the other resources of the Bundle.
 """
 
 import re
@@ -29,7 +29,7 @@ def mask_half_surrogates(document: bytes) -> bytes:
 
 
 def unmask(document: bytes, masked: bytes, values: Iterable[msgspec.Raw]) -> Iterator[bytes]:
-    """Yield the original text of values that follow each other in the masked document."""
+    """Yield the original text of ``values``, which are in the order of the masked document."""
     end = 0
     for value in values:
         start = masked.index(bytes(value), end)

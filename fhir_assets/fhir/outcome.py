@@ -20,13 +20,11 @@ _is_code = re.compile(
 """https://hl7.org/fhir/R4/valueset-issue-type.html"""
 
 _INDEX = re.compile(r"\[\d{1,6}\]$")
-
-
 _ERRORS = ("error", "fatal")
 
 
 def reports_error(body: bytes) -> bool:
-    """Return whether a body is an OperationOutcome with an issue of severity error or fatal."""
+    """Return whether a body is an OperationOutcome with an issue of severity error or fatal, or an unreadable one."""
     if b'"OperationOutcome"' not in body or not any(f'"{severity}"'.encode() in body for severity in _ERRORS):
         return False
     try:

@@ -240,7 +240,7 @@ def test_an_id_without_a_dead_letter_is_passed_over_and_the_exit_code_says_so(
     assert result.exit_code == 1
     output = json.loads(result.stdout)
     assert (output[done], output["not_found"]) == (1, 1)
-    assert "1 of the ids are not those of dead letters that" in result.stderr
+    assert "1 of the ids do not belong to dead letters that" in result.stderr
     assert "987654321" not in result.stdout
 
 

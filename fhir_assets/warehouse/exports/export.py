@@ -50,8 +50,8 @@ class Export:
 
     In a local folder, ``finish`` moves all files to their names; a ``with`` block that ends without it leaves an
     earlier export as it was. In a bucket, each file appears when it is complete, because all of them may not fit on the
-    disk of this machine. The manifest of an earlier export is deleted before the first file of it is replaced, because
-    its hashes no longer match.
+    disk of this machine. The manifest of an earlier export is deleted before its first file is replaced, because its
+    hashes no longer match.
 
     ``withholding`` is True if a consent policy is on. The export then refuses files of raw resources and of dead
     letters, because they contain withheld resources.
@@ -141,7 +141,7 @@ class Export:
             del self._complete[name]
 
     def finish(self) -> str:
-        """Let all files appear, then write the manifest. Returns the URL of the folder. Raises StoreError."""
+        """Let all files appear, then write the manifest. Return the URL of the folder. Raises StoreError."""
         self._publish()
         content = {
             "exported_at": datetime.now(UTC).isoformat(),
@@ -289,7 +289,7 @@ def _write_lines(file: BinaryIO, lines: Iterable[bytes]) -> int:
 
 
 def _write_csv(file: BinaryIO, names: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
-    """Write CSV (RFC 4180) with a header. Values of jsonb and array columns are JSON. Returns the number of rows."""
+    """Write CSV (RFC 4180) with a header. Values of jsonb and array columns are JSON. Return the number of rows."""
     count = 0
     with io.TextIOWrapper(file, "utf-8", newline="", write_through=True) as text:
         writer = csv.writer(text)
