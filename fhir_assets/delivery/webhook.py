@@ -39,8 +39,9 @@ class Webhook:
     def deliver(self, opened: Sequence[Incident], closed: Sequence[Incident]) -> bool:
         """Send one message, with retries. Return whether the webhook accepted it.
 
-        A redirect is a refusal: following it would turn the message into a GET of a login page, for example. So is a
-        page in HTML, and a status of success with a text that says the contrary, as Teams sends it.
+        A redirect is a refusal, and is not followed: that would turn the message into a GET of a login page, for
+        example. A status of success with a page in HTML, or with a text that reports a failure, as Teams sends it, is
+        a failure and is retried.
         """
         body = build_message(opened, closed, ui_url=self._ui_url, card=_takes_cards(self._url))
 

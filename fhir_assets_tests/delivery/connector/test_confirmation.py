@@ -42,6 +42,8 @@ class Doubtful(Ward):
             self.admit(mrn)
 
     def answer(self, method: str, *, executed: bool) -> None:
+        """Answer requests of ``method`` by the identifier of their Patient, after executing them or not."""
+
         def intercept(request: ReceivedRequest) -> Reply | None:
             if request.method != method:
                 return None
