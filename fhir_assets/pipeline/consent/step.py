@@ -18,7 +18,7 @@ from fhir_assets.pipeline.load.step import build_unloadable_dead_letter
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.storage.manifest import Arrival
-from fhir_assets.warehouse.ops import audit_log, consents, dead_letters, withheld_changes
+from fhir_assets.warehouse.ops import audit_log, consent_records, consents, dead_letters, withheld_changes
 from fhir_assets.warehouse.ops.consents import AppliedPolicy
 from fhir_assets.warehouse.ops.withheld_changes import ResourceKey
 from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session, cipher_of
@@ -128,7 +128,7 @@ class ConsentStep:
         batch = withheld_changes.find_due(conn, _RESOURCES_PER_TRANSACTION)
         withheld_changes.clear_due(conn, batch)
         if resolved := withheld_changes.resolve_patients(conn, batch):
-            consents.record_resolved_consents(conn, resolved)
+            consent_records.record_resolved_consents(conn, resolved)
         withheld_changes.update_direct(conn, self._consent_gate, batch)
         released = self._release(conn, batch)
         remaining = [key for key in batch if key not in released]
@@ -240,5 +240,5 @@ class ConsentStep:
                     break
         with conn.transaction():
             withheld_changes.resolve_loaded_patients(conn)
-            consents.record_loaded_consents(conn, by_file=self._consent_gate.by_file)
+            consent_records.record_loaded_consents(conn, by_file=self._consent_gate.by_file)
         conn.commit()
