@@ -112,8 +112,9 @@ def _replay(
     name: str,
     raw: Sequence[Manifest],
 ) -> tuple[ValidatedUpdate, dict[str, dict[str, int | None]]]:
-    """Validate dead letters again. Partitions that do not agree with raw or with their dead letters are validated
-    completely.
+    """Validate dead letters again.
+
+    Partitions that do not agree with raw or with their dead letters are validated completely.
     """
     replay = ReplayValidateStep(
         store,

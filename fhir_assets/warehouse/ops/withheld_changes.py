@@ -1,9 +1,9 @@
 """Changes of what consent withholds: resources move between schema ``fhir`` and ``ops.withheld``.
 
-Every resource that was withheld, or that may be released, is marked as ``due`` in ``ops.withheld``. An application of
-consent takes the marked ones in batches: it finds patients who are known by now, withholds what refers to withheld
-resources, and releases what nothing withholds any more. Marks are committed with the change that set them, so that an
-application that was stopped continues.
+Each resource that was just withheld, or that may be released, is marked as ``due`` in ``ops.withheld``. An application
+of consent processes the marked resources in batches: it finds the patients who have become known, withholds what refers
+to the resources, and releases the resources that nothing withholds any more. A mark is committed together with the
+change that set it, so that the next application continues one that was stopped.
 """
 
 from collections.abc import Mapping, Sequence
@@ -214,8 +214,8 @@ class WithheldResource:
 def find_releasable(conn: Session, batch: Sequence[ResourceKey]) -> list[WithheldResource]:
     """Return those of the withheld resources that nothing withholds any more, by type and partition.
 
-    A resource waits as long as consent withholds one that it refers to, through any number of references among withheld
-    resources. Raises EncryptionError if a resource cannot be decrypted.
+    A resource stays withheld as long as consent itself withholds one that it refers to, directly or through other
+    withheld resources. Raises EncryptionError if a resource cannot be decrypted.
     """
     query = sql.SQL("""
         WITH RECURSIVE candidate AS MATERIALIZED (
