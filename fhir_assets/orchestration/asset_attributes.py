@@ -18,7 +18,10 @@ class AssetAttributes(TypedDict):
 def build_asset_attributes(
     resource_type: ResourceType, layer: str, kind: str, *, owners: Sequence[str], phi: bool
 ) -> AssetAttributes:
-    """Return the attributes of an asset. The layer is a kind too: the lineage shows kinds, and no prefixes of keys."""
+    """Return the attributes of an asset.
+
+    The layer is also a kind, because the lineage of the UI shows kinds and no key prefixes.
+    """
     return {
         "group_name": resource_type.group,
         "owners": owners,

@@ -9,8 +9,7 @@ for each name, see whether it still exists, and whether a public name has replac
 In addition to these imports, ``instance/storage.py`` and ``instance/celery_launcher.py`` subclass public classes of
 dagster-postgres and dagster-celery and use some of their protected members (``_connect``, ``_get_asset_entry_values``,
 ``_event_log_storage``, ``_instance``), ``window_metadata.py`` sets ``_metadata_accumulator`` of a step, and
-``checks/window.py`` calls ``dg.DagsterEvent.from_step``, which is public but
-undocumented.
+``checks/window.py`` calls ``dg.DagsterEvent.from_step``, which is public but undocumented.
 """
 
 from typing import Any, NamedTuple

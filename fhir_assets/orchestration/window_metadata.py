@@ -18,10 +18,8 @@ def add_window_metadata(
 ) -> None:
     """Add metadata to the materializations of an asset that a step will emit, by partition key.
 
-    ``step`` is the context of the step's execution.
-
-    It does for all windows at once what ``context.add_asset_metadata`` does for one, which copies the metadata of all
-    others each time.
+    ``step`` is the context of the step's execution. All windows are added at once, because
+    ``context.add_asset_metadata`` adds one and copies the metadata of all others each time.
     """
     metadata = dict(step._metadata_accumulator.per_output_metadata)
     for key, added in metadata_by_partition.items():

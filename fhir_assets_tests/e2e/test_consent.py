@@ -4,22 +4,22 @@ import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pyarrow.parquet import read_table
 
-from fhir_assets.deployment.views import build_views
 from fhir_assets.ingestion import Outcome
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.storage.blobs import LocalBlobs
 from fhir_assets.warehouse.exports.export import Export
-from fhir_assets.warehouse.lake import writer
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.consent_resources import DAY, consent, observation, resource
 from fhir_assets_tests.support.content import add
 from fhir_assets_tests.support.deployment import Deploy, Deployment
+from fhir_assets_tests.support.written_files import write_files
 
 
 @pytest.fixture
@@ -29,16 +29,22 @@ def server() -> Iterator[SandboxServer]:
         yield server
 
 
-@pytest.fixture(params=["opt-in", "opt-out"])
-def deployment(request: pytest.FixtureRequest, deploy: Deploy, server: SandboxServer) -> Deployment:
+def deploy_with_policy(deploy: Deploy, server: SandboxServer, policy: str, **values: Any) -> Deployment:
+    """Return a deployment that loads Patients, Observations and Consents from the server under a consent policy."""
     return deploy(
         fhir_base_url=server.url,
         fhir_resource_types="Patient,Observation,Consent",
         fhir_last_updated_gte="2024-01-01",
         fhir_partition="monthly",
-        consent_policy=request.param,
-        phi_encryption_keys=new_key() if request.param == "opt-in" else None,
+        consent_policy=policy,
+        **values,
     )
+
+
+@pytest.fixture(params=["opt-in", "opt-out"])
+def deployment(request: pytest.FixtureRequest, deploy: Deploy, server: SandboxServer) -> Deployment:
+    keys = new_key() if request.param == "opt-in" else None
+    return deploy_with_policy(deploy, server, request.param, phi_encryption_keys=keys)
 
 
 def list_patients_in_tables(deployment: Deployment) -> tuple[set[str], set[str]]:
@@ -76,13 +82,7 @@ def test_resources_are_released_and_withheld_as_consent_changes(deployment: Depl
 
 def test_resources_of_a_patient_who_denied_consent_are_never_inserted(deploy: Deploy, server: SandboxServer) -> None:
     add(server, consent("deny", DAY))
-    deployment = deploy(
-        fhir_base_url=server.url,
-        fhir_resource_types="Patient,Observation,Consent",
-        fhir_last_updated_gte="2024-01-01",
-        fhir_partition="monthly",
-        consent_policy="opt-out",
-    )
+    deployment = deploy_with_policy(deploy, server, "opt-out")
     ingest(deployment)
     # The Consent itself is created first, because it is unknown before it is loaded.
     created: dict[str, int] = dict(
@@ -95,25 +95,12 @@ def test_resources_of_a_patient_who_denied_consent_are_never_inserted(deploy: De
 def test_exports_and_the_lake_leave_out_withheld_resources(
     deploy: Deploy, server: SandboxServer, tmp_path: Path
 ) -> None:
-    deployment = deploy(
-        fhir_base_url=server.url,
-        fhir_resource_types="Patient,Observation,Consent",
-        fhir_last_updated_gte="2024-01-01",
-        fhir_partition="monthly",
-        consent_policy="opt-out",
-    )
-    views = [view for view in build_views(deployment.settings).views if view.name in ("patient", "observation")]
+    deployment = deploy_with_policy(deploy, server, "opt-out")
     folder = LocalBlobs(tmp_path / "left")
 
     def find_exported_patients() -> set[str]:
         """Return the patients in the exports and in the lake, which must be equal."""
-        with connect(deployment.url, cipher=NO_ENCRYPTION) as conn:
-            with Export(conn, deployment.store, folder, "export", actor="test", withholding=True) as export:
-                for view in views:
-                    export.for_type(view.resource_type, None).write_valid()
-                    export.for_type(view.resource_type, None).write_table(view, "ndjson")
-                    writer.update(conn, folder, view, [], run_id="run", actor="test")
-                export.finish()
+        write_files(deployment, folder, ["patient", "observation"])
         resources = (folder.root / "export" / "Patient.valid.ndjson").read_bytes().splitlines()
         of_export = [json.loads(line) for line in (folder.root / "export" / "observation.ndjson").open()]
         of_lake = [row for path in folder.root.glob("patient/*/*.parquet") for row in read_table(path).to_pylist()]
@@ -134,13 +121,7 @@ def test_exports_and_the_lake_leave_out_withheld_resources(
 def test_an_export_leaves_out_earlier_versions_that_are_about_another_patient(
     deploy: Deploy, server: SandboxServer, tmp_path: Path
 ) -> None:
-    deployment = deploy(
-        fhir_base_url=server.url,
-        fhir_resource_types="Patient,Observation,Consent",
-        fhir_last_updated_gte="2024-01-01",
-        fhir_partition="monthly",
-        consent_policy="opt-out",
-    )
+    deployment = deploy_with_policy(deploy, server, "opt-out")
     ingest(deployment)
     subject = {"reference": "Patient/b"}
     moment = datetime.now(UTC)

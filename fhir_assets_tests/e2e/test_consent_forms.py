@@ -15,19 +15,15 @@ from typer.testing import CliRunner
 
 from fhir_assets.cli.main import app
 from fhir_assets.definitions import build_definitions
-from fhir_assets.deployment.views import build_views
 from fhir_assets.fhir.intake.resources import MRN_SYSTEM
-from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.storage.blobs import LocalBlobs
-from fhir_assets.warehouse.exports.export import Export
-from fhir_assets.warehouse.lake import writer
-from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.api import TOKENS, api_in_threads
 from fhir_assets_tests.support.consent_resources import DAY, resource
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.landing import LandingZone, land, load_received
 from fhir_assets_tests.support.visits import visit
+from fhir_assets_tests.support.written_files import write_files
 
 MARKER = "Withheldson"
 MRN = "urn:mrn"
@@ -184,6 +180,16 @@ def encode(resources: Iterable[dict[str, Any]]) -> bytes:
     return b"".join(json.dumps(each).encode() + b"\n" for each in resources)
 
 
+def build_settings(types: str, policy: str) -> dict[str, str]:
+    """Return the settings of a deployment that loads types from 2024 under a consent policy."""
+    return {
+        "fhir_resource_types": types,
+        "fhir_last_updated_gte": "2024-01-01",
+        "fhir_partition": "monthly",
+        "consent_policy": policy,
+    }
+
+
 Load = Callable[[Deploy, list[dict[str, Any]], Path, dict[str, Any]], tuple[Deployment, list[str]]]
 
 
@@ -217,10 +223,15 @@ def build_bundle(resources: list[dict[str, Any]]) -> bytes:
     return json.dumps({"resourceType": "Bundle", "type": "collection", "entry": [*entries, *more]}).encode()
 
 
-def load_landed(deploy: Deploy, resources: list[dict[str, Any]], folder: Path, values: dict[str, Any]) -> Any:
+def deploy_landing(deploy: Deploy, folder: Path, **values: Any) -> tuple[Deployment, LandingZone]:
+    """Return a deployment with an empty landing zone in a folder."""
     (folder / "landing").mkdir()
     zone = LandingZone(str(folder / "landing"))
-    deployment = deploy(fhir_landing_url=zone.url, **values)
+    return deploy(fhir_landing_url=zone.url, **values), zone
+
+
+def load_landed(deploy: Deploy, resources: list[dict[str, Any]], folder: Path, values: dict[str, Any]) -> Any:
+    deployment, zone = deploy_landing(deploy, folder, **values)
     zone.put("all.json", build_bundle(resources))
     return deployment, land(deployment)
 
@@ -253,13 +264,7 @@ def test_a_denial_counts_in_every_form_and_withholds_by_every_form_of_subject(
     deploy: Deploy, tmp_path: Path, channel: str, policy: str
 ) -> None:
     resources = [*build_withheld(), *build_loaded(), *build_permits()]
-    values = {
-        "fhir_resource_types": TYPES,
-        "fhir_last_updated_gte": "2024-01-01",
-        "fhir_partition": "monthly",
-        "consent_policy": policy,
-        "api_tokens": TOKENS,
-    }
+    values = {**build_settings(TYPES, policy), "api_tokens": TOKENS}
     deployment, faults = CHANNELS[channel](deploy, resources, tmp_path, values)
     assert faults == []
     assert deployment.count_dead_letters() == {}
@@ -279,15 +284,8 @@ def test_a_denial_counts_in_every_form_and_withholds_by_every_form_of_subject(
 def require_no_marker(deployment: Deployment, folder: Path) -> None:
     """Require that no text of a withheld resource is in a table, an export or the lake."""
     assert not [row for rows in deployment.tables().values() for row in rows if MARKER in row]
-    target = LocalBlobs(folder / "left")
-    with connect(deployment.url, cipher=NO_ENCRYPTION) as conn:
-        with Export(conn, deployment.store, target, "export", actor="test", withholding=True) as export:
-            for view in build_views(deployment.settings).views:
-                if view.name in ("patient", "observation", "provenance", "diagnostic_report", "condition"):
-                    export.for_type(view.resource_type, None).write_valid()
-                    export.for_type(view.resource_type, None).write_table(view, "ndjson")
-                    writer.update(conn, target, view, [], run_id="run", actor="test")
-            export.finish()
+    views = ("patient", "observation", "provenance", "diagnostic_report", "condition")
+    write_files(deployment, LocalBlobs(folder / "left"), views)
     files = [path for path in (folder / "left").rglob("*") if path.is_file()]
     assert files
     assert not [path.name for path in files if MARKER.encode() in path.read_bytes()]
@@ -310,15 +308,8 @@ def require_that_denied_patients_are_refused(deployment: Deployment) -> None:
 def test_a_denial_by_record_number_withholds_visits(
     deploy: Deploy, tmp_path: Path, policy: str, denial_first: bool
 ) -> None:
-    (tmp_path / "landing").mkdir()
-    zone = LandingZone(str(tmp_path / "landing"))
-    deployment = deploy(
-        fhir_landing_url=zone.url,
-        fhir_resource_types="Patient,Encounter,Consent",
-        fhir_last_updated_gte="2024-01-01",
-        fhir_partition="monthly",
-        consent_policy=policy,
-    )
+    values = build_settings("Patient,Encounter,Consent", policy)
+    deployment, zone = deploy_landing(deploy, tmp_path, **values)
     rows = [visit("D-1", "A-1", MARKER), visit("P-2", "A-2", "Loaded")]
     csv = "\n".join([",".join(rows[0]), *(",".join(row.values()) for row in rows)])
     by_number = [{"identifier": {"system": MRN_SYSTEM, "value": number}} for number in ("D-1", "P-2")]
@@ -335,15 +326,8 @@ def test_a_denial_by_record_number_withholds_visits(
 def test_a_denial_whose_patient_is_not_known_holds_back_its_file_only_and_is_red_until_it_is_known(
     deploy: Deploy, tmp_path: Path
 ) -> None:
-    (tmp_path / "landing").mkdir()
-    zone = LandingZone(str(tmp_path / "landing"))
-    deployment = deploy(
-        fhir_landing_url=zone.url,
-        fhir_resource_types="Patient,Consent,Organization",
-        fhir_last_updated_gte="2024-01-01",
-        fhir_partition="monthly",
-        consent_policy="opt-out",
-    )
+    values = build_settings("Patient,Consent,Organization", "opt-out")
+    deployment, zone = deploy_landing(deploy, tmp_path, **values)
     zone.put("other.json", json.dumps(build_patient("other")).encode())
     assert land(deployment) == []
     unknown = build_consent("c", {"reference": URN}, "deny")
@@ -379,14 +363,8 @@ def test_ingest_ends_with_1_while_the_patient_of_a_denial_is_not_known(
     folder.mkdir()
     number = {"system": MRN, "value": "mrn-late"}
     (folder / "Consent.ndjson").write_bytes(encode([build_consent("c", {"identifier": number}, "deny")]))
-    deployment = deploy(
-        fhir_base_url=str(folder),
-        fhir_source="ndjson",
-        fhir_resource_types="Patient,Consent",
-        fhir_last_updated_gte="2024-01-01",
-        fhir_partition="monthly",
-        consent_policy="opt-out",
-    )
+    values = build_settings("Patient,Consent", "opt-out")
+    deployment = deploy(fhir_base_url=str(folder), fhir_source="ndjson", **values)
     for variable, value in {**deployment.environment(), "CONSENT_POLICY": "opt-out"}.items():
         monkeypatch.setenv(variable, value)
     first = CliRunner().invoke(app, ["ingest"])

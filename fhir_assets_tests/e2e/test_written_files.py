@@ -1,6 +1,6 @@
-"""Every command that writes files, killed, with a full disk, a bad line and files of an earlier time.
+"""Every command that writes files: killed, with a full disk, with a bad line, and with files of an earlier run.
 
-What was there before is there, or the new files are whole. Nothing that was not finished looks like a result.
+Afterwards the earlier files are there unchanged, or the new ones are complete. No unfinished file looks like a result.
 """
 
 import csv

@@ -48,7 +48,7 @@ def hospital(database: str, tmp_path: Path) -> SmallHospital:
 
 
 def assert_nothing_is_lost(hospital: SmallHospital) -> None:
-    """Every patient is in the tables or an unresolved dead letter, and a further replay settles the rest."""
+    """Assert that every patient is loaded or an unresolved dead letter, and that a further replay settles the rest."""
     loaded, unresolved = hospital.find_loaded(), hospital.find_unresolved()
     assert loaded.keys() | unresolved == VALID | INVALID
     assert "bad1" in unresolved
@@ -107,7 +107,7 @@ def test_two_replays_of_the_same_dead_letters_store_no_resource_twice(
 def test_a_replay_whose_sign_of_life_is_lost_is_settled_by_the_next_one(
     hospital: SmallHospital, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another run takes its dead letters over, although it still works on them: both add them to the partition."""
+    """Another run takes over its dead letters while it still works on them, and both add them to the partition."""
 
     def replay() -> None:
         with hospital.connect() as conn:
@@ -124,7 +124,7 @@ def test_a_replay_whose_sign_of_life_is_lost_is_settled_by_the_next_one(
 def test_a_receipt_whose_session_is_lost_commits_nothing(
     hospital: SmallHospital, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lock of the origin goes with the session, and another process receives the origin."""
+    """The lock of the origin is released with the session, and another process receives the origin."""
 
     def receive() -> None:
         hospital.receive(build_patient("p9"), origin="test:9")

@@ -112,8 +112,9 @@ def _replay(
     name: str,
     raw: Sequence[Manifest],
 ) -> tuple[ValidatedUpdate, dict[str, dict[str, int | None]]]:
-    """Validate dead letters again. Partitions that do not agree with raw or with their dead letters are validated
-    completely.
+    """Validate dead letters again.
+
+    Partitions that do not agree with raw or with their dead letters are validated completely.
     """
     replay = ReplayValidateStep(
         store,
@@ -133,9 +134,7 @@ def _replay(
         counts[key] = {"valid": replayed.resolved[key], "dead": replayed.failed[key]}
     manifests = update.manifests + replayed.update.manifests
     base_manifests = {**update.base_manifests, **replayed.update.base_manifests}
-    return ValidatedUpdate(
-        name, manifests, update.revalidated_keys, base_manifests, settlement=update.settlement
-    ), counts
+    return ValidatedUpdate(name, manifests, base_manifests, settlement=update.settlement), counts
 
 
 def _counts(update: ValidatedUpdate) -> dict[str, dict[str, int | None]]:

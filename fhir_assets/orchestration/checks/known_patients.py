@@ -1,4 +1,4 @@
-"""The check ``patients_known`` of deployments with a consent policy: whom resources are about, and Consents concern."""
+"""The check ``patients_known`` of deployments with a consent policy: the patients whom resources and Consents name."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +60,7 @@ def evaluate_known_patients(conn: Connection, consent_gate: ConsentGate, resourc
 
 
 def describe_unknown_denials(count: int) -> str:
-    """Return what Consents that deny without a known patient mean, and what to do."""
+    """Describe the effect of Consents that deny and whose patient is not known, and what to do about them."""
     return (
         f"{count} Consents deny, and their patient is not known: resources that arrived in the same file or request, "
         "and those with the same identifier, are withheld. Load the Patient with this identifier, or correct "

@@ -165,9 +165,9 @@ def evaluate_reconciliation(
 
 
 def find_targets(instance: dg.DagsterInstance, asset: dg.AssetKey, partition_keys: Sequence[str]) -> Targets:
-    """Return the latest materialization of each partition; none of a partition that was never materialized.
+    """Return the latest materialization of each partition that was ever materialized.
 
-    The UI takes an evaluation that does not name the latest materialization of its partition for outdated.
+    The UI shows an evaluation as outdated if it does not name the latest materialization of its partition.
     """
     latest = instance.get_latest_storage_id_by_partition(
         asset, dg.DagsterEventType.ASSET_MATERIALIZATION, set(partition_keys)

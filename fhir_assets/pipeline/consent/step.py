@@ -18,7 +18,7 @@ from fhir_assets.pipeline.load.step import build_unloadable_dead_letter
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.storage.manifest import Arrival
-from fhir_assets.warehouse.ops import audit_log, consents, dead_letters, withheld_changes
+from fhir_assets.warehouse.ops import audit_log, consent_records, consents, dead_letters, withheld_changes
 from fhir_assets.warehouse.ops.consents import AppliedPolicy
 from fhir_assets.warehouse.ops.withheld_changes import ResourceKey
 from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session, cipher_of
@@ -59,8 +59,8 @@ class ConsentResult:
 class ConsentStep:
     """Makes the tables match the patients' current consents: withholds resources, and releases withheld ones.
 
-    A run without changes sends three queries. Each batch is committed by itself, so that the next run continues a
-    stopped one.
+    A run without changes sends three queries. Each batch is committed separately, so that a run continues where a
+    stopped run ended.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class ConsentStep:
         return total
 
     def _apply_all(self, conn: Session, now: datetime) -> ConsentResult:
-        """Apply what is due, until nothing is."""
+        """Apply all decisions that are due, and then look at all withheld resources that are marked."""
         total = ConsentResult()
         while True:
             if patients := consents.find_due_patients(conn, now, _PATIENTS_PER_TRANSACTION):
@@ -124,11 +124,11 @@ class ConsentStep:
         return ConsentResult(len(patients), changed, sum(withheld.values()))
 
     def _apply_to_withheld(self, conn: Session) -> ConsentResult:
-        """Look at a batch of withheld resources: withhold what refers to them, and release those that may be."""
+        """Release those of a batch of marked resources that may be, and withhold what refers to the others."""
         batch = withheld_changes.find_due(conn, _RESOURCES_PER_TRANSACTION)
         withheld_changes.clear_due(conn, batch)
         if resolved := withheld_changes.resolve_patients(conn, batch):
-            consents.record_resolved_consents(conn, resolved)
+            consent_records.record_resolved_consents(conn, resolved)
         withheld_changes.update_direct(conn, self._consent_gate, batch)
         released = self._release(conn, batch)
         remaining = [key for key in batch if key not in released]
@@ -203,7 +203,7 @@ class ConsentStep:
         dead_letters.record(conn, self._run_id, rejected)
 
     def _identify_subjects(self, conn: Session) -> str:
-        """Return a text that changes if other subjects would be found in resources: see ``AppliedPolicy``."""
+        """Return the ``subjects`` of AppliedPolicy: a text that changes with the rules that find subjects."""
         bases = "\n".join(sorted(self._reference_bases or ("any",)))
         return f"{subjects.REVISION}-{cipher_of(conn).fingerprint(bases.encode()).hex()}"
 
@@ -240,5 +240,5 @@ class ConsentStep:
                     break
         with conn.transaction():
             withheld_changes.resolve_loaded_patients(conn)
-            consents.record_loaded_consents(conn, by_file=self._consent_gate.by_file)
+            consent_records.record_loaded_consents(conn, by_file=self._consent_gate.by_file)
         conn.commit()

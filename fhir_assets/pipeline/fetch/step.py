@@ -50,8 +50,6 @@ class RawUpdate:
     manifests: tuple[Manifest, ...]
     fetches: Mapping[str, Fetch]
     """By partition key, the counts of the fetch. Windows that were complete already are absent."""
-    refetched_keys: tuple[str, ...] = ()
-    """The keys of the windows that were read from their start."""
     base_manifests: Mapping[str, Manifest | None] = field(default_factory=dict)
     """By partition key, the manifest that was extended, or None for a new partition: see pipeline.partition_commit."""
     before_first_window: int = 0
@@ -59,7 +57,12 @@ class RawUpdate:
     refusal: str = ""
     """Why the source refuses this type, if it refuses it alone."""
     settlement: Settlement | None = None
-    """The dead letters of the windows in ``refetched_keys`` that the commit of the manifests resolves."""
+    """The dead letters of the windows that were read from their start, which the commit of the manifests resolves."""
+
+    @property
+    def refetched_keys(self) -> tuple[str, ...]:
+        """The keys of the windows that were read from their start."""
+        return tuple(self.settlement.partition_keys) if self.settlement else ()
 
     @property
     def notices(self) -> tuple[Notice, ...]:
@@ -158,7 +161,6 @@ class FetchStep:
                     for key, progress in plan.items()
                 ),
                 fetches[name],
-                tuple(key for key, progress in plan.items() if progress.planned.base is None),
                 {key: progress.planned.base for key, progress in plan.items()},
                 before_first_window[name],
                 refusal=str(self._source.refused.get(name, "")) if planned else "",

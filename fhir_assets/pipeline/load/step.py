@@ -276,9 +276,8 @@ class LoadStep:
         """Yield the rows of all batches in order. Workers build further rows while the caller writes earlier ones."""
         if not any(task.rows for task in group):
             return iter(())
-        self._row_builder = self._row_builder or self._build_row_builder(conn)
         return self._workers.map(
-            self._row_builder,
+            self._get_row_builder(conn),
             (
                 (None, Batch(lines, task.window.key, task.window.start or task.window.end, arrivals, dated))
                 for task in group
@@ -288,15 +287,17 @@ class LoadStep:
             seconds=sum(task.rows for task in group) / _ROWS_PER_SECOND,
         )
 
-    def _build_row_builder(self, conn: Session) -> RowBuilder:
-        return RowBuilder(self._views, cipher_of(conn), with_subjects=self._consent_gate.withholds)
+    def _get_row_builder(self, conn: Session) -> RowBuilder:
+        self._row_builder = self._row_builder or RowBuilder(
+            self._views, cipher_of(conn), with_subjects=self._consent_gate.withholds
+        )
+        return self._row_builder
 
     def _build_block(
         self, conn: Session, line: bytes, dead_letter: DeadLetter, arrived: Mapping[str, datetime]
     ) -> CopyBlock | None:
         """Return the block of a corrected resource, or None if its rows cannot be built either."""
-        self._row_builder = self._row_builder or self._build_row_builder(conn)
-        rows = self._row_builder(build_batch_of_one(line, dead_letter, arrived[dead_letter.partition_key]))
+        rows = self._get_row_builder(conn)(build_batch_of_one(line, dead_letter, arrived[dead_letter.partition_key]))
         return rows.block if rows.block else None
 
     def _record_loaded_parts(self, conn: Connection, resource_type: str, group: Sequence[_Task]) -> None:

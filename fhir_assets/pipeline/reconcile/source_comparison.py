@@ -58,7 +58,7 @@ class TypeComparison:
     surplus: int | None = None
     """Resources of the tables that the source does not have: it deleted them, or they came through another channel.
 
-    It is at least this number if some are missing too; None if it is unknown, as after a deep comparison.
+    There are more than this number if others are missing. None if it is unknown, as after a deep comparison.
     """
     missing_ids: tuple[str, ...] = ()
     """The logical ids of the first missing resources; only a deep comparison finds them."""
@@ -121,7 +121,7 @@ def _compare_versions(
 ) -> TypeComparison:
     """Look up all versions of the source in batches, and count those that are not accounted for.
 
-    Resources without a valid id are dead letters without an id: of these only the numbers can be compared.
+    The dead letters of resources without a valid id have no id, so that only their numbers can be compared.
     """
     total = older = due = missing = without_id = 0
     named: list[str] = []
@@ -147,7 +147,10 @@ def _compare_versions(
 
 
 def _identify(item: Record | RejectedInput) -> SourceVersion:
-    """Return the version of an item. Only a dead letter accounts for a rejected one, so it is newer than any row."""
+    """Return the version of an item.
+
+    The version of a rejected item is newer than any row, because only a dead letter accounts for it.
+    """
     if isinstance(item, RejectedInput):
         return SourceVersion(item.resource_id or "", None, _END)
     return SourceVersion(item.id, item.version_id, item.last_updated)

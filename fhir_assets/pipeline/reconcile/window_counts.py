@@ -65,9 +65,9 @@ class WindowCounts:
     lost: int = 0
     """Resources that validation rejected and that are neither a dead letter nor in the tables."""
     surplus: int = 0
-    """Dead letters of stage ``validate`` beyond ``dead``, which the validated partition counts."""
+    """How many more dead letters of stage ``validate`` there are than the validated partition counts (``dead``)."""
     other_parts: bool = False
-    """Whether other parts were validated than those that the raw partition has."""
+    """Whether the validated parts are not those of the raw partition."""
 
     @property
     def loaded(self) -> int:
@@ -150,8 +150,8 @@ def reconcile(
     """Return the counts of each window that has a raw partition.
 
     The ids of the validated partitions are compared in the database with ``fhir.resource``, and with ``main_view`` if
-    every resource has a row in that view. The dead letters themselves are counted: where there are fewer than the
-    validated partition counts, every resource of the raw partition is looked up. Raises StoreError or
+    every resource has a row in that view. If a window has fewer dead letters than its validated partition counts, each
+    resource of its raw partition is looked up in the tables and among the dead letters. Raises StoreError or
     DatabaseUnavailable.
     """
     raw = {m.partition_key: m for m in store.manifests("raw", resource_type, partition_keys)}
@@ -209,10 +209,10 @@ def _count_lost(
     raw: Sequence[Manifest],
     absent: Mapping[str, AbsentCounts],
 ) -> dict[str, int]:
-    """Count by partition key the resources that are in raw, but neither in the tables nor dead letters nor withheld.
+    """Count by partition key the resources in raw that are not in the tables, not withheld and not dead letters.
 
     ``raw`` are the partitions that have fewer dead letters than their validated partition counts. Valid resources that
-    are missing in the tables are counted by ``_count_absent``.
+    are missing in the tables are left out, because ``_count_absent`` counts them.
     """
     if not raw:
         return {}
@@ -227,15 +227,11 @@ def _build_raw_lines(store: Store, raw: Sequence[Manifest], cipher: Cipher) -> I
         key = escape_text(manifest.partition_key)
         for batch in store.batches_with_arrivals(manifest.parts):
             for line, arrived in zip(batch.lines, batch.times(), strict=False):
-                identity, moment = NULL, None
+                version = f"{NULL}\t{NULL}"
                 with suppress(MalformedResource, UnstorableValue):
-                    header = read_header(line)
-                    text = header.meta.last_updated if header.meta else None
-                    moment = parse_stored(text, dated=batch.dated, arrival_known=arrived is not None)
-                    identity = NULL if header.id is None else escape_text(header.id)
-                times = "\t".join(time.isoformat() if time else NULL for time in (moment, arrived))
+                    version = _format_version(line, dated=batch.dated, arrival_known=arrived is not None)
                 fingerprint = _compute_fingerprint(manifest, "validate", line, cipher).hex()
-                yield f"{key}\t{identity}\t{times}\t\\\\x{fingerprint}\n"
+                yield f"{key}\t{version}\t{arrived.isoformat() if arrived else NULL}\t\\\\x{fingerprint}\n"
 
 
 def _count_absent(
@@ -270,11 +266,17 @@ def _build_expected_rows(
                 if corrections_of_window:
                     fingerprints = (_compute_fingerprint(manifest, stage, line, cipher) for stage in STAGES)
                     line = next((corrections_of_window[f] for f in fingerprints if f in corrections_of_window), line)
-                header = read_header(line)
-                text = header.meta.last_updated if header.meta else None
-                moment = parse_stored(text, dated=batch.dated, arrival_known=at is not None)
-                identity = NULL if header.id is None else escape_text(header.id)
-                yield f"{key}\t{identity}\t{moment.isoformat() if moment else NULL}\t{arrived}\n"
+                version = _format_version(line, dated=batch.dated, arrival_known=at is not None)
+                yield f"{key}\t{version}\t{arrived}\n"
+
+
+def _format_version(line: bytes, *, dated: bool, arrival_known: bool) -> str:
+    """Return the id and lastUpdated of a resource as columns for COPY. Raises MalformedResource or UnstorableValue."""
+    header = read_header(line)
+    text = header.meta.last_updated if header.meta else None
+    moment = parse_stored(text, dated=dated, arrival_known=arrival_known)
+    identity = NULL if header.id is None else escape_text(header.id)
+    return f"{identity}\t{moment.isoformat() if moment else NULL}"
 
 
 def _compute_fingerprint(manifest: Manifest, stage: str, line: bytes, cipher: Cipher) -> bytes:

@@ -37,9 +37,9 @@ class ReplayResult:
 def find_outdated_partitions(conn: Connection, store: Store, resource_type: str, raw: Sequence[Manifest]) -> list[str]:
     """Return the keys of the raw partitions that a replay has to validate completely, with their dead letters.
 
-    They have parts that are not validated yet, or more dead letters than their validated partition counts: a load is
-    recording them at this moment, or was killed before it committed the partition. A replay that took them for a part
-    of the count would store their resources twice.
+    These have parts that are not validated yet, or more dead letters than their validated partition counts, because a
+    load is recording dead letters at this moment or was killed before it committed the partition. A replay of a dead
+    letter that the partition does not count would store its resource twice.
     """
     existing = {m.partition_key: m for m in store.manifests("validated", resource_type, [m.partition_key for m in raw])}
     replayed_by = {run for m in existing.values() if m.validated for run in m.validated.replays}
@@ -105,7 +105,6 @@ class ReplayValidateStep:
                 self._build_manifest(manifests[key], changes[key], parts.get((resource_type, key), ()))
                 for key in changed
             ),
-            (),
             {key: manifests[key] for key in changed},
         )
         failures = Counter({key: changes[key].failed for key in changed})

@@ -171,7 +171,7 @@ class SourceBinding:
     def _find_store_problem(self, conn: Connection) -> tuple[StoreLink | None, list[str]]:
         """Return the link of the database, and a sentence if the store and the database do not belong together.
 
-        Another process may bind them for the first time between the two reads: then the second look sees both ends.
+        A problem is confirmed by a second look, because another process may bind both between the reads of the first.
         """
         for _ in range(2):
             link = sources.read_link(conn)

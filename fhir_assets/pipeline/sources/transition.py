@@ -222,7 +222,7 @@ def _refuse_running(conn: Connection) -> None:
 
 
 def _refuse_started(conn: Connection) -> None:
-    """Refuse the transition if runs are loading; those that began since its first look do so under the old settings."""
+    """Refuse the transition if runs are loading, also if they began after its first look: they use old settings."""
     if running := source_state.find_running(conn):
         raise ConfigurationError(
             f"{len(running)} runs are loading data (`fhir-assets runs list`): wait until they end, or cancel them, "

@@ -36,8 +36,6 @@ class ValidatedUpdate:
 
     resource_type: str
     manifests: tuple[Manifest, ...]
-    revalidated_keys: tuple[str, ...]
-    """The keys of the partitions of which all parts were validated."""
     base_manifests: Mapping[str, Manifest | None]
     """By partition key, the manifest in the store from which the update was built, or None if there was none (see
     pipeline.partition_commit).
@@ -45,7 +43,7 @@ class ValidatedUpdate:
     counts: Mapping[str, ValidatedCounts] = field(default_factory=dict)
     """By partition key, what this step validated; the manifests count everything in the partition."""
     settlement: Settlement | None = None
-    """The dead letters of the partitions in ``revalidated_keys`` that the commit of the manifests resolves."""
+    """The dead letters of completely validated partitions, which the commit of the manifests resolves."""
 
 
 _BYTES_PER_SECOND = 50e6
@@ -124,13 +122,12 @@ class ValidateStep:
             self._dead_letters.flush()
             parts = writer.finish()
         counts = {state.raw.partition_key: state.counts for state in states}
-        completed = tuple(state.raw.partition_key for state in states if state.base is None)
+        completed = [state.raw.partition_key for state in states if state.base is None]
         return ValidatedUpdate(
             resource_type,
             tuple(
                 self._build_manifest(state, parts.get((resource_type, state.raw.partition_key), ())) for state in states
             ),
-            completed,
             {state.raw.partition_key: state.existing for state in states},
             counts,
             Settlement(self._run_id, resource_type, "validate", completed, began),

@@ -118,8 +118,8 @@ def record_loaded_parts(
 ) -> None:
     """Replace the loaded parts of partitions, by partition key. Call it in the transaction that loads them.
 
-    ``views`` are those that the parts were loaded into, None for all. A process that does not know a new view of the
-    type yet does not record its parts as loaded into it.
+    ``views`` names the views that the parts were loaded into; None means all. A process that does not know a new view
+    yet leaves it out, so that the parts are loaded into it later.
     """
     rows = [(key, part.name, part.rows) for key in sorted(parts) for part in parts[key]]
     keys, names, counts = zip(*rows, strict=True) if rows else ((), (), ())

@@ -1,10 +1,10 @@
-"""Consents and the decisions that follow from them.
+"""The decisions that follow from Consents.
 
-``ops.consent_records`` holds the newest version of every Consent resource, ``ops.consents`` the decision for each
-patient and purpose, ``ops.consent_changes`` the time at which each patient must be decided on again, and
-``ops.consent_policy`` the policy that the tables follow. A patient is named by a key of ``withheld_conditions``: the
-id, a token of an identifier, or the delivery of a Consent whose patient is not known. The module
-``withheld_resources`` holds the resources that a decision keeps out of the tables.
+``ops.consents`` holds the decision for each patient and purpose, ``ops.consent_changes`` the time at which each patient
+must be decided on again, and ``ops.consent_policy`` the policy that the tables follow. A patient is named by a key of
+``withheld_conditions``: the id, a token of an identifier, or the delivery of a Consent whose patient is not known. The
+Consents are in the module ``consent_records``, and the resources that a decision keeps out of the tables in
+``withheld_resources``.
 
 Loads hold a shared lock while they read decisions. A change of decisions holds the same lock exclusively until the
 tables are changed, so that a running load cannot insert a resource that was just withheld.
@@ -17,7 +17,6 @@ from datetime import datetime
 from typing import Any
 
 import msgspec
-from psycopg import sql
 from psycopg.rows import dict_row
 
 from fhir_assets.privacy.consent import (
@@ -30,8 +29,6 @@ from fhir_assets.privacy.consent import (
     next_change,
     read_consent,
 )
-from fhir_assets.warehouse.ops.withheld_conditions import build_delivery_key
-from fhir_assets.warehouse.postgres import version_order
 from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import decrypt_text
@@ -47,148 +44,6 @@ def lock_decisions_for_load(conn: Connection) -> None:
 def lock_decisions_for_change(conn: Connection) -> None:
     """Wait for running loads to end, and keep other loads waiting until this transaction ends."""
     conn.execute("SELECT pg_advisory_xact_lock(%s)", [advisory_locks.CONSENT_DECISIONS])
-
-
-def build_record_statements(
-    source: sql.Composable, key_id: sql.Composable, *, by_file: bool
-) -> tuple[sql.Composed, ...]:
-    """Return statements that copy the Consents in the relation ``source`` to ``ops.consent_records`` and mark their
-    patients for a decision.
-
-    ``source`` has the columns of ``fhir.resource``; ``key_id`` is the expression for the key that encrypts them, in
-    which ``s`` names a row of ``source``. With ``by_file``, resources with an equal time of arrival are of one file.
-    """
-    keys = _KEYS.format(delivery=build_delivery_key("s"), by_file=sql.Literal(by_file))
-    return (
-        _MARK_PATIENTS.format(source=source, keys=keys),
-        _COPY_CONSENTS.format(
-            source=source,
-            keys=keys,
-            key_id=key_id,
-            supersedes_known=version_order.supersedes("excluded", "known"),
-            replaced_last_updated=version_order.replaced_last_updated("excluded", "known"),
-        ),
-    )
-
-
-_KEYS = sql.SQL("""
-    ARRAY(SELECT p FROM unnest(s.patients) p WHERE left(p, 1) NOT IN ('?', '#'))
-    || ARRAY(SELECT substr(m, 2) FROM unnest(s.mentions) m WHERE starts_with(m, '!'))
-    || CASE
-        WHEN cardinality(s.patients) > 0
-            AND NOT EXISTS (SELECT FROM unnest(s.patients) p WHERE left(p, 1) IN ('?', '#'))
-            THEN '{{}}'
-        WHEN {by_file} OR EXISTS (
-            SELECT FROM ops.received r
-            WHERE r.source = ops.current_source()
-                AND r.resource_type = 'Consent'
-                AND r.partition_key = s.partition_key
-                AND s.arrived = ANY(r.arrivals)
-        )
-            THEN ARRAY[{delivery}]
-        ELSE ARRAY['?' || s.id]
-    END
-""")
-_MARK_PATIENTS = sql.SQL("""
-    WITH named AS (
-        SELECT unnest({keys}) AS key FROM {source} s
-    )
-    INSERT INTO ops.consent_changes (patient_id, at)
-    SELECT key, '-infinity'::timestamptz FROM named
-    UNION
-    SELECT unnest(known.keys), '-infinity'
-    FROM {source} s
-    JOIN ops.consent_records known ON known.consent_id = s.id AND known.source = ops.current_source()
-    UNION
-    SELECT r.id, '-infinity'
-    FROM fhir.resource_patient r
-    WHERE r.source = ops.current_source()
-        AND r.deleted_at IS NULL
-        AND r.mentions && ARRAY(SELECT key FROM named WHERE starts_with(key, '#'))
-    UNION
-    SELECT w.id, '-infinity'
-    FROM ops.withheld w
-    WHERE w.source = ops.current_source()
-        AND w.resource_type = 'Patient'
-        AND w.mentions && ARRAY(SELECT key FROM named WHERE starts_with(key, '#'))
-    ON CONFLICT (patient_id, source) DO UPDATE SET at = excluded.at
-""")
-_COPY_CONSENTS = sql.SQL("""
-    INSERT INTO ops.consent_records AS known
-        (consent_id, keys, version_id, version_number, last_updated, as_of, arrived, resource, key_id)
-    SELECT
-        s.id, {keys}, s.version_id, s.version_number, s.last_updated, s.as_of, s.arrived, s.resource, {key_id}
-    FROM {source} s
-    WHERE s.resource IS NOT NULL
-        AND NOT EXISTS (
-            SELECT FROM fhir.resource_consent r
-            WHERE r.source = ops.current_source()
-                AND r.id = s.id
-                AND r.deleted_at IS NOT NULL
-                AND r.as_of >= s.as_of
-        )
-    ON CONFLICT (consent_id, source) DO UPDATE SET
-        keys = excluded.keys,
-        version_id = excluded.version_id,
-        version_number = excluded.version_number,
-        last_updated = excluded.last_updated,
-        as_of = excluded.as_of,
-        arrived = excluded.arrived,
-        replaced_last_updated = {replaced_last_updated},
-        resource = excluded.resource,
-        key_id = excluded.key_id
-    WHERE {supersedes_known}
-""")
-_RECORDED_CONSENTS = sql.SQL("""
-    (
-        SELECT
-            id, version_id, version_number, last_updated, as_of, arrived, partition_key, patients, mentions, resource,
-            key_id
-        FROM fhir.resource_consent
-        WHERE source = ops.current_source()
-        UNION ALL
-        SELECT
-            id, version_id, version_number, last_updated, as_of, arrived, partition_key, patients, mentions, resource,
-            key_id
-        FROM ops.withheld
-        WHERE source = ops.current_source() AND resource_type = 'Consent'
-    )
-""")
-
-
-def record_loaded_consents(conn: Connection, *, by_file: bool) -> None:
-    """Copy all Consents, loaded and withheld, to ``ops.consent_records`` and mark their patients for a decision."""
-    for statement in build_record_statements(_RECORDED_CONSENTS, sql.Identifier("s", "key_id"), by_file=by_file):
-        conn.execute(statement)
-
-
-def record_resolved_consents(conn: Connection, consent_ids: Sequence[str]) -> None:
-    """Record the patients of withheld Consents whose patients were not known before, and mark all for a decision."""
-    conn.execute(
-        """
-        INSERT INTO ops.consent_changes (patient_id, at)
-        SELECT DISTINCT key, '-infinity'::timestamptz
-        FROM ops.consent_records r
-        JOIN ops.withheld w ON w.source = r.source AND w.resource_type = 'Consent' AND w.id = r.consent_id
-        CROSS JOIN unnest(r.keys || w.patients) key
-        WHERE r.source = ops.current_source() AND r.consent_id = ANY(%s)
-        ON CONFLICT (patient_id, source) DO UPDATE SET at = excluded.at
-        """,
-        [list(consent_ids)],
-    )
-    conn.execute(
-        """
-        UPDATE ops.consent_records r
-        SET keys = ARRAY(SELECT DISTINCT key FROM unnest(r.keys || w.patients) key WHERE left(key, 1) NOT IN ('@', '?'))
-        FROM ops.withheld w
-        WHERE r.source = ops.current_source()
-            AND r.consent_id = ANY(%s)
-            AND w.source = r.source
-            AND w.resource_type = 'Consent'
-            AND w.id = r.consent_id
-        """,
-        [list(consent_ids)],
-    )
 
 
 def count_unknown_denials(conn: Connection, consent_gate: ConsentGate) -> int:
@@ -222,28 +77,6 @@ def count_dead_consents(conn: Connection) -> int:
         """
     ).fetchone()
     return row[0] if row else 0
-
-
-def remove_deleted(conn: Connection, consent_ids: Sequence[str]) -> None:
-    """Delete the records of Consents that have newer tombstones, and mark their patients for a decision."""
-    conn.execute(
-        """
-        WITH deleted AS (
-            DELETE FROM ops.consent_records c USING fhir.resource_consent r
-            WHERE c.source = ops.current_source()
-                AND c.consent_id = ANY(%s)
-                AND r.source = c.source
-                AND r.id = c.consent_id
-                AND r.deleted_at IS NOT NULL
-                AND r.as_of >= c.as_of
-            RETURNING c.keys
-        )
-        INSERT INTO ops.consent_changes (patient_id, at)
-        SELECT DISTINCT unnest(keys), '-infinity'::timestamptz FROM deleted
-        ON CONFLICT (patient_id, source) DO UPDATE SET at = excluded.at
-        """,
-        [list(consent_ids)],
-    )
 
 
 def find_due_patients(conn: Connection, at: datetime, limit: int) -> list[str]:
@@ -333,8 +166,8 @@ def update_decisions(conn: Session, patients: Sequence[str], at: datetime) -> in
 def _read_consents(conn: Session, patients: Sequence[str]) -> Mapping[str, list[tuple[Consent, str | None]]]:
     """Return the Consents of each patient with their version ids.
 
-    A Consent concerns a patient whom it names by id, or by an identifier that the Patient has. The permit of one that
-    names a patient by an identifier only, which several may have, does not count.
+    A Consent concerns a patient whom it names by id, or by an identifier that the Patient has. Its permits count only
+    if the patient is among its keys, and if its identifiers do not lead to several Patients.
     """
     cipher = cipher_of(conn)
     consents: defaultdict[str, list[tuple[Consent, str | None]]] = defaultdict(list)
@@ -398,8 +231,10 @@ def list_decisions(conn: Connection, *, patient: str | None, limit: int) -> list
 
 @dataclass(frozen=True, slots=True)
 class AppliedPolicy:
-    """The policy that the tables follow. ``subjects`` identifies how the subjects of the source's resources were
-    determined; None if no policy was applied to them.
+    """The policy that the tables follow.
+
+    ``subjects`` identifies how the subjects of the source's resources were determined; None if no policy was applied to
+    them.
     """
 
     consent_gate: ConsentGate

@@ -74,8 +74,8 @@ def record(conn: Session, run_id: str, failures: Iterable[DeadLetter]) -> None:
     """Record dead letters of a run.
 
     A dead letter that is known already gets one more attempt and is reopened, unless it was discarded, or a live run
-    has claimed it for a replay and will resolve or reopen it.
-    ``occurrences`` counts the resources with this content in the run.
+    has claimed it for a replay and will resolve or reopen it. ``occurrences`` counts the resources with this content in
+    the run.
     """
     rest = iter(failures)
     while chunk := list(islice(rest, _CHUNK)):

@@ -66,7 +66,7 @@ def record(
 ) -> None:
     """Record that an origin was received completely. Windows without parts are marked as loaded.
 
-    ``arrivals`` are the times of arrival of its resources, by which they are recognized as one delivery.
+    ``arrivals`` are the times of arrival of its resources. They tell which resources came in the same delivery.
     """
     channel = origin.partition(":")[0]
     with conn.cursor() as cursor:

@@ -1,8 +1,8 @@
-"""Settlements of dead letters: a step that processed windows completely resolves what did not fail again.
+"""Settlements: a step that processed windows completely resolves their dead letters that did not fail again.
 
 Other runs may process the same windows at the same time. A step therefore takes a number at its start, before it reads
-its input, and resolves only dead letters that nobody recorded again since: their numbers are smaller. The step resolves
-them in the transaction in which it commits its result, so that a dead letter is resolved only if the result is there.
+its input, and resolves only dead letters with smaller numbers, which no run has recorded since. It resolves them in the
+transaction that commits its result, so that no dead letter is resolved without the result.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,9 @@
 """Changes of what consent withholds: resources move between schema ``fhir`` and ``ops.withheld``.
 
-Every resource that was withheld, or that may be released, is marked as ``due`` in ``ops.withheld``. An application of
-consent takes the marked ones in batches: it finds patients who are known by now, withholds what refers to withheld
-resources, and releases what nothing withholds any more. Marks are committed with the change that set them, so that an
-application that was stopped continues.
+Each resource that was just withheld, or that may be released, is marked as ``due`` in ``ops.withheld``. An application
+of consent processes the marked resources in batches: it finds the patients who have become known, withholds what refers
+to the resources, and releases the resources that nothing withholds any more. A mark is committed together with the
+change that set it, so that the next application continues one that was stopped.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +17,7 @@ from fhir_assets.warehouse.ops.withheld_conditions import (
     build_delivery_key,
     build_resolved_patients,
     build_token_condition,
+    build_unresolved_condition,
     build_withheld_condition,
 )
 from fhir_assets.warehouse.ops.withheld_resources import COLUMNS, delete_view_rows, list_targets, mark_referring
@@ -63,7 +64,7 @@ def mark_due(conn: Connection, keys: Sequence[str] | None) -> None:
         """,
         {"keys": list(keys), "mentions": _list_mentions(keys)},
     )
-    if deliveries := [key for key in keys if key.startswith("@")]:
+    if deliveries := _list_deliveries(keys):
         conn.execute(
             sql.SQL("""
                 UPDATE ops.withheld w
@@ -80,9 +81,9 @@ def clear_due(conn: Connection, batch: Sequence[ResourceKey]) -> None:
 
 
 def resolve_patients(conn: Connection, batch: Sequence[ResourceKey]) -> list[str]:
-    """Find the patients whom withheld resources name by an identifier. Returns the ids of Consents that have one now.
+    """Find the patients whom withheld resources name by an identifier.
 
-    A Consent of which one patient is still not known is left out.
+    Returns the ids of the Consents whose patients were not all known before and are now.
     """
     rows = conn.execute(
         sql.SQL("""
@@ -137,7 +138,7 @@ def withhold_resources(
     withheld = build_withheld_condition(consent_gate, "r")
     params = {"keys": list(keys or ()), "mentions": _list_mentions(keys or ()), "limit": limit}
     moved = _move(conn, sql.SQL("{} AND {}").format(affected, withheld), params, direct=True)
-    if deliveries := [key for key in keys or () if key.startswith("@")]:
+    if deliveries := _list_deliveries(keys or ()):
         condition = sql.SQL("{} = ANY(%(deliveries)s) AND {}").format(build_delivery_key("r"), withheld)
         for name, count in _move(conn, condition, {"deliveries": deliveries, "limit": limit}, direct=True).items():
             moved[name] = moved.get(name, 0) + count
@@ -188,8 +189,12 @@ def _move(conn: Connection, condition: sql.Composable, params: Mapping[str, obje
     return {resource_type: len(ids) for resource_type, ids in moved}
 
 
+def _list_deliveries(keys: Sequence[str]) -> list[str]:
+    return [key for key in keys if key.startswith("@")]
+
+
 def _list_mentions(keys: Sequence[str]) -> list[str]:
-    """Return what the column ``mentions`` has for keys: the tokens, and ``Patient/id`` for the id of a patient."""
+    """Return the values that the column ``mentions`` can have for keys: a token as it is, an id as ``Patient/id``."""
     return [*keys, *(f"Patient/{key}" for key in keys)]
 
 
@@ -209,8 +214,8 @@ class WithheldResource:
 def find_releasable(conn: Session, batch: Sequence[ResourceKey]) -> list[WithheldResource]:
     """Return those of the withheld resources that nothing withholds any more, by type and partition.
 
-    A resource waits as long as consent withholds one that it refers to, through any number of references among withheld
-    resources. Raises EncryptionError if a resource cannot be decrypted.
+    A resource stays withheld as long as consent itself withholds one that it refers to, directly or through other
+    withheld resources. Raises EncryptionError if a resource cannot be decrypted.
     """
     query = sql.SQL("""
         WITH RECURSIVE candidate AS MATERIALIZED (
@@ -298,16 +303,12 @@ def remove_released(conn: Connection, resource_type: str, ids: Sequence[str]) ->
 def count_unresolved(conn: Connection, resource_type: str) -> list[tuple[str, int]]:
     """Return the number of withheld resources of a type whose patient is not known, by how the patient is named."""
     return conn.execute(
-        """
-        SELECT
-            CASE WHEN EXISTS (SELECT FROM unnest(patients) p WHERE p = '?') THEN 'no id' ELSE 'identifier' END,
-            count(*)
-        FROM ops.withheld
-        WHERE source = ops.current_source()
-            AND resource_type = %s
-            AND EXISTS (SELECT FROM unnest(patients) p WHERE left(p, 1) IN ('?', '#'))
-        GROUP BY 1
-        ORDER BY 2 DESC
-        """,
+        sql.SQL("""
+            SELECT CASE WHEN '?' = ANY(w.patients) THEN 'no id' ELSE 'identifier' END, count(*)
+            FROM ops.withheld w
+            WHERE w.source = ops.current_source() AND w.resource_type = %s AND {is_unresolved}
+            GROUP BY 1
+            ORDER BY 2 DESC
+        """).format(is_unresolved=build_unresolved_condition("w")),
         [resource_type],
     ).fetchall()

@@ -12,9 +12,6 @@ from psycopg import sql
 
 from fhir_assets.privacy.consent import ConsentGate, Policy
 
-DELIVERY = "@"
-UNKNOWN_DENIAL = "?"
-
 
 def build_withheld_condition(consent_gate: ConsentGate, table: str) -> sql.Composed:
     """Return the SQL condition for rows of ``table`` that consent itself withholds, without those that refer to them.
@@ -24,27 +21,37 @@ def build_withheld_condition(consent_gate: ConsentGate, table: str) -> sql.Compo
     """
     if consent_gate.policy is Policy.OFF:
         return sql.SQL("false").format()
-    conditions = [_IS_UNRESOLVED, _IS_DENIED, _IS_OF_HELD_DELIVERY]
+    conditions = [_IS_DENIED, _IS_OF_HELD_DELIVERY]
     if consent_gate.policy is Policy.OPT_IN:
         conditions.append(_IS_NOT_PERMITTED)
+    mentions = sql.Identifier(table, "mentions")
     names: dict[str, sql.Composable] = {
         "patients": sql.Identifier(table, "patients"),
-        "mentions": sql.Identifier(table, "mentions"),
+        "mentions": mentions,
+        "mentioned_patients": _MENTIONED_PATIENTS.format(mentions=mentions),
         "delivery": build_delivery_key(table),
         "purpose": sql.Literal(consent_gate.purpose.value),
     }
-    return sql.SQL("({})").format(sql.SQL(" OR ").join([condition.format(**names) for condition in conditions]))
+    return sql.SQL("({})").format(
+        sql.SQL(" OR ").join(
+            [build_unresolved_condition(table), *(condition.format(**names) for condition in conditions)]
+        )
+    )
 
 
-_IS_UNRESOLVED = sql.SQL("EXISTS (SELECT FROM unnest({patients}) p WHERE left(p, 1) IN ('?', '#'))")
+def build_unresolved_condition(table: str) -> sql.Composed:
+    """Return the SQL condition for rows of ``table`` of which a patient is not known."""
+    return sql.SQL("EXISTS (SELECT FROM unnest({}) p WHERE left(p, 1) IN ('?', '#'))").format(
+        sql.Identifier(table, "patients")
+    )
+
+
+_MENTIONED_PATIENTS = sql.SQL("ARRAY(SELECT substr(m, 9) FROM unnest({mentions}) m WHERE starts_with(m, 'Patient/'))")
 _IS_DENIED = sql.SQL("""
     EXISTS (
         SELECT FROM ops.consents c
         WHERE c.source = ops.current_source()
-            AND c.patient_id = ANY(
-                {patients} || {mentions}
-                || ARRAY(SELECT substr(m, 9) FROM unnest({mentions}) m WHERE starts_with(m, 'Patient/'))
-            )
+            AND c.patient_id = ANY({patients} || {mentions} || {mentioned_patients})
             AND c.purpose = {purpose}
             AND c.decision = 'deny'
     )
@@ -62,9 +69,7 @@ _IS_OF_HELD_DELIVERY = sql.SQL("""
 """)
 _IS_NOT_PERMITTED = sql.SQL("""
     EXISTS (
-        SELECT FROM unnest(
-            {patients} || ARRAY(SELECT substr(m, 9) FROM unnest({mentions}) m WHERE starts_with(m, 'Patient/'))
-        ) p
+        SELECT FROM unnest({patients} || {mentioned_patients}) p
         WHERE NOT EXISTS (
             SELECT FROM ops.consents c
             WHERE c.source = ops.current_source()

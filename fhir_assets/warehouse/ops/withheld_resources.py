@@ -52,6 +52,7 @@ def build_consent_gate_statements(
         "columns": COLUMNS,
         "patients": withheld_conditions.build_resolved_patients("s"),
         "has_tokens": withheld_conditions.build_token_condition("s"),
+        "is_resolvable": withheld_conditions.build_token_condition("w"),
         "supersedes_known": version_order.supersedes("excluded", "known"),
         "replaced_last_updated": version_order.replaced_last_updated("excluded", "known"),
         "staged_supersedes_withheld": version_order.supersedes("s", "w"),
@@ -81,7 +82,7 @@ _MARK_RESOLVABLE = sql.SQL("""
     FROM {stage} s
     WHERE w.source = ops.current_source()
         AND w.mentions && s.mentions
-        AND EXISTS (SELECT FROM unnest(w.patients) p WHERE starts_with(p, '#'))
+        AND {is_resolvable}
 """)
 _MARK_NAMED_PATIENTS = sql.SQL("""
     INSERT INTO ops.consent_changes (patient_id, at)
@@ -175,9 +176,9 @@ def remove_deleted(conn: Connection, resource_type: str, ids: Sequence[str]) -> 
 
 
 def mark_referring(conn: Connection, resource_type: str, released: Iterable[tuple[str, Sequence[str] | None]]) -> None:
-    """Mark the resources that are withheld because they refer to resources which are withheld no more.
+    """Mark the resources that are withheld because they refer to the ``released`` ones.
 
-    The latter are given by their ids and ``mentions``.
+    Released resources are given by their ids and ``mentions``.
     """
     ids, targets = list_targets((resource_type, *resource) for resource in released)
     if targets:
@@ -192,7 +193,7 @@ def mark_referring(conn: Connection, resource_type: str, released: Iterable[tupl
 
 
 def list_targets(resources: Iterable[tuple[str, str, Sequence[str] | None]]) -> tuple[list[str], list[str]]:
-    """Return the ids of the Patients among resources, and what ``mentions`` of resources that refer to them has.
+    """Return the ids of the Patients among resources, and the ``mentions`` by which others refer to the resources.
 
     The resources are given by type, id and ``mentions``.
     """

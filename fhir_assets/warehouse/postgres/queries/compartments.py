@@ -1,7 +1,7 @@
 """Fill the columns ``patients`` and ``mentions`` of resources that were loaded without them.
 
-Loads fill ``patients`` always and ``mentions`` if a consent policy is on. This module fills them for the resources that
-were loaded or withheld before, and for all if other subjects would be found in them today.
+Loads always fill ``patients``, and ``mentions`` if a consent policy is on. This module fills both for resources that
+were loaded or withheld before, and for all resources if the rules that find subjects have changed.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,15 +1,14 @@
 """Counts of resources that are not in the tables, for the reconciliation of windows."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from typing import LiteralString
 
 from psycopg import sql
 
 from fhir_assets.warehouse.postgres import version_order
 from fhir_assets.warehouse.postgres.db.connections import Connection
-
-_LINES_AT_ONCE = 1000
+from fhir_assets.warehouse.postgres.queries.temporary_lines import temporary_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,27 +63,9 @@ def count_absent(
     """Return the numbers of expected resources that are not in the tables by partition key, without dead letters.
 
     ``expected`` yields lines in the text format of COPY: partition key, id, ``meta.lastUpdated`` if it counts, and the
-    time of arrival if it is known. With
-    ``main_view``, a resource without a row in the table of this view is counted as missing, too.
+    time of arrival if it is known. With ``main_view``, a resource without a row in the table of this view is counted as
+    missing, too.
     """
-    conn.execute(
-        """
-        CREATE TEMPORARY TABLE expected (
-            partition_key text,
-            id text,
-            last_updated timestamptz,
-            arrived timestamptz,
-            as_of timestamptz GENERATED ALWAYS AS (coalesce(last_updated, arrived)) STORED
-        )
-        ON COMMIT DROP
-        """
-    )
-    lines = iter(expected)
-    with conn.cursor().copy("COPY expected (partition_key, id, last_updated, arrived) FROM STDIN") as copy:
-        while block := "".join(islice(lines, _LINES_AT_ONCE)):
-            copy.write(block)
-    # Without statistics, Postgres estimates a few rows even for a million, and chooses an index scan for each id.
-    conn.execute("ANALYZE expected")
     without_row: sql.Composable = sql.SQL("")
     if main_view:
         without_row = sql.SQL("""
@@ -92,12 +73,45 @@ def count_absent(
                 SELECT FROM {} v WHERE v._source = r.source AND v._resource_key = e.id
             )
         """).format(sql.Identifier("fhir", main_view))
-    query = _COUNT_ABSENT.format(without_row=without_row, is_newer=version_order.is_newer_than_stored("e", "r"))
-    counts = {key: AbsentCounts(*numbers) for key, *numbers in conn.execute(query, {"type": resource_type})}
-    conn.execute("DROP TABLE expected")
-    return counts
+    query = _COUNT_ABSENT.format(
+        without_row=without_row,
+        is_newer=_IS_NEWER,
+        is_withheld=_IS_WITHHELD,
+        has_dead_letter=_HAS_DEAD_LETTER,
+    )
+    with temporary_lines(conn, "expected", _VERSION_COLUMNS, expected, generated=_AS_OF):
+        return {key: AbsentCounts(*numbers) for key, *numbers in conn.execute(query, {"type": resource_type})}
 
 
+_VERSION_COLUMNS: Mapping[str, LiteralString] = {
+    "partition_key": "text",
+    "id": "text",
+    "last_updated": "timestamptz",
+    "arrived": "timestamptz",
+}
+_AS_OF: Mapping[str, LiteralString] = {
+    "as_of": "timestamptz GENERATED ALWAYS AS (coalesce(last_updated, arrived)) STORED"
+}
+_IS_NEWER = version_order.is_newer_than_stored("e", "r")
+_IS_WITHHELD = sql.SQL("""
+    w.source = ops.current_source()
+    AND w.resource_type = %(type)s
+    AND w.id = e.id
+    AND w.as_of >= coalesce(e.as_of, w.as_of)
+""")
+"""Whether ``w`` is the version ``e`` or a newer one of the same resource."""
+_HAS_DEAD_LETTER = sql.SQL("""
+    EXISTS (
+        SELECT FROM ops.dead_letters d
+        WHERE d.source = ops.current_source()
+            AND d.resource_type = %(type)s
+            AND d.stage IN ('transform', 'load')
+            AND d.status IN ('open', 'replaying', 'discarded')
+            AND d.partition_key = e.partition_key
+            AND d.resource_id IS NOT DISTINCT FROM e.id
+    )
+""")
+"""Whether the resource ``e`` could not be transformed or loaded."""
 _COUNT_ABSENT = sql.SQL("""
     SELECT
         e.partition_key,
@@ -106,21 +120,9 @@ _COUNT_ABSENT = sql.SQL("""
         count(w.id)
     FROM expected e
     LEFT JOIN fhir.resource r ON r.source = ops.current_source() AND r.resource_type = %(type)s AND r.id = e.id
-    LEFT JOIN ops.withheld w
-        ON w.source = ops.current_source()
-        AND w.resource_type = %(type)s
-        AND w.id = e.id
-        AND w.as_of >= coalesce(e.as_of, w.as_of)
+    LEFT JOIN ops.withheld w ON {is_withheld}
     WHERE (r.id IS NULL OR {is_newer} OR r.deleted_at IS NOT NULL {without_row})
-        AND NOT EXISTS (
-            SELECT FROM ops.dead_letters d
-            WHERE d.source = ops.current_source()
-                AND d.resource_type = %(type)s
-                AND d.stage IN ('transform', 'load')
-                AND d.status IN ('open', 'replaying', 'discarded')
-                AND d.partition_key = e.partition_key
-                AND d.resource_id IS NOT DISTINCT FROM e.id
-        )
+        AND NOT {has_dead_letter}
     GROUP BY e.partition_key
 """)
 
@@ -131,28 +133,9 @@ def count_unaccounted(conn: Connection, resource_type: str, lines: Iterable[str]
     ``lines`` yields lines in the text format of COPY: partition key, id, ``meta.lastUpdated`` if it counts, the time of
     arrival if it is known, and the fingerprint of the dead letter of stage ``validate`` that the resource would be.
     """
-    conn.execute(
-        """
-        CREATE TEMPORARY TABLE received (
-            partition_key text,
-            id text,
-            last_updated timestamptz,
-            arrived timestamptz,
-            fingerprint bytea,
-            as_of timestamptz GENERATED ALWAYS AS (coalesce(last_updated, arrived)) STORED
-        )
-        ON COMMIT DROP
-        """
-    )
-    remaining = iter(lines)
-    columns = "received (partition_key, id, last_updated, arrived, fingerprint)"
-    with conn.cursor().copy(f"COPY {columns} FROM STDIN") as copy:
-        while block := "".join(islice(remaining, _LINES_AT_ONCE)):
-            copy.write(block)
-    conn.execute("ANALYZE received")
-    counts: dict[str, int] = dict(conn.execute(_COUNT_UNACCOUNTED, {"type": resource_type}).fetchall())
-    conn.execute("DROP TABLE received")
-    return counts
+    columns: dict[str, LiteralString] = {**_VERSION_COLUMNS, "fingerprint": "bytea"}
+    with temporary_lines(conn, "received", columns, lines, generated=_AS_OF):
+        return dict(conn.execute(_COUNT_UNACCOUNTED, {"type": resource_type}).fetchall())
 
 
 _COUNT_UNACCOUNTED = sql.SQL("""
@@ -169,21 +152,7 @@ _COUNT_UNACCOUNTED = sql.SQL("""
                     OR d.resolution = 'corrected' AND d.resource_id IS NULL
                 )
         )
-        AND NOT EXISTS (
-            SELECT FROM ops.dead_letters d
-            WHERE d.source = ops.current_source()
-                AND d.resource_type = %(type)s
-                AND d.stage IN ('transform', 'load')
-                AND d.status IN ('open', 'replaying', 'discarded')
-                AND d.partition_key = e.partition_key
-                AND d.resource_id IS NOT DISTINCT FROM e.id
-        )
-        AND NOT EXISTS (
-            SELECT FROM ops.withheld w
-            WHERE w.source = ops.current_source()
-                AND w.resource_type = %(type)s
-                AND w.id = e.id
-                AND w.as_of >= coalesce(e.as_of, w.as_of)
-        )
+        AND NOT {has_dead_letter}
+        AND NOT EXISTS (SELECT FROM ops.withheld w WHERE {is_withheld})
     GROUP BY e.partition_key
-""").format(is_newer=version_order.is_newer_than_stored("e", "r"))
+""").format(is_newer=_IS_NEWER, is_withheld=_IS_WITHHELD, has_dead_letter=_HAS_DEAD_LETTER)

@@ -1,12 +1,10 @@
 """Resources in the tables that a source did not return when their windows were read again."""
 
 from collections.abc import Iterable, Sequence
-from itertools import islice
 
 from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.queries.temporary_lines import temporary_lines
 from fhir_assets.warehouse.postgres.tables.encoding import escape_text, is_storable
-
-_LINES_AT_ONCE = 1000
 
 
 def find_vanished(
@@ -16,28 +14,22 @@ def find_vanished(
 
     ``limit`` is the maximum number of ids. A returned id that Postgres cannot store is ignored: it is in no table.
     """
-    conn.execute("CREATE TEMPORARY TABLE returned_ids (id text) ON COMMIT DROP")
     lines = (f"{escape_text(resource_id)}\n" for resource_id in returned if is_storable(resource_id))
-    with conn.cursor().copy("COPY returned_ids FROM STDIN") as copy:
-        while block := "".join(islice(lines, _LINES_AT_ONCE)):
-            copy.write(block)
-    # Without statistics, Postgres estimates a few rows even for a million.
-    conn.execute("ANALYZE returned_ids")
-    rows = conn.execute(
-        """
-        SELECT r.id
-        FROM fhir.resource r
-        WHERE r.source = ops.current_source()
-            AND r.resource_type = %(type)s
-            AND r.partition_key = ANY(%(keys)s)
-            AND r.deleted_at IS NULL
-            AND NOT EXISTS (SELECT FROM returned_ids s WHERE s.id = r.id)
-        ORDER BY r.id
-        LIMIT %(limit)s
-        """,
-        {"type": resource_type, "keys": list(partition_keys), "limit": limit},
-    ).fetchall()
-    conn.execute("DROP TABLE returned_ids")
+    with temporary_lines(conn, "returned_ids", {"id": "text"}, lines):
+        rows = conn.execute(
+            """
+            SELECT r.id
+            FROM fhir.resource r
+            WHERE r.source = ops.current_source()
+                AND r.resource_type = %(type)s
+                AND r.partition_key = ANY(%(keys)s)
+                AND r.deleted_at IS NULL
+                AND NOT EXISTS (SELECT FROM returned_ids s WHERE s.id = r.id)
+            ORDER BY r.id
+            LIMIT %(limit)s
+            """,
+            {"type": resource_type, "keys": list(partition_keys), "limit": limit},
+        ).fetchall()
     return [resource_id for (resource_id,) in rows]
 
 

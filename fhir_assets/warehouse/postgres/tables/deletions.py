@@ -17,7 +17,7 @@ from psycopg import sql
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.record import Deletion as Deletion
 from fhir_assets.privacy.audit import AuditRecord
-from fhir_assets.warehouse.ops import audit_log, consents, visits, withheld_resources
+from fhir_assets.warehouse.ops import audit_log, consent_records, visits, withheld_resources
 from fhir_assets.warehouse.postgres import version_order
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session
 from fhir_assets.warehouse.postgres.tables.copy_blocks import parse_version_number
@@ -182,7 +182,7 @@ def _apply_chunk(
     for resource_type, resource_ids in ids_by_type.items():
         withheld_resources.remove_deleted(conn, resource_type, resource_ids)
         if resource_type == "Consent":
-            consents.remove_deleted(conn, resource_ids)
+            consent_records.remove_deleted(conn, resource_ids)
         visits.remove_deleted(conn, resource_type, resource_ids)
         for table in _find_view_tables(conn, resource_type):
             delete = sql.SQL("DELETE FROM {} WHERE _source = ops.current_source() AND {} = ANY(%s)").format(

@@ -8,7 +8,7 @@ from psycopg import sql
 from fhir_assets.catalog import BY_NAME
 from fhir_assets.fhir.views import View
 from fhir_assets.privacy.consent import ConsentGate
-from fhir_assets.warehouse.ops import consents, withheld_resources
+from fhir_assets.warehouse.ops import consent_records, withheld_resources
 from fhir_assets.warehouse.postgres import version_order
 from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, build_layout
 
@@ -133,7 +133,7 @@ class LoadStatements:
         """Returns pairs of a written id and true if no version of the resource was stored before."""
         self.record_consents: tuple[sql.Composed, ...] = ()
         if resource_type == "Consent" and record_consents and not reencrypt:
-            self.record_consents = consents.build_record_statements(
+            self.record_consents = consent_records.build_record_statements(
                 stage, sql.Placeholder("key_id"), by_file=consent_gate.by_file
             )
         self.consent_gate = (
