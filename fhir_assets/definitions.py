@@ -116,7 +116,7 @@ def _build(
         sensors=[
             build_replay_sensor(settings, replay_dead_letters, warehouse, current_rulesets(settings, views)),
             build_run_failure_sensor(warehouse),
-            build_alerts_sensor(settings, warehouse),
+            build_alerts_sensor(settings, warehouse, store, views.views),
             build_load_received_sensor(settings, load_received, warehouse),
             *(
                 [build_consent_sensor(settings, apply_consent, warehouse)]

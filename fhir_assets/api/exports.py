@@ -16,6 +16,7 @@ from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.store import build_blobs
 from fhir_assets.deployment.views import build_views
 from fhir_assets.warehouse.exports.export import Export, build_run_folder, find_run_windows
+from fhir_assets.warehouse.ops import window_verdicts
 from fhir_assets.warehouse.postgres.tables import view_tables
 
 router = APIRouter(tags=["runs"])
@@ -38,7 +39,8 @@ def export_type(
     include_normalized: Annotated[bool, Query(description="Export the tables, as Parquet")] = True,
 ) -> Response:
     """Files are written to FHIR_EXPORT_URL: the valid resources, and the raw resources and tables on request. Resources
-    that consent withholds are left out.
+    that consent withholds are left out. Windows that do not reconcile are exported as they are; the response and the
+    manifest name them.
     """
     name = find_resource_type(context.settings.fhir_resource_types, resource_type)
     if not context.settings.fhir_export_url:
@@ -78,6 +80,7 @@ def export_type(
                 files.append(type_export.write_raw())
             if include_normalized:
                 files += [type_export.write_table(view, "parquet") for view in views]
-            written_folder = export.finish()
-    content = {"folder": written_folder, "files": [asdict(file) for file in files]}
+            unreconciled = window_verdicts.find_faults(conn, name, keys)
+            written_folder = export.finish(unreconciled={name: unreconciled})
+    content = {"folder": written_folder, "files": [asdict(file) for file in files], "unreconciled": unreconciled}
     return Response(orjson.dumps(content, default=str), media_type="application/json")

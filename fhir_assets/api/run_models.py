@@ -130,6 +130,9 @@ class Exported(BaseModel):
 
     folder: str
     files: list[File]
+    unreconciled: dict[str, str] = Field(
+        default_factory=dict, description="Exported windows that do not reconcile, each with the reason"
+    )
 
 
 class StartedRun(BaseModel):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fhir_assets.catalog import BY_NAME
-from fhir_assets.cli.ingest import report_broken_views
+from fhir_assets.cli.ingest import report_broken_views, report_unreconciled_windows
 from fhir_assets.cli.output import console, print_json, print_table
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.store import build_blobs, build_store
@@ -17,7 +17,7 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.exports.export import Export, ExportedFile, Format, build_run_folder, find_run_windows
-from fhir_assets.warehouse.ops import runs
+from fhir_assets.warehouse.ops import runs, window_verdicts
 from fhir_assets.warehouse.postgres.db.connections import Connection
 from fhir_assets.warehouse.postgres.tables import view_tables
 
@@ -40,7 +40,8 @@ def export(
     """Write resources and tables to files: by default the valid resources and the tables.
 
     With --run the files are written to a folder for that run. The exit code is 1 if a table is left out because its
-    ViewDefinition is not valid.
+    ViewDefinition is not valid. Windows that do not reconcile are exported as they are; the command and the manifest
+    name them.
     """
     settings = load_settings()
     if resource_type not in ("all", *BY_NAME):
@@ -81,14 +82,24 @@ def export(
                     files.append(type_export.write_dead_letters())
                 if normalized:
                     files.extend(type_export.write_table(view, form) for view in views if view.resource_type == name)
-            written_folder = writer.finish()
+            unreconciled = {
+                name: window_verdicts.find_faults(conn, name, keys_by_type[name] if run else keys) for name in types
+            }
+            written_folder = writer.finish(unreconciled=unreconciled)
     if json:
-        print_json({"folder": written_folder, "files": files})
+        print_json({"folder": written_folder, "files": files, "unreconciled": unreconciled})
     else:
         print_table("Exported", [_row(file) for file in files if file.rows], ("file", "rows", "bytes"))
         console.print(
             f"{len(files)} files in {written_folder}, listed in manifest.json with their hashes", markup=False
         )
+    report_unreconciled_windows(
+        [
+            {"type": name, "window": window, "faults": [reason]}
+            for name, windows in unreconciled.items()
+            for window, reason in windows.items()
+        ]
+    )
     report_broken_views(broken)
     if broken:
         raise typer.Exit(1)

@@ -24,7 +24,7 @@ from fhir_assets.orchestration.checks.known_patients import describe_unknown_den
 from fhir_assets.orchestration.instance import config
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.settings import Settings, load_settings
-from fhir_assets.warehouse.ops import consents, runs
+from fhir_assets.warehouse.ops import consents, held_windows, runs
 from fhir_assets.windows import WindowRange
 
 _SUMMARY_COLUMNS = (
@@ -62,6 +62,7 @@ def ingest(
     rows = summarize_runs(settings, outcomes)
     failures = select_failed(outcomes)
     red = find_unreconciled_windows(settings)
+    held = _find_held_windows(settings)
     broken = build_views(settings).broken
     denials = _count_unknown_denials(settings)
     run_ids = [outcome.run_id for outcome in outcomes]
@@ -72,6 +73,7 @@ def ingest(
                 "success": not (failures or red or broken or denials),
                 "types": rows,
                 "unreconciled": red,
+                "held_back": held,
                 "unknown_denials": denials,
                 "broken_views": [{"file": str(view.path), "error": view.message} for view in broken],
             }
@@ -82,6 +84,7 @@ def ingest(
         print_summary("Loaded", rows)
     report_failures(settings, failures)
     report_unreconciled_windows(red)
+    _report_held_windows(held)
     report_broken_views(broken)
     if denials:
         errors.print(describe_unknown_denials(denials), markup=False, soft_wrap=True)
@@ -186,6 +189,24 @@ def find_unreconciled_windows(settings: Settings) -> list[dict[str, object]]:
     with hide_library_output():
         red = ingestion.find_unreconciled_windows()
     return [{"type": name, "window": counts.partition_key, "faults": counts.faults} for name, counts in red]
+
+
+def _find_held_windows(settings: Settings) -> list[dict[str, str]]:
+    """Return the windows that deliveries and exports hold back until they reconcile."""
+    with Warehouse(settings).connect() as conn:
+        return [
+            {"destination": destination, "type": name, "window": window}
+            for destination, name, window in held_windows.list_held(conn)
+        ]
+
+
+def _report_held_windows(held: Sequence[Mapping[str, str]]) -> None:
+    for destination in dict.fromkeys(window["destination"] for window in held):
+        windows = [f"{window['type']} of {window['window']}" for window in held if window["destination"] == destination]
+        more = len(windows) - _MAX_SHOWN_WINDOWS
+        shown = ", ".join(windows[:_MAX_SHOWN_WINDOWS]) + (f" and {more} more" if more > 0 else "")
+        text = f"Held back from {destination} until they reconcile: {shown}"
+        errors.print(text, markup=False, soft_wrap=True)
 
 
 def _count_unknown_denials(settings: Settings) -> int:

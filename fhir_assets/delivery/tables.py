@@ -63,8 +63,8 @@ class DeliverStep:
         self._batch_size = batch_size
         self._workers = workers
 
-    def deliver(self, resource_types: Sequence[str], partition_keys: Sequence[str]) -> dict[str, DeliveredCounts]:
-        """Send the parts that this server has not received yet.
+    def deliver(self, keys_by_type: Mapping[str, Sequence[str]]) -> dict[str, DeliveredCounts]:
+        """Send the parts of the windows of each type that this server has not received yet.
 
         With a refresh other than MISSING, send all parts, but leave out resources that are unchanged on the server.
         Resources that the server refuses become dead letters of stage ``deliver``.
@@ -72,11 +72,11 @@ class DeliverStep:
         Raises ServerUnavailable, ServerRefused, NotFhir, DatabaseUnavailable or StoreError; the windows then remain
         undelivered.
         """
-        counts = {name: DeliveredCounts() for name in resource_types}
+        counts = {name: DeliveredCounts() for name in keys_by_type}
         manifests = [
             manifest
-            for name in bundles.sort_types(resource_types)
-            for manifest in self._store.manifests("validated", name, partition_keys)
+            for name in bundles.sort_types(list(keys_by_type))
+            for manifest in self._store.manifests("validated", name, keys_by_type[name])
         ]
         pending = {part.name: (part, manifest) for manifest in manifests for part in self._pending_parts(manifest)}
         steps: dict[str, dict[str, int]] = {}

@@ -35,3 +35,6 @@ FHIR_SERVER_POOL = "fhir_server"
 """The pool of all steps that call the FHIR server. It has no limit unless an operator sets one in the UI.
 FHIR_MAX_CONNECTIONS limits the connections in any case.
 """
+
+UNPARTITIONED = ""
+"""The partition of a run or check without partitions in ``ops.incidents``."""

@@ -20,11 +20,13 @@ from fhir_assets.errors import Overtaken
 from fhir_assets.sources import DEFAULT_SOURCE
 from fhir_assets.storage.manifest import REPLAY, Manifest, Part
 from fhir_assets.storage.store import Store, partition_folder
+from fhir_assets.warehouse.ops import window_verdicts
 from fhir_assets.warehouse.ops.settlements import Settlement, settle
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
 from fhir_assets.warehouse.postgres.db.partition_locks import lock_partitions
 
 _PARTITIONS_PER_TRANSACTION = 100
+_RECONCILED_LAYERS = ("raw", "validated")
 
 
 class PartitionUpdate(Protocol):
@@ -81,11 +83,15 @@ def rewrite_partitions(
     with connect() as conn:
         for start in range(0, len(manifests), _PARTITIONS_PER_TRANSACTION):
             group = manifests[start : start + _PARTITIONS_PER_TRANSACTION]
+            # Before the manifests change, in case this process is killed, and again while no evaluation can read them.
+            with conn.transaction():
+                _invalidate_verdicts(conn, group)
             with _partition_locks(conn, store.source, group):
                 merged = [
                     merge(new, current) for new, current in zip(group, store.committed_manifests(group), strict=True)
                 ]
                 store.commit(merged)
+                _invalidate_verdicts(conn, group)
                 if settlement is not None:
                     own = [m.partition_key for new, m in zip(group, merged, strict=True) if m.run_id == new.run_id]
                     settle(conn, settlement.restrict(own))
@@ -210,6 +216,15 @@ def _add_counts(current: Mapping[str, int], new: Mapping[str, int], common: Mapp
     total.update(new)
     total.subtract(common)
     return {rule: count for rule, count in total.items() if count}
+
+
+def _invalidate_verdicts(conn: Connection, manifests: Sequence[Manifest]) -> None:
+    keys_by_type: dict[str, list[str]] = {}
+    for manifest in manifests:
+        if manifest.layer in _RECONCILED_LAYERS:
+            keys_by_type.setdefault(manifest.resource_type, []).append(manifest.partition_key)
+    for resource_type in sorted(keys_by_type):
+        window_verdicts.invalidate(conn, resource_type, keys_by_type[resource_type])
 
 
 @contextmanager

@@ -5,21 +5,23 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import dagster as dg
 import pytest
 
 from fhir_assets.delivery.webhook import build_message
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets.warehouse.ops import checkpoints
+from fhir_assets.warehouse.ops import checkpoints, incidents
 from fhir_assets.warehouse.ops.incidents import Incident
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.alerts import AlertsSensor, WebhookReceiver, receive_webhooks
-from fhir_assets_tests.support.content import add, patient
+from fhir_assets_tests.support.content import add, materialize, patient
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 SECRET = "Wintergarten"
 NAME = [{"family": SECRET}]
+SETTINGS = {"fhir_last_updated_gte": "2024-01-05", "fhir_resource_types": "Patient", "dead_letter_error_rate": 0.1}
 
 
 @pytest.fixture
@@ -132,6 +134,88 @@ def test_a_failure_that_recovered_before_the_first_tick_is_not_reported(deploy: 
         AlertsSensor(deployment).tick()
         assert hook.messages == []
         assert deployment.query("SELECT name, closed_at IS NOT NULL FROM ops.incidents") == [("incremental_load", True)]
+
+
+def list_open(deployment: Deployment) -> list[tuple[object, ...]]:
+    return deployment.query("SELECT kind, name FROM ops.incidents WHERE closed_at IS NULL ORDER BY id")
+
+
+def observations(deployment: Deployment, key: str) -> list[str]:
+    records = deployment.instance.fetch_observations(dg.AssetKey(key.split("/")), limit=10).records
+    return [record.asset_observation.description or "" for record in records if record.asset_observation]
+
+
+@pytest.fixture
+def deployment(deploy: Deploy, server: SandboxServer) -> Deployment:
+    return deploy(fhir_base_url=server.url, **SETTINGS)
+
+
+def test_an_incident_of_a_materialization_closes_when_a_load_succeeds_and_stands_on_its_asset(
+    deployment: Deployment,
+) -> None:
+    sensor = AlertsSensor(deployment)
+    with unwritable_store(deployment):
+        assert not materialize(deployment, "raw/patient", windows=["2024-01-05"]).success
+    message = sensor.tick()
+    assert "Read 1 ended runs" in message
+    assert "1 incidents are open: run raw/patient" in message
+    assert list_open(deployment) == [("run", "raw/patient")]
+    assert observations(deployment, "raw/patient") == ["incident opened: run raw/patient"]
+    deployment.ingest(first=DAY, last=DAY)
+    assert "No incident is open" in sensor.tick()
+    assert observations(deployment, "raw/patient") == [
+        "incident closed: run raw/patient",
+        "incident opened: run raw/patient",
+    ]
+
+
+def test_an_incident_of_a_run_of_checks_closes_when_they_are_evaluated_again(deployment: Deployment) -> None:
+    deployment.ingest(first=DAY, last=DAY)
+    sensor = AlertsSensor(deployment)
+    sensor.tick()
+    [manifest] = Path(deployment.settings.store_url).glob("raw/patient/*/manifest.json")
+    content = manifest.read_bytes()
+    manifest.write_bytes(b"{")
+    assert not materialize(deployment, windows=["2024-01-05"]).success
+    sensor.tick()
+    assert list_open(deployment) == [("run", "normalized/patient")]
+    manifest.write_bytes(content)
+    deployment.ingest(first=DAY, last=DAY, refresh=Refresh.WINDOW)
+    sensor.tick()
+    assert list_open(deployment) == []
+
+
+def test_an_incident_of_a_check_closes_without_a_run_after_its_dead_letters_are_discarded(
+    deployment: Deployment, server: SandboxServer
+) -> None:
+    add(server, *(patient(f"bad{n}", DAY, name=NAME, gender="malee") for n in range(3)))
+    deployment.ingest(first=DAY, last=DAY)
+    sensor = AlertsSensor(deployment)
+    sensor.tick()
+    assert list_open(deployment) == [("check", "normalized/patient:dead_letter_rate")]
+    deployment.query("UPDATE ops.dead_letters SET status = 'discarded', resolved_at = now() RETURNING id")
+    sensor.tick()
+    assert list_open(deployment) == []
+
+
+def test_an_incident_closes_when_its_check_or_type_no_longer_exists_or_its_check_only_warns(
+    deploy: Deploy, deployment: Deployment, server: SandboxServer
+) -> None:
+    add(server, *(patient(f"bad{n}", DAY, name=NAME, gender="malee") for n in range(3)))
+    deployment.ingest(first=DAY, last=DAY)
+    AlertsSensor(deployment).tick()
+    with connect(deployment.url) as conn:
+        incidents.record_failure(conn, "check", "normalized/encounter:fresh", [""])
+        incidents.record_failure(conn, "behind", "incremental_load", ["Encounter"])
+        conn.commit()
+    assert len(list_open(deployment)) == 3
+    AlertsSensor(deployment).tick()
+    assert list_open(deployment) == [("check", "normalized/patient:dead_letter_rate")]
+    changed = {"dead_letter_error_rate": 0.9, "fhir_store_url": deployment.settings.store_url}
+    lenient = deploy(home="lenient", fhir_base_url=server.url, **{**SETTINGS, **changed})
+    lenient.ingest(first=DAY, last=DAY, refresh=Refresh.WINDOW)
+    AlertsSensor(lenient).tick()
+    assert list_open(deployment) == []
 
 
 def test_a_long_message_names_some_incidents_and_counts_the_others() -> None:

@@ -94,6 +94,7 @@ def test_a_delivery_url_equal_to_the_source_is_refused() -> None:
 def test_resources_missing_from_the_tables_are_not_delivered(deployment: Deployment, target: SandboxServer) -> None:
     """A withheld or deleted resource is in the store, but not in the tables."""
     assert materialize(deployment, "raw/patient", "validated/patient", "normalized/patient", windows=[KEY]).success
+    assert materialize(deployment, windows=[KEY]).success
     with connect(deployment.url) as conn:
         assert conn.execute("DELETE FROM fhir.resource WHERE id = 'p3'").rowcount == 1
         assert (

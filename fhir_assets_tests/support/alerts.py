@@ -63,4 +63,6 @@ class AlertsSensor:
         ) as context:
             result = repository.get_sensor_def("alerts").evaluate_tick(context)
         self._cursor = result.cursor
+        for event in result.asset_events:  # As the daemon does.
+            self._deployment.instance.report_runless_asset_event(event)
         return result.skip_message or ""

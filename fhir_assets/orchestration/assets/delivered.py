@@ -1,7 +1,7 @@
 """The assets ``delivered/<type>``: the resources of the tables, written to the FHIR server at FHIR_DELIVERY_URL.
 
 One step writes all resource types, because references between types, including circular ones, determine the order of
-the writes.
+the writes. Windows that do not reconcile are passed over; the first run after they reconcile takes them up.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,14 +16,18 @@ from fhir_assets.delivery.tables import DeliverStep
 from fhir_assets.deployment.targets import build_delivery_client
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
+from fhir_assets.orchestration.assets.departures import emit_departure
 from fhir_assets.orchestration.failures import record_step
 from fhir_assets.orchestration.run_context import RunContext
+from fhir_assets.pipeline.reconcile.verdicts import plan_departure
+from fhir_assets.pipeline.reconcile.window_counts import find_main_view
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
+from fhir_assets.warehouse.ops import dead_letters, held_windows
 
 LAYER = "delivered"
 CHECK = "accepted"
-"""The check of each asset: the server accepted every resource."""
+"""The check of each asset: the server accepted every resource that was ever sent to it."""
 
 
 def build_delivered_assets(
@@ -61,12 +65,26 @@ def build_delivered_assets(
     )
     def delivered(
         context: dg.AssetExecutionContext, store: dg.ResourceParam[Store], warehouse: dg.ResourceParam[Warehouse]
-    ) -> Iterator[dg.MaterializeResult[None]]:
+    ) -> Iterator[dg.MaterializeResult[None] | dg.AssetCheckResult]:
         run = RunContext.from_context(context, settings.window_scheme)
         selected = {BY_KEY[key.path[-1]].name: key for key in sorted(context.selected_asset_keys)}
         started = perf_counter()
         client = build_delivery_client(settings, workers=settings.fhir_max_connections, stop=Event())
+        destination = f"{LAYER} {client.base_url}"
         with record_step(run, warehouse, list(selected)), client:
+            with warehouse.connect() as conn:
+                departures = {
+                    name: plan_departure(
+                        conn,
+                        store,
+                        destination,
+                        name,
+                        run.partition_keys,
+                        main_view=find_main_view(views, name),
+                        run_id=run.run_id,
+                    )
+                    for name in selected
+                }
             step = DeliverStep(
                 store,
                 warehouse.connect,
@@ -76,23 +94,24 @@ def build_delivered_assets(
                 batch_size=settings.batch_size,
                 workers=settings.fhir_max_connections,
             )
-            counts = step.deliver(list(selected), run.partition_keys)
+            counts = step.deliver({name: departure.cleared for name, departure in departures.items()})
+            with warehouse.connect() as conn:
+                for name, departure in departures.items():
+                    held_windows.release(conn, destination, name, departure.cleared)
+                refused = {name: dead_letters.count_unresolved(conn, name, "deliver") for name in selected}
             seconds = round(perf_counter() - started, 3)
             for name, key in selected.items():
-                count = counts[name]
-                yield dg.MaterializeResult(
-                    asset_key=key,
-                    metadata={**asdict(count), "seconds": seconds, "destination": client.base_url},
-                    check_results=[
-                        dg.AssetCheckResult(
-                            asset_key=key,
-                            check_name=CHECK,
-                            passed=not count.failed,
-                            description=_describe(count.failed),
-                        )
-                    ]
-                    if dg.AssetCheckKey(key, CHECK) in context.selected_asset_check_keys
-                    else [],
+                check = dg.AssetCheckResult(
+                    asset_key=key, check_name=CHECK, passed=not refused[name], description=_describe(refused[name])
+                )
+                is_checked = dg.AssetCheckKey(key, CHECK) in context.selected_asset_check_keys
+                yield from emit_departure(
+                    context,
+                    key,
+                    departures[name].held,
+                    {**asdict(counts[name]), "seconds": seconds, "destination": client.base_url},
+                    taken_up=departures[name].taken_up,
+                    check_results=[check] if is_checked else [],
                 )
 
     return [delivered]
@@ -100,8 +119,9 @@ def build_delivered_assets(
 
 def _describe(failed: int) -> str:
     if not failed:
-        return "the server has every resource of the windows"
+        return "the server has accepted every resource that was sent"
     return (
-        f"the server refused {failed} resources: `fhir-assets dead-letters list --stage deliver` lists the reasons. "
-        "Correct the resources, then materialize the windows again"
+        f"the server refused {failed} resources, which are dead letters: "
+        "`fhir-assets dead-letters list --stage deliver` lists the reasons. Correct the resources, then "
+        "materialize the windows again"
     )

@@ -1,9 +1,10 @@
 """The assets ``exports/<type>``: the windows of a run as files in FHIR_EXPORT_URL.
 
-Each run writes one folder, with the valid resources as NDJSON and the tables as Parquet.
+Each run writes one folder, with the valid resources as NDJSON and the tables as Parquet. Windows that do not reconcile
+are passed over; the first run after they reconcile includes them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 import dagster as dg
@@ -13,11 +14,15 @@ from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.store import build_blobs
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
+from fhir_assets.orchestration.assets.departures import emit_departure
 from fhir_assets.orchestration.failures import sanitized_errors
 from fhir_assets.orchestration.run_context import RunContext
+from fhir_assets.pipeline.reconcile.verdicts import plan_departure
+from fhir_assets.pipeline.reconcile.window_counts import find_main_view
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.exports.export import Export, build_run_folder
+from fhir_assets.warehouse.ops import held_windows
 from fhir_assets.warehouse.postgres.tables import view_tables
 
 
@@ -42,17 +47,28 @@ def _build_export_asset(
         group_name="exports",
         deps=[dg.AssetKey(["normalized", view.name]) for view in views],
         partitions_def=partitions,
+        output_required=False,
         backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
         description=f"{resource_type.name}: the windows of a run as NDJSON and Parquet files in FHIR_EXPORT_URL.",
         kinds={"fhir", "parquet"},
     )
     def exports(
         context: dg.AssetExecutionContext, store: dg.ResourceParam[Store], warehouse: dg.ResourceParam[Warehouse]
-    ) -> dg.MaterializeResult[None]:
+    ) -> Iterator[dg.MaterializeResult[None] | dg.AssetCheckResult]:
         run = RunContext.from_context(context, settings.window_scheme)
         with sanitized_errors(), warehouse.connect() as conn:
             view_tables.ensure_tables(conn, views)
             conn.commit()
+            destination = f"exports {settings.fhir_export_url}"
+            departure = plan_departure(
+                conn,
+                store,
+                destination,
+                resource_type.name,
+                run.partition_keys,
+                main_view=find_main_view(views, resource_type.name),
+                run_id=run.run_id,
+            )
             start = context.instance.get_run_stats(run.run_id).start_time
             folder = build_run_folder(run.run_id, datetime.fromtimestamp(start or run.now.timestamp(), UTC))
             target = build_blobs(settings, settings.fhir_export_url)
@@ -66,16 +82,18 @@ def _build_export_asset(
                 withholding=build_consent_gate(settings).withholds,
                 manifest=f"{resource_type.name}.manifest.json",
             ) as export:
-                files_of_type = export.for_type(resource_type.name, run.partition_keys)
+                files_of_type = export.for_type(resource_type.name, departure.cleared)
                 files = [files_of_type.write_valid(), *(files_of_type.write_table(view, "parquet") for view in views)]
-                path = export.finish()
-        return dg.MaterializeResult(
-            metadata={
-                "folder": dg.MetadataValue.path(path),
-                "rows": sum(file.rows for file in files),
-                "bytes": sum(file.bytes for file in files),
-                "files": len(files),
-            }
-        )
+                path = export.finish(unreconciled={resource_type.name: departure.held})
+            held_windows.release(conn, destination, resource_type.name, departure.cleared)
+            conn.commit()
+        metadata = {
+            "folder": dg.MetadataValue.path(path),
+            "rows": sum(file.rows for file in files),
+            "bytes": sum(file.bytes for file in files),
+            "files": len(files),
+        }
+        key = dg.AssetKey(["exports", resource_type.key])
+        yield from emit_departure(context, key, departure.held, metadata, taken_up=departure.taken_up)
 
     return exports

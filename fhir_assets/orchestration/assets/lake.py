@@ -1,15 +1,22 @@
-"""The assets ``lake/<view>``: the tables as Parquet files in FHIR_LAKE_URL, for data that outgrows Postgres."""
+"""The assets ``lake/<view>``: the tables as Parquet files in FHIR_LAKE_URL, for data that outgrows Postgres.
 
-from collections.abc import Sequence
+Windows that do not reconcile are passed over; the first update after they reconcile writes them.
+"""
+
+from collections.abc import Iterator, Sequence
 
 import dagster as dg
 
 from fhir_assets.deployment.store import build_blobs
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
+from fhir_assets.orchestration.assets.departures import emit_departure
 from fhir_assets.orchestration.failures import sanitized_errors
 from fhir_assets.orchestration.run_context import RunContext
+from fhir_assets.pipeline.reconcile.verdicts import evaluate_doubtful_windows
+from fhir_assets.pipeline.reconcile.window_counts import find_main_view
 from fhir_assets.settings import Settings
+from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.lake import writer
 from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.warehouse.postgres.tables.view_tables import KEY_COLUMN, build_layout
@@ -22,10 +29,16 @@ def build_lake_assets(
     types = settings.fhir_resource_types
     if not settings.fhir_lake_url:
         return []
-    return [_build_lake_asset(settings, partitions, view) for view in views if view.resource_type in types]
+    return [
+        _build_lake_asset(settings, partitions, view, find_main_view(views, view.resource_type))
+        for view in views
+        if view.resource_type in types
+    ]
 
 
-def _build_lake_asset(settings: Settings, partitions: dg.PartitionsDefinition[str], view: View) -> dg.AssetsDefinition:
+def _build_lake_asset(
+    settings: Settings, partitions: dg.PartitionsDefinition[str], view: View, main_view: str | None
+) -> dg.AssetsDefinition:
     columns = [
         column for column in build_layout(view, encrypted=settings.encrypts).columns if column.name != KEY_COLUMN
     ]
@@ -36,6 +49,7 @@ def _build_lake_asset(settings: Settings, partitions: dg.PartitionsDefinition[st
         group_name="lake",
         deps=[dg.AssetKey(["normalized", view.name])],
         partitions_def=partitions,
+        output_required=False,
         backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
         # A run updates the files of all windows of the view, so a run of the newest window suffices.
         automation_condition=dg.AutomationCondition.eager(),
@@ -50,21 +64,22 @@ def _build_lake_asset(settings: Settings, partitions: dg.PartitionsDefinition[st
         },
     )
     def lake_asset(
-        context: dg.AssetExecutionContext, warehouse: dg.ResourceParam[Warehouse]
-    ) -> dg.MaterializeResult[None]:
+        context: dg.AssetExecutionContext, store: dg.ResourceParam[Store], warehouse: dg.ResourceParam[Warehouse]
+    ) -> Iterator[dg.MaterializeResult[None] | dg.AssetCheckResult]:
         run = RunContext.from_context(context, settings.window_scheme)
+        name = view.resource_type
         with sanitized_errors(), warehouse.connect() as conn:
             view_tables.ensure_tables(conn, [view])
             conn.commit()
+            evaluate_doubtful_windows(conn, store, name, store.partition_keys("raw", name), main_view=main_view)
             target = build_blobs(settings, settings.fhir_lake_url)
             written = writer.update(conn, target, view, run.partition_keys, run_id=run.run_id, actor=run.triggered_by)
-        return dg.MaterializeResult(
-            metadata={
-                "windows_written": written.windows,
-                "windows_removed": written.removed,
-                "rows": written.rows,
-                "bytes": written.bytes,
-            }
-        )
+        metadata = {
+            "windows_written": written.windows,
+            "windows_removed": written.removed,
+            "rows": written.rows,
+            "bytes": written.bytes,
+        }
+        yield from emit_departure(context, dg.AssetKey(["lake", view.name]), written.held, metadata)
 
     return lake_asset

@@ -21,7 +21,8 @@ from fhir_assets.orchestration.window_metadata import PARTITION_ROW_COUNT, add_w
 from fhir_assets.pipeline.consent.step import ConsentStep
 from fhir_assets.pipeline.load.step import LoadResult, LoadStep
 from fhir_assets.pipeline.lost_manifests import require_manifests
-from fhir_assets.pipeline.reconcile.window_counts import find_main_view, reconcile
+from fhir_assets.pipeline.reconcile.verdicts import evaluate_windows
+from fhir_assets.pipeline.reconcile.window_counts import find_main_view
 from fhir_assets.pipeline.replay.load_step import ReplayLoadStep
 from fhir_assets.pipeline.sources.binding import SourceBinding
 from fhir_assets.pipeline.workers.pool import WorkerPool
@@ -88,7 +89,7 @@ def _build_normalized_step(
         if not context.has_partition_key and not context.has_partition_key_range:
             # All checks of the table were executed together: a run without partitions, which loads nothing.
             with sanitized_errors(), warehouse.connect() as conn:
-                counts = reconcile(conn, store, name, store.partition_keys("raw", name), main_view=main_view)
+                counts = evaluate_windows(conn, store, name, store.partition_keys("raw", name), main_view=main_view)
                 yield from checks.evaluate(context, conn, counts, check_names)
             return
         run = RunContext.from_context(context, settings.window_scheme)
@@ -158,10 +159,10 @@ def _build_normalized_step(
                     yield dg.Output(table, output_name=view.name)
         if check_names:
             with sanitized_errors(), warehouse.connect() as conn:
-                counts = reconcile(conn, store, name, run.partition_keys, main_view=main_view)
+                counts = evaluate_windows(conn, store, name, run.partition_keys, main_view=main_view)
                 yield from checks.evaluate(context, conn, counts, check_names)
                 if resolved_windows and DEAD_LETTER_RATE in check_names:
-                    others = reconcile(conn, store, name, resolved_windows, main_view=main_view)
+                    others = evaluate_windows(conn, store, name, resolved_windows, main_view=main_view)
                     checks.log_other_windows(context, conn, others, DEAD_LETTER_RATE)
 
     return normalized

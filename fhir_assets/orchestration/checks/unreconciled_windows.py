@@ -8,7 +8,8 @@ import dagster as dg
 from fhir_assets.catalog import BY_KEY
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.checks.window import RECONCILES, evaluate_reconciliation
-from fhir_assets.pipeline.reconcile.window_counts import WindowCounts, find_main_view, reconcile
+from fhir_assets.pipeline.reconcile.verdicts import evaluate_windows
+from fhir_assets.pipeline.reconcile.window_counts import WindowCounts, find_main_view
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.dagster import check_results
 from fhir_assets.warehouse.postgres.db import connections
@@ -31,7 +32,7 @@ def find_unreconciled_windows(
             keys_by_type.setdefault(resource_type.name, []).append(partition_key)
     unreconciled = []
     for name, keys in keys_by_type.items():
-        for counts in reconcile(conn, store, name, keys, main_view=find_main_view(views, name)):
+        for counts in evaluate_windows(conn, store, name, keys, main_view=find_main_view(views, name)):
             if counts.faults:
                 unreconciled.append((name, counts))
             else:

@@ -91,6 +91,16 @@ class WindowChecks:
         targets = find_targets(context.instance, self._asset, [window.partition_key for window in counts])
         self._log(context, counts, self._evaluate(conn, counts, name)[0], name, targets)
 
+    def evaluate_outside_run(
+        self, instance: dg.DagsterInstance, conn: Connection, counts: Sequence[WindowCounts], name: str
+    ) -> list[dg.AssetCheckEvaluation]:
+        """Return the evaluation of the named check of each window, outside of a run."""
+        targets = find_targets(instance, self._asset, [window.partition_key for window in counts])
+        return [
+            result.to_evaluation(self._asset, name, window.partition_key, targets.get(window.partition_key))
+            for window, result in zip(counts, self._evaluate(conn, counts, name)[0], strict=True)
+        ]
+
     def _log(
         self,
         context: dg.AssetExecutionContext,

@@ -1,7 +1,8 @@
 """The sensor ``alerts``: records incidents in ``ops.incidents`` and sends each once to ALERT_WEBHOOK_URL.
 
 An incident is a failed run, a failed check of severity ERROR (its run succeeds nevertheless), or a resource type whose
-windows are behind schedule. An incident closes when the same partitions succeed.
+windows are behind schedule. An incident closes when its cause is gone: see ``recoveries.py`` and
+``checks/red_windows.py``. When it opens and closes, the assets that it concerns get an observation.
 """
 
 import json
@@ -11,12 +12,17 @@ from typing import Literal
 
 import dagster as dg
 
+from fhir_assets.catalog import BY_NAME
 from fhir_assets.delivery.webhook import Webhook
 from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.fhir.views import View
+from fhir_assets.orchestration.checks.red_windows import evaluate_red_windows
 from fhir_assets.orchestration.failures import sanitized_errors
 from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD
-from fhir_assets.orchestration.tags import PARTITION_TAG, RANGE_END, RANGE_START
+from fhir_assets.orchestration.sensors.recoveries import find_assets, find_selected, record_recoveries
+from fhir_assets.orchestration.tags import PARTITION_TAG, RANGE_END, RANGE_START, UNPARTITIONED
 from fhir_assets.settings import Settings
+from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import checkpoints, incidents
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
@@ -26,8 +32,8 @@ PAGE_SIZE = 1000
 _MAX_PAGES = 20
 _INTERVAL_SECONDS = 30
 _MAX_NAMED_ASSETS = 3
-_UNPARTITIONED = ""
-"""The partition of a run or check without partitions in ``ops.incidents``."""
+_MAX_OBSERVED_ASSETS = 10
+_MAX_NAMED_INCIDENTS = 3
 
 _RUN_EVENTS: tuple[Literal[dg.DagsterEventType.RUN_FAILURE, dg.DagsterEventType.RUN_SUCCESS], ...] = (
     dg.DagsterEventType.RUN_FAILURE,
@@ -35,7 +41,9 @@ _RUN_EVENTS: tuple[Literal[dg.DagsterEventType.RUN_FAILURE, dg.DagsterEventType.
 )
 
 
-def build_alerts_sensor(settings: Settings, warehouse: Warehouse) -> dg.SensorDefinition:
+def build_alerts_sensor(
+    settings: Settings, warehouse: Warehouse, store: Store, views: Sequence[View]
+) -> dg.SensorDefinition:
     """Return the sensor that opens, closes and reports incidents.
 
     The cursor holds the ids of the last events that were read, so that no event is missed after a restart.
@@ -50,24 +58,83 @@ def build_alerts_sensor(settings: Settings, warehouse: Warehouse) -> dg.SensorDe
         description="Records incidents in ops.incidents, and reports new and closed incidents to ALERT_WEBHOOK_URL.",
     )
     def alerts(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        cursor = json.loads(context.cursor) if context.cursor else {"runs": 0, "checks": 0}
+        cursor = {"runs": 0, "checks": 0, "red_windows": 0} | (json.loads(context.cursor) if context.cursor else {})
         with sanitized_errors(), warehouse.connect() as conn:
+            before = incidents.list_open(conn)
+            conn.commit()
+            cursor["red_windows"] = evaluate_red_windows(
+                context.instance, conn, store, views, settings, before, after=cursor["red_windows"]
+            )
+            runs = checks = 0
             with conn.transaction():
                 for _ in range(_MAX_PAGES):
-                    previous = dict(cursor)
-                    cursor["runs"] = _record_runs(conn, context.instance, settings, cursor["runs"])
-                    cursor["checks"] = _record_checks(conn, context.instance, context.repository_def, cursor["checks"])
-                    if cursor == previous:
+                    cursor["runs"], read_runs = _record_runs(conn, context.instance, settings, cursor["runs"])
+                    cursor["checks"], read_checks = _record_checks(
+                        conn, context.instance, context.repository_def, cursor["checks"]
+                    )
+                    runs, checks = runs + read_runs, checks + read_checks
+                    if not read_runs and not read_checks:
                         break
                 _record_types_behind(conn, settings)
+                if context.repository_def is not None:
+                    record_recoveries(conn, context.instance, context.repository_def, look_at_runs=bool(runs or checks))
             delivered = webhook is None or _report(conn, webhook)
-            open_incidents = len(incidents.list_open(conn))
-        message = f"{open_incidents} incidents are open" if open_incidents else "no incident is open"
+            now = incidents.list_open(conn)
+        message = f"Read {runs} ended runs and {checks} evaluations of checks. {_describe_open(now)}"
         if not delivered:
-            message += "; ALERT_WEBHOOK_URL did not accept the message: the next tick sends it again"
-        return dg.SensorResult(cursor=json.dumps(cursor), skip_reason=message)
+            message += ". ALERT_WEBHOOK_URL did not accept the message: the next tick sends it again"
+        return dg.SensorResult(
+            cursor=json.dumps(cursor),
+            skip_reason=message,
+            asset_events=_observe(context.instance, context.repository_def, before, now),
+        )
 
     return alerts
+
+
+def _describe_open(open_incidents: Sequence[incidents.Incident]) -> str:
+    if not open_incidents:
+        return "No incident is open"
+    names = [f"{incident.kind} {incident.name}" for incident in open_incidents[:_MAX_NAMED_INCIDENTS]]
+    more = len(open_incidents) - len(names)
+    return f"{len(open_incidents)} incidents are open: {', '.join(names)}" + (f" and {more} more" if more else "")
+
+
+def _observe(
+    instance: dg.DagsterInstance,
+    repository: dg.RepositoryDefinition | None,
+    before: Sequence[incidents.Incident],
+    now: Sequence[incidents.Incident],
+) -> list[dg.AssetObservation]:
+    """Return an observation of each asset that a new or closed incident concerns."""
+    if repository is None:
+        return []
+    known, still_open = ({incident.id for incident in listed} for listed in (before, now))
+    changed = [(incident, "opened") for incident in now if incident.id not in known]
+    changed += [(incident, "closed") for incident in before if incident.id not in still_open]
+    return [
+        dg.AssetObservation(
+            key,
+            description=f"incident {change}: {incident.kind} {incident.name}",
+            metadata={
+                "incident": change,
+                "kind": incident.kind,
+                "name": incident.name,
+                "partitions": len(incident.partitions),
+                "opened_at": dg.MetadataValue.timestamp(incident.opened_at),
+            },
+        )
+        for incident, change in changed
+        for key in _find_assets(instance, repository, incident)[:_MAX_OBSERVED_ASSETS]
+    ]
+
+
+def _find_assets(
+    instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, incident: incidents.Incident
+) -> list[dg.AssetKey]:
+    if incident.kind == "behind":
+        return [dg.AssetKey(["raw", BY_NAME[name].key]) for name in incident.partitions if name in BY_NAME]
+    return find_assets(instance, repository, incident)
 
 
 def _report(conn: Connection, webhook: Webhook) -> bool:
@@ -83,8 +150,8 @@ def _report(conn: Connection, webhook: Webhook) -> bool:
     return accepted
 
 
-def _record_runs(conn: Connection, instance: dg.DagsterInstance, settings: Settings, after: int) -> int:
-    """Record the runs that ended since the event ``after``. Return the id of the last event that was read."""
+def _record_runs(conn: Connection, instance: dg.DagsterInstance, settings: Settings, after: int) -> tuple[int, int]:
+    """Record the runs that ended since the event ``after``. Return the id of the last event, and their number."""
     records: list[dg.EventLogRecord] = []
     limits = []
     for event_type in _RUN_EVENTS:
@@ -101,24 +168,27 @@ def _record_runs(conn: Connection, instance: dg.DagsterInstance, settings: Setti
         run = instance.get_run_by_id(record.run_id)
         if run is None:
             continue
-        name, partitions = _describe_run(run), _partition_keys(run, settings)
+        name, partitions = _describe_run(instance, run), _partition_keys(run, settings)
         if record.event_log_entry.dagster_event_type is dg.DagsterEventType.RUN_SUCCESS:
             incidents.record_recovery(conn, "run", name, partitions)
         elif run.tags.get("dagster/will_retry") != "true":
-            counts = {"windows": len(partitions)} if partitions != [_UNPARTITIONED] else {}
+            counts = {"windows": len(partitions)} if partitions != [UNPARTITIONED] else {}
             incidents.record_failure(conn, "run", name, partitions, run_id=run.run_id, counts=counts)
-    return records[-1].storage_id if records else after
+    return records[-1].storage_id if records else after, len(records)
 
 
-def _describe_run(run: dg.DagsterRun) -> str:
+def _describe_run(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:
     """Return the name of the run's job.
 
     Runs that were launched manually or by a backfill belong to an implicit asset job; for them, return the names of
-    their assets.
+    their assets, or of the assets whose checks they evaluate.
     """
-    if not run.job_name.startswith("__") or not run.asset_selection:
+    if not run.job_name.startswith("__"):
         return run.job_name
-    keys = sorted(key.to_user_string() for key in run.asset_selection)
+    selected, checks = find_selected(instance, None, run)
+    keys = sorted({key.to_user_string() for key in selected | {check.asset_key for check in checks}})
+    if not keys:
+        return run.job_name
     more = f" and {len(keys) - _MAX_NAMED_ASSETS} more" if len(keys) > _MAX_NAMED_ASSETS else ""
     return ", ".join(keys[:_MAX_NAMED_ASSETS]) + more
 
@@ -128,25 +198,25 @@ def _partition_keys(run: dg.DagsterRun, settings: Settings) -> list[str]:
         scheme = settings.window_scheme
         first, last = scheme.window(run.tags[RANGE_START]), scheme.window(run.tags[RANGE_END])
         return [window.key for window in scheme.between(first.start or scheme.start, last.start or scheme.start)]
-    return [run.tags.get(PARTITION_TAG, _UNPARTITIONED)]
+    return [run.tags.get(PARTITION_TAG, UNPARTITIONED)]
 
 
 def _record_checks(
     conn: Connection, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition | None, after: int
-) -> int:
-    """Record the checks evaluated since the event ``after``. Return the id of the last event that was read."""
+) -> tuple[int, int]:
+    """Record the checks evaluated since the event ``after``. Return the id of the last event, and their number."""
     evaluations = _read_evaluations(instance, after)
     for _, run_id, evaluation in evaluations:
         key = evaluation.asset_check_key
         if _is_summary(repository, evaluation):
             continue
         name = f"{key.asset_key.to_user_string()}:{key.name}"
-        partitions = [evaluation.partition or _UNPARTITIONED]
-        if evaluation.passed:
+        partitions = [evaluation.partition or UNPARTITIONED]
+        if evaluation.passed or evaluation.severity is not dg.AssetCheckSeverity.ERROR:
             incidents.record_recovery(conn, "check", name, partitions)
-        elif evaluation.severity is dg.AssetCheckSeverity.ERROR:
+        else:
             incidents.record_failure(conn, "check", name, partitions, run_id=run_id, counts=_integers(evaluation))
-    return evaluations[-1][0] if evaluations else after
+    return evaluations[-1][0] if evaluations else after, len(evaluations)
 
 
 def _read_evaluations(instance: dg.DagsterInstance, after: int) -> Sequence[tuple[int, str, dg.AssetCheckEvaluation]]:
@@ -194,4 +264,7 @@ def _record_types_behind(conn: Connection, settings: Settings) -> None:
     stuck = [name for name in late if by_type[name].moved_at < limit]
     if stuck:
         incidents.record_failure(conn, "behind", INCREMENTAL_LOAD, stuck, counts={"resource_types": len(stuck)})
-    incidents.record_recovery(conn, "behind", INCREMENTAL_LOAD, [name for name in by_type if name not in late])
+    for incident in incidents.list_open(conn):
+        if incident.kind == "behind":
+            recovered = [name for name in incident.partitions if name not in late]
+            incidents.record_recovery(conn, "behind", incident.name, recovered)

@@ -7,7 +7,7 @@ import csv
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -140,13 +140,18 @@ class Export:
             self._target.put_file(self._path(name), path)
             del self._complete[name]
 
-    def finish(self) -> str:
-        """Let all files appear, then write the manifest. Return the URL of the folder. Raises StoreError."""
+    def finish(self, *, unreconciled: Mapping[str, Mapping[str, str]] | None = None) -> str:
+        """Let all files appear, then write the manifest. Return the URL of the folder. Raises StoreError.
+
+        ``unreconciled`` are the windows that do not reconcile, by resource type, each with the reason. The manifest
+        names them.
+        """
         self._publish()
         content = {
             "exported_at": datetime.now(UTC).isoformat(),
             "run_id": self.run_id,
             "files": [asdict(file) for file in self._files],
+            "unreconciled": {name: windows for name, windows in (unreconciled or {}).items() if windows},
         }
         self._target.put(self._path(self._manifest), orjson.dumps(content, option=orjson.OPT_INDENT_2))
         return f"{self._target.url}/{self._folder}" if self._folder else self._target.url

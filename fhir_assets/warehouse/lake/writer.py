@@ -2,12 +2,16 @@
 
 A newer version of a resource can move its rows to another window, and a deletion or a withdrawn consent removes rows.
 An update therefore rewrites every window whose rows changed since its file was written, not only those of its run.
+
+Windows that do not reconcile (``ops.window_verdicts``) are passed over: they get no file, and their earlier file stays
+while the table still has all of its rows. A file with rows that the table no longer has is deleted, because consent may
+have been withdrawn for them.
 """
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -21,7 +25,7 @@ from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.storage.blobs import Blobs
 from fhir_assets.storage.orphans import remove_unfinished_files
 from fhir_assets.warehouse.exports import parquet
-from fhir_assets.warehouse.ops import audit_log
+from fhir_assets.warehouse.ops import audit_log, window_verdicts
 from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 from fhir_assets.warehouse.postgres.tables import row_streams
 from fhir_assets.warehouse.postgres.tables.layout import TableLayout, build_layout
@@ -33,13 +37,22 @@ _STATE = "_windows.json"
 class _FileState(msgspec.Struct, frozen=True):
     """The state of a window's rows at the time when its file was written.
 
-    ``rows`` is their number, ``written_by`` the sum of the ids of the transactions that wrote them, and ``shape`` the
-    hash of the table's layout.
+    ``rows`` is their number, ``written_by`` the sum of the ids of the transactions that wrote them, ``shape`` the hash
+    of the table's layout, and ``snapshot`` the transactions whose rows were visible.
     """
 
     rows: int
     written_by: str | None = None
     shape: str = ""
+    snapshot: str = ""
+
+    def has_rows_of(self, other: "_FileState | None") -> bool:
+        """Return whether both states are of the same rows."""
+        return other is not None and (self.rows, self.written_by, self.shape) == (
+            other.rows,
+            other.written_by,
+            other.shape,
+        )
 
 
 _decoder = msgspec.json.Decoder(dict[str, _FileState])
@@ -47,12 +60,16 @@ _decoder = msgspec.json.Decoder(dict[str, _FileState])
 
 @dataclass(frozen=True, slots=True)
 class LakeUpdate:
-    """The result of an update of a view's folder: written and removed windows, and the rows and bytes written."""
+    """The result of an update of a view's folder: written and removed windows, and the rows and bytes written.
+
+    ``held`` are the windows that were passed over, with the reason.
+    """
 
     windows: int = 0
     removed: int = 0
     rows: int = 0
     bytes: int = 0
+    held: Mapping[str, str] = field(default_factory=dict)
 
 
 def update(
@@ -113,7 +130,18 @@ class LakeFolder:
         before = _decoder.decode(self._target.get(f"{self._view.name}/{_STATE}") or b"{}")
         states = self._read_states()
         removed = [key for key in before if key not in states]
-        outdated = [key for key, state in states.items() if key in partition_keys or before.get(key) != state]
+        outdated = [
+            key for key, state in states.items() if key in partition_keys or not state.has_rows_of(before.get(key))
+        ]
+        held = window_verdicts.find_faults(self._conn, self._view.resource_type, outdated)
+        for key in held:
+            file = before.get(key)
+            del states[key]
+            if file is not None and self._has_all_rows(key, file):
+                states[key] = file
+            elif file is not None:
+                removed.append(key)
+        outdated = [key for key in outdated if key not in held]
         if new := [key for key in outdated if key not in before]:
             # The state names new windows before their files exist. If this process is killed and consent is withdrawn
             # in the meantime, the next update finds a window without rows in the state, and deletes its file.
@@ -125,7 +153,23 @@ class LakeFolder:
         for key in removed:
             self._target.delete(self._path(key))
         self._states = states
-        return LakeUpdate(len(outdated), len(removed), self.rows_written, size)
+        return LakeUpdate(len(outdated), len(removed), self.rows_written, size, held)
+
+    def _has_all_rows(self, key: str, file: _FileState) -> bool:
+        """Return whether the table still has all rows of a window's file, as they were written."""
+        if not file.snapshot:
+            return False
+        query = sql.SQL("""
+            SELECT count(*)
+            {source}
+                AND r.partition_key = %(key)s
+                AND pg_visible_in_snapshot(
+                    (pg_current_xact_id()::text::bigint - age(v.xmin))::text::xid8, %(snapshot)s::pg_snapshot
+                )
+        """).format(source=row_streams.join_resources(self._view.name))
+        parameters = {"type": self._view.resource_type, "key": key, "snapshot": file.snapshot}
+        row = self._conn.execute(query, parameters).fetchone()
+        return row is not None and row[0] == file.rows
 
     def save_state(self, written: LakeUpdate) -> None:
         """Save the state of the files, so that unchanged windows are not written again."""
@@ -138,12 +182,15 @@ class LakeFolder:
     def _read_states(self) -> dict[str, _FileState]:
         # xmin is the id of the transaction that wrote a row. Every transaction that replaces rows changes the sum.
         query = sql.SQL("""
-            SELECT r.partition_key, count(*), sum(v.xmin::text::bigint)::text
+            SELECT r.partition_key, count(*), sum(v.xmin::text::bigint)::text, pg_current_snapshot()::text
             {source}
             GROUP BY 1
         """).format(source=row_streams.join_resources(self._view.name))
         rows_by_window = self._conn.execute(query, {"type": self._view.resource_type}).fetchall()
-        return {key: _FileState(rows, written_by, self._layout.shape) for key, rows, written_by in rows_by_window}
+        return {
+            key: _FileState(rows, written_by, self._layout.shape, snapshot)
+            for key, rows, written_by, snapshot in rows_by_window
+        }
 
     def write_window(self, key: str, expected: int) -> int:
         """Write the file of one window, which has ``expected`` rows. Return its size in bytes. Raises StoreError."""

@@ -265,6 +265,23 @@ def count_by_reason(conn: Connection, selection: Selection) -> list[dict[str, An
     ]
 
 
+def count_unresolved(conn: Connection, resource_type: str, stage: Stage) -> int:
+    """Return the number of resources of a type that are dead letters of a stage and neither resolved nor discarded."""
+    row = conn.execute(
+        """
+        SELECT coalesce(sum(occurrences), 0)::bigint
+        FROM ops.dead_letters
+        WHERE source = ops.current_source()
+            AND resource_type = %s
+            AND stage = %s
+            AND status IN ('open', 'replaying')
+        """,
+        [resource_type, stage],
+    ).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
 def _record(conn: Session, run_id: str, failures: Sequence[DeadLetter]) -> None:
     cipher = cipher_of(conn)
     unique: dict[bytes, list[Any]] = {}

@@ -12,7 +12,10 @@ from psycopg import sql
 from fhir_assets.warehouse.ops.received import ReceivedWindow
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
-_STATE = ("loaded_parts", "checkpoints", "deletion_checkpoints", "deletion_parts", "missing_references")
+_STATE = (
+    *("loaded_parts", "checkpoints", "deletion_checkpoints", "deletion_parts", "missing_references"),
+    *("window_verdicts", "held_windows"),
+)
 """Tables of ``ops`` with the state of the loads of a source."""
 
 _CONTENT = ("withheld", "consent_records", "consents", "consent_changes")

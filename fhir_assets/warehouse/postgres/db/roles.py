@@ -31,6 +31,7 @@ _OPERATOR_RIGHTS = {
     "corrections": "SELECT, INSERT, UPDATE",
     "received": "SELECT, INSERT, UPDATE",
     "incidents": "SELECT, UPDATE",
+    "window_verdicts": "SELECT, INSERT, UPDATE",
     "withheld": "",
     "consent_records": "",
     "idempotency": "",

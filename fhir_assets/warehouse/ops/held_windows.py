@@ -1,0 +1,57 @@
+"""``ops.held_windows``: windows that a delivery or export passed over, until a run includes them."""
+
+from collections.abc import Iterable
+
+from fhir_assets.warehouse.postgres.db.connections import Connection
+
+
+def hold(conn: Connection, destination: str, resource_type: str, partition_keys: Iterable[str], *, run_id: str) -> None:
+    """Record windows that a run passed over. Windows that an earlier run passed over stay as they are."""
+    conn.execute(
+        """
+        INSERT INTO ops.held_windows (destination, resource_type, partition_key, run_id)
+        SELECT %(destination)s, %(type)s, unnest(%(keys)s::text[]), %(run)s
+        ON CONFLICT DO NOTHING
+        """,
+        {"destination": destination, "type": resource_type, "keys": sorted(set(partition_keys)), "run": run_id},
+    )
+
+
+def release(conn: Connection, destination: str, resource_type: str, partition_keys: Iterable[str]) -> None:
+    """Remove windows that a run has included."""
+    conn.execute(
+        """
+        DELETE FROM ops.held_windows
+        WHERE source = ops.current_source()
+            AND destination = %s
+            AND resource_type = %s
+            AND partition_key = ANY(%s)
+        """,
+        [destination, resource_type, list(partition_keys)],
+    )
+
+
+def find_held(conn: Connection, destination: str, resource_type: str) -> list[str]:
+    """Return the partition keys of the windows that are held back from a destination, in order."""
+    rows = conn.execute(
+        """
+        SELECT partition_key
+        FROM ops.held_windows
+        WHERE source = ops.current_source() AND destination = %s AND resource_type = %s
+        ORDER BY partition_key
+        """,
+        [destination, resource_type],
+    )
+    return [key for (key,) in rows]
+
+
+def list_held(conn: Connection) -> list[tuple[str, str, str]]:
+    """Return all windows that are held back: (destination, resource type, partition key), in order."""
+    return conn.execute(
+        """
+        SELECT destination, resource_type, partition_key
+        FROM ops.held_windows
+        WHERE source = ops.current_source()
+        ORDER BY 1, 2, 3
+        """
+    ).fetchall()
