@@ -12,7 +12,8 @@ import dagster as dg
 
 from fhir_assets import logs
 from fhir_assets.deployment.consent import build_consent_gate
-from fhir_assets.deployment.source import open_source
+from fhir_assets.deployment.extension import extend_idle_types
+from fhir_assets.deployment.source import open_quick_source, open_source
 from fhir_assets.deployment.sources import build_binding
 from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.validation import current_rulesets
@@ -75,6 +76,7 @@ def _build(
 ) -> dg.Definitions:
     store = build_store(settings)
     progress = ProgressRelay()
+    quick_source = source or cache(lambda: open_quick_source(settings, store=store, warehouse=warehouse))
     source = source or cache(lambda: open_source(settings, store=store, warehouse=warehouse, on_progress=progress))
     partitions = build_partitions(settings.window_scheme)
     checks = build_table_checks(settings, views.views, source, warehouse)
@@ -109,7 +111,14 @@ def _build(
         ],
         schedules=[
             build_incremental_load_schedule(
-                settings, incremental_load, source, warehouse, build_binding(settings, warehouse, store)
+                settings,
+                incremental_load,
+                source,
+                warehouse,
+                build_binding(settings, warehouse, store),
+                lambda windows, now, seconds: extend_idle_types(
+                    settings, quick_source(), store, warehouse, views, windows, now=now, seconds=seconds
+                ),
             ),
             build_check_tables_schedule(settings, check_tables),
         ],

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from math import inf
 from uuid import uuid4
 
 import dagster as dg
 import psycopg
 
 from fhir_assets.deployment.consent import build_consent_gate
+from fhir_assets.deployment.extension import extend_idle_types
 from fhir_assets.deployment.source import open_source
 from fhir_assets.deployment.sources import build_binding
 from fhir_assets.deployment.store import build_store
@@ -30,7 +32,13 @@ from fhir_assets.orchestration.jobs import (
     LOAD_RECEIVED,
     REPLAY_DEAD_LETTERS,
 )
-from fhir_assets.orchestration.received_windows import ReceivedWindows, group_windows, select_assets
+from fhir_assets.orchestration.received_windows import (
+    ReceivedWindows,
+    group_windows,
+    select_all_layers,
+    select_assets,
+    select_own_checks,
+)
 from fhir_assets.orchestration.run_requests import range_tags
 from fhir_assets.orchestration.tags import REFRESH_TAG, REPLAY_TAG, TRIGGER_TAG
 from fhir_assets.pipeline.consent.step import ConsentStep
@@ -147,11 +155,43 @@ class Ingestion:
         """Return the number of steps in a run of ``incremental_load``."""
         return len(self._definitions.resolve_job_def(INCREMENTAL_LOAD).all_node_defs)
 
+    def extend(self, due: DueWindows) -> list[str]:
+        """Extend the windows that are due as far as the source has nothing new, without a run.
+
+        Return the resource types that runs have to load. Windows that do not fit into one run are not extended.
+        """
+        settings = self._settings
+        if len(due) != 1 or due.new_types:
+            return list(settings.fhir_resource_types) if due else []
+        return extend_idle_types(
+            settings,
+            open_source(settings, warehouse=self._warehouse),
+            build_store(settings),
+            self._warehouse,
+            build_views(settings),
+            due.ranges[0],
+            now=datetime.now(UTC),
+            seconds=inf,
+            verified=True,
+        )
+
     def load(
-        self, windows: WindowRange, *, refresh: Refresh, triggered_by: str, listener: Listener | None = None
+        self,
+        windows: WindowRange,
+        *,
+        refresh: Refresh,
+        triggered_by: str,
+        listener: Listener | None = None,
+        resource_types: Sequence[str] | None = None,
     ) -> Outcome:
-        """Load the windows in one run of ``incremental_load``. ``listener`` is called with its events."""
-        return self._run(INCREMENTAL_LOAD, windows, refresh, triggered_by, listener)
+        """Load the windows in one run of ``incremental_load``. ``listener`` is called with its events.
+
+        ``resource_types`` are the types to load; by default all.
+        """
+        assets = None
+        if resource_types is not None and len(resource_types) < len(self._settings.fhir_resource_types):
+            assets = select_all_layers(self._definitions.resolve_asset_graph(), resource_types)
+        return self._run(INCREMENTAL_LOAD, windows, refresh, triggered_by, listener, assets)
 
     def find_received(self, *, origin: str | None = None) -> list[ReceivedWindows]:
         """Return the windows with received resources that are not loaded yet: all, or those of one ``origin``."""
@@ -265,14 +305,17 @@ class Ingestion:
         run_id = str(uuid4())
         if listener:
             self._instance.add_event_listener(run_id, listener)
+        definition = self._definitions.resolve_job_def(job)
+        if assets is not None:
+            checks = select_own_checks(self._definitions.resolve_asset_graph(), assets)
+            definition = definition.get_subset(asset_selection=set(assets), asset_check_selection=set(checks))
         with self._warehouse.hold_run(run_id), self._claimed(run_id, claim):
-            result = self._definitions.resolve_job_def(job).execute_in_process(
+            result = definition.execute_in_process(
                 instance=self._instance,
                 raise_on_error=False,
                 partition_key=windows.windows[0].key if single else None,
                 tags=tags if single else {**tags, **range_tags(windows)},
                 run_id=run_id,
-                asset_selection=assets,
             )
         return Outcome(result.run_id, windows, result.success)
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -46,7 +47,8 @@ def ingest(
 ) -> None:
     """Load the windows from the checkpoint to now, or the windows of a date range.
 
-    Each range of windows is loaded by one Dagster run.
+    Each range of windows is loaded by one Dagster run. Without a date range, resource types to which the source has
+    added nothing need no run.
 
     The exit code is 0 only if all windows were loaded, every window reconciles with the source, every ViewDefinition
     is valid, and the patient of every denial of consent is known. Dead letters are not a failure: `dead-letters list`
@@ -113,6 +115,10 @@ def load_due(
     ingestion.begin_checkpoints(due)
     explicit = first is not None or last is not None
     refresh = Refresh.FULL if full_refresh else Refresh.WINDOW if explicit else Refresh.MISSING
+    types = list(settings.fhir_resource_types)
+    if refresh is Refresh.MISSING:
+        types = ingestion.extend(due)
+        due = due if types else replace(due, ranges=())
     if due and not quiet and (missing := ingestion.find_types_not_offered()):
         console.print(f"Skipped, because the source does not have them: {', '.join(missing)}")
     if not due:
@@ -143,7 +149,7 @@ def load_due(
             if not quiet:
                 console.print(f"Windows {_format_windows(windows)}")
             with hide_library_output():
-                outcome = _load(ingestion, windows, refresh, triggered_by, listen)
+                outcome = _load(ingestion, windows, types, refresh, triggered_by, listen)
             if outcome is None:
                 raise DatabaseUnavailable(
                     f"The database became unavailable while the windows {_format_windows(windows)} were loaded; "
@@ -160,11 +166,18 @@ def _print_progress(text: str) -> None:
 
 
 def _load(
-    ingestion: Ingestion, windows: WindowRange, refresh: Refresh, triggered_by: str, listener: Listener
+    ingestion: Ingestion,
+    windows: WindowRange,
+    types: Sequence[str],
+    refresh: Refresh,
+    triggered_by: str,
+    listener: Listener,
 ) -> Outcome | None:
-    """Load the windows in one run. Return None if Dagster's storage or the tables became unavailable."""
+    """Load the types of the windows in one run. Return None if Dagster's storage or the tables became unavailable."""
     try:
-        return ingestion.load(windows, refresh=refresh, triggered_by=triggered_by, listener=listener)
+        return ingestion.load(
+            windows, refresh=refresh, triggered_by=triggered_by, listener=listener, resource_types=types
+        )
     except (psycopg.OperationalError, sqlalchemy.exc.OperationalError, DagsterPostgresException):
         return None
 

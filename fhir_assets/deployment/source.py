@@ -19,6 +19,9 @@ from fhir_assets.retries import Retrier, RetryPolicy
 from fhir_assets.settings import Settings, SourceKind
 from fhir_assets.storage.store import Store
 
+_QUICK_ATTEMPTS = 2
+_QUICK_SECONDS = 10.0
+
 
 def open_source(
     settings: Settings,
@@ -52,6 +55,18 @@ def open_source(
         time_limit=timedelta(days=settings.fhir_bulk_days),
         on_progress=on_progress,
     )
+
+
+def open_quick_source(settings: Settings, *, store: Store, warehouse: Warehouse) -> Source:
+    """Return the source of the settings for questions that must be answered soon: a slow answer is a failure.
+
+    No request is sent. Raises ConfigurationError.
+    """
+    limits = {
+        "fhir_max_attempts": min(settings.fhir_max_attempts, _QUICK_ATTEMPTS),
+        "fhir_timeout_seconds": min(settings.fhir_timeout_seconds, _QUICK_SECONDS),
+    }
+    return open_source(settings.model_copy(update=limits), store=store, warehouse=warehouse)
 
 
 def open_history(settings: Settings, warehouse: Warehouse) -> DeletionHistory | None:

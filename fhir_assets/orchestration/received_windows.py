@@ -11,6 +11,7 @@ from datetime import timedelta
 import dagster as dg
 
 from fhir_assets.catalog import BY_NAME, LOAD_ORDER
+from fhir_assets.orchestration.check_names import TABLE_CHECKS
 from fhir_assets.orchestration.dagster_internals import AssetGraph
 from fhir_assets.pipeline.due_windows import group_consecutive_windows
 from fhir_assets.pipeline.receive.receiver import Received
@@ -74,6 +75,22 @@ def select_assets(graph: AssetGraph, resource_types: Sequence[str]) -> list[dg.A
             downstream = sorted(k for k in graph.get(validated).child_keys if k.path[0] in ("normalized", "delivered"))
             selected += [validated, *downstream]
     return selected
+
+
+def select_all_layers(graph: AssetGraph, resource_types: Sequence[str]) -> list[dg.AssetKey]:
+    """Return the assets that fetch and load ``resource_types``: raw, validated, normalized and delivered."""
+    raw = [dg.AssetKey(["raw", BY_NAME[name].key]) for name in resource_types]
+    return [*(key for key in raw if graph.has(key)), *select_assets(graph, resource_types)]
+
+
+def select_own_checks(graph: AssetGraph, assets: Sequence[dg.AssetKey]) -> list[dg.AssetCheckKey]:
+    """Return the checks that belong to the steps of ``assets``, without the checks of tables.
+
+    Without a selection of checks, Dagster evaluates all checks of the selected assets.
+    """
+    selected = set(assets)
+    keys = (key for key in graph.asset_check_keys if key.asset_key in selected and key.name not in TABLE_CHECKS)
+    return sorted(keys, key=str)
 
 
 def build_materializations(received: Received) -> Iterator[dg.AssetMaterialization]:

@@ -27,13 +27,17 @@ def build_run_request(
     run_key: str,
     tags: Mapping[str, str],
     assets: Sequence[dg.AssetKey] | None = None,
+    checks: Sequence[dg.AssetCheckKey] | None = None,
 ) -> dg.RunRequest:
     """Return the request for one run over ``windows``, with a partition key for one window or range tags for several.
 
-    If ``assets`` is given, the run materializes only these assets of the job and evaluates only their checks.
+    If ``assets`` is given, the run materializes only these assets of the job and evaluates only ``checks``.
     """
-    if len(windows.windows) == 1:
-        return dg.RunRequest(
-            run_key=run_key, partition_key=windows.windows[0].key, tags=dict(tags), asset_selection=assets
-        )
-    return dg.RunRequest(run_key=run_key, tags={**tags, **range_tags(windows)}, asset_selection=assets)
+    single = len(windows.windows) == 1
+    return dg.RunRequest(
+        run_key=run_key,
+        partition_key=windows.windows[0].key if single else None,
+        tags=dict(tags) if single else {**tags, **range_tags(windows)},
+        asset_selection=assets,
+        asset_check_keys=checks,
+    )

@@ -1,6 +1,7 @@
 """The schedules ``incremental_load`` and ``check_tables``."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 
 import dagster as dg
 
@@ -10,10 +11,15 @@ from fhir_assets.fhir.source import Source
 from fhir_assets.orchestration.dagster_internals import UnresolvedAssetJobDefinition
 from fhir_assets.orchestration.dead_runs import fail_dead_runs
 from fhir_assets.orchestration.jobs import CHECK_TABLES, INCREMENTAL_LOAD
+from fhir_assets.orchestration.received_windows import select_all_layers, select_own_checks
 from fhir_assets.orchestration.run_requests import UNFINISHED, build_run_request
 from fhir_assets.pipeline.due_windows import begin_checkpoints, find_due_windows
 from fhir_assets.pipeline.sources.binding import SourceBinding
 from fhir_assets.settings import Settings
+from fhir_assets.windows import WindowRange
+
+_MAX_SECONDS = 20.0
+"""The time that a tick takes to look for types with something new. Dagster ends a tick after a minute."""
 
 
 def build_incremental_load_schedule(
@@ -22,12 +28,16 @@ def build_incremental_load_schedule(
     open_source: Callable[[], Source],
     warehouse: Warehouse,
     binding: SourceBinding,
+    extend: Callable[[WindowRange, datetime, float], Sequence[str]],
 ) -> dg.ScheduleDefinition:
     """Return the schedule that requests all windows from the checkpoints to now.
 
     The first tick after a downtime requests every window of the downtime. A tick requests no run while a run of the job
     is unfinished, so that no window is requested twice. Raises ConfigurationError if FHIR_SCHEDULE is not a cron
     expression.
+
+    ``extend`` extends a range of windows as far as the source has nothing new, within some seconds, and returns the
+    resource types that a run has to load (see ``deployment.extension``). A tick that finds nothing new requests no run.
     """
     decorate = dg.schedule(
         job=job,
@@ -35,7 +45,8 @@ def build_incremental_load_schedule(
         cron_schedule=settings.fhir_schedule,
         execution_timezone="UTC",
         default_status=_default_status(settings),
-        description="Requests runs for all windows from the checkpoints to now.",
+        description="Requests runs for all windows from the checkpoints to now, for the resource types to which the "
+        "source has added something.",
     )
 
     def incremental_load(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
@@ -59,9 +70,21 @@ def build_incremental_load_schedule(
             begin_checkpoints(conn, due)
         if not due:
             yield dg.SkipReason("every window is loaded")
+        assets = checks = None
+        if len(due) == 1 and not due.new_types:
+            types = extend(due.ranges[0], now, _MAX_SECONDS)
+            if not types:
+                yield dg.SkipReason(f"the source has nothing new up to {now:%Y-%m-%d %H:%M} UTC")
+                return
+            if len(types) < len(settings.fhir_resource_types):
+                assert context.repository_def
+                graph = context.repository_def.asset_graph
+                assets = select_all_layers(graph, types)
+                checks = select_own_checks(graph, assets)
         for windows in due:
             first, last = windows.windows[0].key, windows.windows[-1].key
-            yield build_run_request(windows, run_key=f"{now:%Y-%m-%dT%H:%M}/{first}..{last}", tags={})
+            run_key = f"{now:%Y-%m-%dT%H:%M}/{first}..{last}"
+            yield build_run_request(windows, run_key=run_key, tags={}, assets=assets, checks=checks)
 
     try:
         return decorate(incremental_load)

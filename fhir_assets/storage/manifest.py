@@ -197,3 +197,7 @@ class Manifest(msgspec.Struct, frozen=True):
     def stored_bytes(self) -> int:
         """The size of the files."""
         return sum(part.stored_bytes for part in self.parts)
+
+    def covers(self, raw: "Manifest") -> bool:
+        """Return whether every part of a raw partition is validated in this one."""
+        return self.validated is not None and {part.name for part in raw.parts} == self.validated.raw_parts

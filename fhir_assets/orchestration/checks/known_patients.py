@@ -10,7 +10,6 @@ from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.warehouse.ops import consents, withheld_changes
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
-PATIENTS_KNOWN = "patients_known"
 DESCRIPTION = "The patients whom resources and Consents name are known."
 
 

@@ -16,8 +16,18 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import FhirAssetsError
 from fhir_assets.fhir.source import Source
 from fhir_assets.fhir.views import View
+from fhir_assets.orchestration.check_names import (
+    FRESH,
+    NO_DUPLICATES,
+    NO_FAILED_PARTITIONS,
+    NO_PLAINTEXT_PHI,
+    PATIENTS_KNOWN,
+    REFERENCES_RESOLVE,
+    SCHEMA_MATCHES,
+    VOLUME,
+)
 from fhir_assets.orchestration.checks.known_patients import DESCRIPTION as PATIENTS_KNOWN_DESCRIPTION
-from fhir_assets.orchestration.checks.known_patients import PATIENTS_KNOWN, evaluate_known_patients
+from fhir_assets.orchestration.checks.known_patients import evaluate_known_patients
 from fhir_assets.orchestration.checks.metadata import rows_table
 from fhir_assets.orchestration.failures import sanitized_errors
 from fhir_assets.pipeline.reconcile.window_volume import compare_volumes
@@ -27,14 +37,6 @@ from fhir_assets.warehouse.postgres.db.connections import Connection, Session
 from fhir_assets.warehouse.postgres.queries import quality, references
 from fhir_assets.warehouse.postgres.tables import plaintext_scan, view_tables
 from fhir_assets.windows import Window, WindowScheme
-
-FRESH = "fresh"
-SCHEMA_MATCHES = "schema_matches"
-NO_DUPLICATES = "no_duplicates"
-REFERENCES_RESOLVE = "references_resolve"
-VOLUME = "volume"
-NO_FAILED_PARTITIONS = "no_failed_partitions"
-NO_PLAINTEXT_PHI = "no_plaintext_phi"
 
 _GRACE = timedelta(minutes=15)
 """The time that a scheduled load may take before its resource type counts as late."""

@@ -12,8 +12,8 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.orchestration.failures import sanitized_errors
 from fhir_assets.orchestration.jobs import APPLY_CONSENT
 from fhir_assets.orchestration.run_requests import UNFINISHED
+from fhir_assets.pipeline.consent.due import has_due_decisions
 from fhir_assets.settings import Settings
-from fhir_assets.warehouse.ops import consents, withheld_changes
 
 _INTERVAL_SECONDS = 60
 
@@ -30,11 +30,8 @@ def build_consent_sensor(settings: Settings, job: dg.JobDefinition, warehouse: W
     )
     def apply_consent(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         with sanitized_errors(), warehouse.connect() as conn:
-            applied = consents.get_applied_policy(conn).consent_gate
-            due = applied.withholds and (
-                consents.find_due_patients(conn, datetime.now(UTC), 1) or withheld_changes.find_due(conn, 1)
-            )
-        if applied == build_consent_gate(settings) and not due:
+            due = has_due_decisions(conn, build_consent_gate(settings), datetime.now(UTC))
+        if not due:
             return dg.SkipReason("the tables match the consents")
         if context.instance.get_runs_count(dg.RunsFilter(job_name=job.name, statuses=UNFINISHED)):
             return dg.SkipReason(f"a run of {job.name} is not finished yet")

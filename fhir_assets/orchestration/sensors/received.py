@@ -9,7 +9,7 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.orchestration.dagster_internals import UnresolvedAssetJobDefinition
 from fhir_assets.orchestration.dead_runs import fail_dead_runs
 from fhir_assets.orchestration.jobs import LOAD_RECEIVED
-from fhir_assets.orchestration.received_windows import group_windows, select_assets
+from fhir_assets.orchestration.received_windows import group_windows, select_assets, select_own_checks
 from fhir_assets.orchestration.run_requests import UNFINISHED, build_run_request
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import received
@@ -52,11 +52,13 @@ def build_load_received_sensor(
         assert context.repository_def
         graph = context.repository_def.asset_graph
         for run_windows in waiting:
+            assets = select_assets(graph, run_windows.resource_types)
             yield build_run_request(
                 run_windows.windows,
                 run_key=f"{now:%Y-%m-%dT%H:%M:%S}/{run_windows.run_key}",
                 tags={},
-                assets=select_assets(graph, run_windows.resource_types),
+                assets=assets,
+                checks=select_own_checks(graph, assets),
             )
 
     return load_received

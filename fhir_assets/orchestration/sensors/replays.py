@@ -11,7 +11,7 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.orchestration.dagster_internals import AssetGraph, UnresolvedAssetJobDefinition
 from fhir_assets.orchestration.dead_runs import fail_dead_runs
 from fhir_assets.orchestration.jobs import REPLAY_DEAD_LETTERS
-from fhir_assets.orchestration.received_windows import select_assets
+from fhir_assets.orchestration.received_windows import select_assets, select_own_checks
 from fhir_assets.orchestration.run_requests import UNFINISHED, build_run_request
 from fhir_assets.orchestration.tags import REPLAY_TAG
 from fhir_assets.pipeline.due_windows import group_consecutive_windows
@@ -123,12 +123,14 @@ def _plan(
             )
         elif len(plan.requests) < MAX_RUNS:
             plan.attempts[key] = attempt
+            assets = select_assets(graph, types)
             plan.requests.append(
                 build_run_request(
                     windows,
                     run_key=f"{key}/attempt {attempt}",
                     tags={REPLAY_TAG: "marked"},
-                    assets=select_assets(graph, types),
+                    assets=assets,
+                    checks=select_own_checks(graph, assets),
                 )
             )
     return plan

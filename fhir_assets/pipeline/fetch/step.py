@@ -22,7 +22,7 @@ from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.warehouse.ops.settlements import Settlement
 from fhir_assets.windows import LATEST, Interval, Window, WindowRange
 
-_ROUNDING = timedelta(seconds=1)
+ROUNDING = timedelta(seconds=1)
 """A source may round the start of an interval down and return resources from just before it."""
 
 _MAX_SNAPSHOT_AGE = timedelta(days=1)
@@ -255,7 +255,7 @@ class FetchStep:
         """Return the stored resource versions in the overlap, which the source returns again."""
         if planned.base is None or planned.interval.start is None:
             return set()
-        since = planned.interval.start - _ROUNDING
+        since = planned.interval.start - ROUNDING
         fetched = (part for part in planned.base.parts if part.origin is None)
         overlapping = [part for part in fetched if part.last is None or part.last >= since]
         return self._read_versions(overlapping)

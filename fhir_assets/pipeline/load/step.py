@@ -171,7 +171,7 @@ class LoadStep:
                 new if only_new else manifest.parts,
                 not (only_new and loaded_names),
                 bool(loaded_names) and not only_new,
-                fetched.until if raw and fetched and _covers(manifest, raw) else None,
+                fetched.until if raw and fetched and manifest.covers(raw) else None,
             )
 
     def _load_group(self, conn: Session, resource_type: str, group: Sequence[_Task]) -> LoadResult:
@@ -357,11 +357,6 @@ def build_unloadable_dead_letter(resource_type: str, item: UnloadableResource) -
         arrived=item.arrived,
         dated=item.dated,
     )
-
-
-def _covers(validated: Manifest, raw: Manifest) -> bool:
-    """Return whether every raw part of the window is validated. Only then may the checkpoint move."""
-    return validated.validated is not None and {part.name for part in raw.parts} == validated.validated.raw_parts
 
 
 def _group_by_transaction(tasks: Iterator[_Task]) -> Iterator[list[_Task]]:

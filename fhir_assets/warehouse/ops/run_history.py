@@ -3,6 +3,7 @@
 The functions that write these rows are in ``runs``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -97,3 +98,23 @@ def find_failed_windows(conn: Connection, resource_type: str) -> list[FailedWind
         [resource_type],
     )
     return [FailedWindow(*row) for row in rows]
+
+
+def has_unsuccessful_window(conn: Connection, resource_type: str, partition_keys: Sequence[str]) -> bool:
+    """Return whether the last run of one of the windows of a type failed or has not ended."""
+    row = conn.execute(
+        """
+        SELECT EXISTS (
+            SELECT FROM (
+                SELECT DISTINCT ON (partition_key) status
+                FROM ops.ingestion_runs
+                WHERE resource_type = %s AND partition_key = ANY(%s)
+                ORDER BY partition_key, started_at DESC
+            ) AS last_runs
+            WHERE status <> 'SUCCESS'
+        )
+        """,
+        [resource_type, list(partition_keys)],
+    ).fetchone()
+    assert row is not None
+    return bool(row[0])

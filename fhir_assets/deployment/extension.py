@@ -1,0 +1,51 @@
+"""The resource types of a deployment that a run has to load; the windows of the others are extended without a run."""
+
+from datetime import datetime
+
+from fhir_assets.deployment.consent import build_consent_gate
+from fhir_assets.deployment.source import open_history
+from fhir_assets.deployment.validation import build_validator
+from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.fhir.source import Source
+from fhir_assets.fhir.views import ViewSet
+from fhir_assets.pipeline.consent.due import has_due_decisions
+from fhir_assets.pipeline.fetch.extend import ExtendStep, LayerRules
+from fhir_assets.settings import Settings
+from fhir_assets.storage.store import Store
+from fhir_assets.windows import WindowRange
+
+
+def extend_idle_types(
+    settings: Settings,
+    source: Source,
+    store: Store,
+    warehouse: Warehouse,
+    views: ViewSet,
+    windows: WindowRange,
+    *,
+    now: datetime,
+    seconds: float,
+    verified: bool = False,
+) -> list[str]:
+    """Extend the windows of the types to which the source has added nothing. Return the other types.
+
+    All types are returned for a source that is read as a whole (files, bulk exports), and if decisions of consent wait
+    to be applied. For ``seconds`` and the errors see ``ExtendStep.run``, for ``verified`` its constructor.
+    """
+    types = list(settings.fhir_resource_types)
+    with warehouse.connect() as conn:
+        waits = has_due_decisions(conn, build_consent_gate(settings), now)
+    if source.one_pass or waits:
+        return types
+    rules = LayerRules(build_validator(settings).rules_version, views.views, settings.fhir_delivery_url)
+    step = ExtendStep(
+        source,
+        store,
+        warehouse.connect,
+        rules,
+        now=now,
+        overlap=settings.overlap,
+        history=open_history(settings, warehouse),
+        verified=verified,
+    )
+    return step.run(types, windows, seconds=seconds)

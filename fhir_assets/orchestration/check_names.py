@@ -1,0 +1,18 @@
+"""The names of the checks that cover whole tables, see ``checks/table.py``."""
+
+FRESH = "fresh"
+SCHEMA_MATCHES = "schema_matches"
+NO_DUPLICATES = "no_duplicates"
+REFERENCES_RESOLVE = "references_resolve"
+VOLUME = "volume"
+NO_FAILED_PARTITIONS = "no_failed_partitions"
+NO_PLAINTEXT_PHI = "no_plaintext_phi"
+PATIENTS_KNOWN = "patients_known"
+
+TABLE_CHECKS = frozenset(
+    {
+        *(FRESH, SCHEMA_MATCHES, NO_DUPLICATES, REFERENCES_RESOLVE, VOLUME),
+        *(NO_FAILED_PARTITIONS, NO_PLAINTEXT_PHI, PATIENTS_KNOWN),
+    }
+)
+"""All other checks belong to the step that materializes their asset."""
