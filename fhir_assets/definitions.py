@@ -39,7 +39,11 @@ from fhir_assets.orchestration.jobs import (
     build_load_received,
     build_replay_dead_letters,
 )
-from fhir_assets.orchestration.op_jobs import build_apply_consent, build_fetch_missing_references
+from fhir_assets.orchestration.op_jobs import (
+    build_apply_consent,
+    build_fetch_missing_references,
+    build_request_replay,
+)
 from fhir_assets.orchestration.partitions import build_partitions
 from fhir_assets.orchestration.progress import ProgressRelay
 from fhir_assets.orchestration.resources import build_resources
@@ -77,9 +81,13 @@ def _build(
     store = build_store(settings)
     progress = ProgressRelay()
     quick_source = source or cache(lambda: open_quick_source(settings, store=store, warehouse=warehouse))
-    source = source or cache(lambda: open_source(settings, store=store, warehouse=warehouse, on_progress=progress))
+    open_any = source or cache(lambda: open_source(settings, store=store, warehouse=warehouse, on_progress=progress))
+    # Nobody waits for a run, so that it outlasts an outage of the server. A schedule's tick must end soon.
+    source_of_runs = source or cache(
+        lambda: open_source(settings, store=store, warehouse=warehouse, on_progress=progress, persistent=True)
+    )
     partitions = build_partitions(settings.window_scheme)
-    checks = build_table_checks(settings, views.views, source, warehouse)
+    checks = build_table_checks(settings, views.views, open_any, warehouse)
     delivered = build_delivered_assets(settings, partitions, views.views)
     delivered_keys = [key for asset in delivered for key in asset.keys]
     incremental_load = build_incremental_load(checks, delivered_keys)
@@ -90,9 +98,13 @@ def _build(
     layers = dg.Definitions(
         assets=[
             *build_raw_assets(
-                settings, partitions, one_pass=settings.fhir_source is not SourceKind.SEARCH, progress=progress
+                settings,
+                partitions,
+                one_pass=settings.fhir_source is not SourceKind.SEARCH,
+                progress=progress,
+                store_url=store.blobs.url,
             ),
-            *build_validated_assets(settings, partitions),
+            *build_validated_assets(settings, partitions, store_url=store.blobs.url),
             *build_normalized_assets(settings, partitions, views.views),
             *delivered,
             *build_export_assets(settings, partitions, views.views),
@@ -107,13 +119,14 @@ def _build(
             replay_dead_letters,
             check_tables,
             apply_consent,
+            build_request_replay(settings),
             build_fetch_missing_references(settings, views.views),
         ],
         schedules=[
             build_incremental_load_schedule(
                 settings,
                 incremental_load,
-                source,
+                open_any,
                 warehouse,
                 build_binding(settings, warehouse, store),
                 lambda windows, now, seconds: extend_idle_types(
@@ -123,6 +136,11 @@ def _build(
             build_check_tables_schedule(settings, check_tables),
         ],
         sensors=[
+            dg.AutomationConditionSensorDefinition(
+                "default_automation_condition_sensor",
+                target=dg.AssetSelection.all(include_sources=True),
+                description="Materializes the assets of the lake after their tables change. Switch it on for that.",
+            ),
             build_replay_sensor(settings, replay_dead_letters, warehouse, current_rulesets(settings, views)),
             build_run_failure_sensor(warehouse),
             build_alerts_sensor(settings, warehouse, store, views.views),
@@ -136,7 +154,7 @@ def _build(
         resources={
             "ndjson": NdjsonIOManager(store, warehouse),
             "postgres": PostgresIOManager(warehouse, {view.name: view.resource_type for view in views.views}),
-            **build_resources(settings, store=store, warehouse=warehouse, open_source=source),
+            **build_resources(settings, store=store, warehouse=warehouse, open_source=source_of_runs),
         },
     )
     return dg.Definitions.merge(layers, build_landing(settings, warehouse), build_health_patient(settings, warehouse))

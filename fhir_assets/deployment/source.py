@@ -29,17 +29,19 @@ def open_source(
     store: Store | None = None,
     warehouse: Warehouse | None = None,
     on_progress: Callable[[str], None] = lambda text: None,
+    persistent: bool = False,
 ) -> Source:
     """Return the source of the settings; no request is sent. Raises ConfigurationError.
 
     A bulk export is stored in ``store`` and recorded in ``warehouse``, which also limits the calls to the server; both
-    are built from the settings by default. ``on_progress`` receives a sentence whenever an export makes progress.
+    are built from the settings by default. ``on_progress`` receives a sentence whenever an export makes progress. A
+    ``persistent`` source tries a server that never answered FHIR_MAX_ATTEMPTS times, not only a few times.
     """
     location = settings.require_source()
     if settings.fhir_source is SourceKind.NDJSON:
         return NdjsonSource(location, labels=SOURCE_LABELS)
     warehouse = warehouse or Warehouse(settings)
-    client = open_client(settings, warehouse)
+    client = open_client(settings, warehouse, persistent=persistent)
     if settings.fhir_source is SourceKind.SEARCH:
         return SearchSource(client, page_size=settings.fhir_page_size)
     return BulkSource(
@@ -83,7 +85,7 @@ def open_existence_reader(settings: Settings, warehouse: Warehouse) -> Existence
     return ExistenceReader(open_client(settings, warehouse), connections=settings.fhir_max_connections)
 
 
-def open_client(settings: Settings, warehouse: Warehouse) -> FhirClient:
+def open_client(settings: Settings, warehouse: Warehouse, *, persistent: bool = False) -> FhirClient:
     """Return a client of the FHIR server at FHIR_BASE_URL; no request is sent. Raises ConfigurationError.
 
     All processes that share the warehouse make at most FHIR_MAX_CONNECTIONS calls at the same time.
@@ -97,4 +99,5 @@ def open_client(settings: Settings, warehouse: Warehouse) -> FhirClient:
         connections=settings.fhir_max_connections,
         call_slot=warehouse.source_calls.slot,
         labels=SOURCE_LABELS,
+        persistent=persistent,
     )

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TypedDict
 
+import dagster as dg
+
 from fhir_assets.catalog import ResourceType
 
 
@@ -28,3 +30,13 @@ def build_asset_attributes(
         "tags": {"layer": layer, "domain": resource_type.group, "phi": str(phi).lower()},
         "kinds": {layer, kind},
     }
+
+
+def build_documentation(resource_type: ResourceType) -> dict[str, dg.MetadataValue]:
+    """Return the metadata entry that links to the specification of a resource type."""
+    return {"documentation": dg.MetadataValue.url(f"https://hl7.org/fhir/R4/{resource_type.name.lower()}.html")}
+
+
+def build_place(store_url: str, layer: str, resource_type: ResourceType) -> dict[str, str]:
+    """Return the metadata entry that names the folder of a layer's files in the store."""
+    return {"dagster/uri": f"{store_url.rstrip('/')}/{layer}/{resource_type.key}"}

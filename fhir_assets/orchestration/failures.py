@@ -1,9 +1,9 @@
 """Failures of steps and sensors: step records in ``ops.ingestion_runs``, and error messages without patient data.
 
-Every failure is permanent for Dagster: ``allow_retries`` is off, because a step that failed would fail again on the
-same input. Transient errors of a FHIR server or of S3 are retried where they occur, by ``fhir.client.retries`` and by
-boto3, and become a failure after the last attempt. Dagster's daemon starts a crashed run again, see
-``run_retries`` in ``dagster.yaml``.
+Every failure is permanent for its step: ``allow_retries`` is off, because a step that failed would fail again on the
+same input. Transient errors of a FHIR server or of S3 are retried where they occur, by ``retries.py`` and by boto3, and
+become a failure after the last attempt. Dagster's daemon starts a crashed run again, and a run that failed because the
+server was unavailable: see ``run_retries`` in ``dagster.yaml``.
 """
 
 import logging
@@ -17,7 +17,7 @@ import dagster as dg
 import psycopg
 
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.errors import DatabaseUnavailable, FhirAssetsError
+from fhir_assets.errors import DatabaseUnavailable, FhirAssetsError, ServerUnavailable
 from fhir_assets.orchestration.run_context import RunContext
 from fhir_assets.warehouse.ops import runs
 
@@ -55,6 +55,8 @@ def record_step(
         # Without a database the failure cannot be recorded: the next load sees that the run holds no advisory lock.
         with suppress(DatabaseUnavailable), warehouse.connect() as conn:
             runs.fail(conn, run.run_id, resource_types, run.partition_keys, error=reason)
+        if isinstance(error, ServerUnavailable):
+            run.request_retry()
         if isinstance(error, Exception):
             raise dg.Failure(reason, allow_retries=False) from None
         raise

@@ -13,6 +13,7 @@ from fhir_assets.pipeline.refresh import Refresh
 
 INCREMENTAL_LOAD = "incremental_load"
 REPLAY_DEAD_LETTERS = "replay_dead_letters"
+REQUEST_REPLAY = "request_replay"
 CHECK_TABLES = "check_tables"
 LOAD_RECEIVED = "load_received"
 LOAD_LANDING = "load_landing"

@@ -1,4 +1,4 @@
-"""Jobs made of ops: ``fetch_missing_references`` and ``apply_consent``.
+"""Jobs made of ops: ``fetch_missing_references``, ``apply_consent`` and ``request_replay``.
 
 Jobs that materialize or check assets are in ``jobs.py``.
 """
@@ -15,12 +15,14 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.source import Source
 from fhir_assets.fhir.views import View, ViewSet
 from fhir_assets.orchestration.failures import sanitized_errors
-from fhir_assets.orchestration.jobs import APPLY_CONSENT, FETCH_MISSING_REFERENCES
+from fhir_assets.orchestration.jobs import APPLY_CONSENT, FETCH_MISSING_REFERENCES, REQUEST_REPLAY
 from fhir_assets.orchestration.received_windows import build_materializations
 from fhir_assets.orchestration.tags import FHIR_SERVER_POOL
 from fhir_assets.pipeline.consent.step import ConsentStep
 from fhir_assets.pipeline.hydrate.step import HydrateStep, ReadsById
 from fhir_assets.settings import Settings
+from fhir_assets.warehouse.ops import replays
+from fhir_assets.warehouse.ops.dead_letters import Selection
 
 
 def build_fetch_missing_references(settings: Settings, views: Sequence[View]) -> dg.JobDefinition:
@@ -31,6 +33,7 @@ def build_fetch_missing_references(settings: Settings, views: Sequence[View]) ->
 
     @dg.op(
         name="ask_for_missing_references",
+        description="Read the missing resources in batches, and write them to raw.",
         pool=FHIR_SERVER_POOL,
         out=dg.Out(dg.Nothing),
         required_resource_keys={"source", "warehouse"},
@@ -104,3 +107,66 @@ def build_apply_consent(settings: Settings, views: ViewSet) -> dg.JobDefinition:
         apply_consent_op()
 
     return apply_consent
+
+
+_ANY = "any"
+_STAGES = ("validate", "transform", "load")
+
+
+def build_request_replay(settings: Settings) -> dg.JobDefinition:
+    """Return the job that marks dead letters for a replay, by type, rule, stage and window, as its config selects them.
+
+    The sensor ``replay_dead_letters`` starts the runs that replay them.
+    """
+    schema = {
+        "resource_type": dg.Field(
+            dg.Enum("ResourceType", [dg.EnumValue(name) for name in (_ANY, *settings.fhir_resource_types)]),
+            default_value=_ANY,
+            is_required=False,
+            description="Replay only dead letters of this resource type.",
+        ),
+        "rule": dg.Field(
+            str,
+            default_value=_ANY,
+            is_required=False,
+            description="Replay only dead letters of this rule, for example required-binding. The check "
+            "dead_letter_rate and `fhir-assets dead-letters list` name the rules.",
+        ),
+        "stage": dg.Field(
+            dg.Enum("Stage", [dg.EnumValue(name) for name in (_ANY, *_STAGES)]),
+            default_value=_ANY,
+            is_required=False,
+            description="Replay only dead letters of this stage.",
+        ),
+        "windows": dg.Field(
+            [str],
+            default_value=[],
+            is_required=False,
+            description="Replay only dead letters of these partitions; an empty list stands for all.",
+        ),
+    }
+
+    @dg.op(config_schema=schema, description="Mark the selected open dead letters for a replay.")
+    def mark_dead_letters(context: dg.OpExecutionContext, warehouse: dg.ResourceParam[Warehouse]) -> None:
+        chosen = {name: value for name, value in context.op_config.items() if value not in (_ANY, [])}
+        selection = Selection(
+            resource_type=chosen.get("resource_type"),
+            rule=chosen.get("rule"),
+            stage=chosen.get("stage"),
+            partition_keys=chosen.get("windows"),
+        )
+        with sanitized_errors(), warehouse.connect() as conn:
+            marked = replays.request_replay(conn, selection)
+            conn.commit()
+        context.add_output_metadata({"dead_letters_marked": marked})
+
+    @dg.job(
+        name=REQUEST_REPLAY,
+        executor_def=dg.in_process_executor,
+        description="Replay dead letters by type, rule, stage or window, which the Launchpad offers as config. The job "
+        "marks them; the sensor replay_dead_letters starts the runs that replay them within half a minute.",
+    )
+    def request_replay() -> None:
+        mark_dead_letters()
+
+    return request_replay

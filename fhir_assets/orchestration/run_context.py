@@ -1,13 +1,13 @@
 """Facts about the current Dagster run that assets need: its id, windows, refresh mode, trigger and replay mode."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
 import dagster as dg
 
-from fhir_assets.orchestration.tags import PRIORITY_TAG, REFRESH_TAG, REPLAY_TAG, TRIGGER_TAG, USER_TAG
+from fhir_assets.orchestration.tags import PRIORITY_TAG, REFRESH_TAG, REPLAY_TAG, RETRY_TAG, TRIGGER_TAG, USER_TAG
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.windows import WindowRange, WindowScheme
 
@@ -28,6 +28,8 @@ class RunContext:
     """The time at which the step began; the step uses it as the current time throughout."""
     replay: Literal["marked", "open"] | None = None
     """The dead letters that the run replays; None if the run is not a replay."""
+    request_retry: Callable[[], None] = lambda: None
+    """Ask Dagster's daemon to start the run again from its failed steps. A run of a command is not started again."""
 
     @property
     def partition_keys(self) -> list[str]:
@@ -40,6 +42,11 @@ class RunContext:
         tags = context.run.tags
         automatic = (f"{tag.removeprefix('dagster/')}:{tags[tag]}" for tag in _TRIGGERS if tag in tags)
         windows = [scheme.window(key) for key in context.partition_keys]
+
+        def request_retry() -> None:
+            if TRIGGER_TAG not in tags:
+                context.instance.add_run_tags(context.run.run_id, {RETRY_TAG: "true"})
+
         return cls(
             context.run.run_id,
             WindowRange(windows, from_first=windows[0] == scheme.window_at(scheme.start)),
@@ -47,6 +54,7 @@ class RunContext:
             tags.get(TRIGGER_TAG) or next(automatic, None) or tags.get(USER_TAG) or "manual",
             datetime.now(UTC),
             _REPLAY_MODES.get(tags.get(REPLAY_TAG, "")),
+            request_retry,
         )
 
 

@@ -22,6 +22,9 @@ run's windows). A run without the tag replays no dead letters.
 PRIORITY_TAG = "dagster/priority"
 """Dagster's own tag of a step: steps with a higher number start first."""
 
+RETRY_TAG = "dagster/retry_on_asset_or_op_failure"
+"""Dagster's own tag of a run: ``true`` if the daemon starts the run again after a failed step."""
+
 PARTITION_TAG = "dagster/partition"
 """Dagster's own tag of a run of one partition."""
 

@@ -83,15 +83,17 @@ def rewrite_partitions(
     with connect() as conn:
         for start in range(0, len(manifests), _PARTITIONS_PER_TRANSACTION):
             group = manifests[start : start + _PARTITIONS_PER_TRANSACTION]
-            # Before the manifests change, in case this process is killed, and again while no evaluation can read them.
-            with conn.transaction():
-                _invalidate_verdicts(conn, group)
             with _partition_locks(conn, store.source, group):
-                merged = [
-                    merge(new, current) for new, current in zip(group, store.committed_manifests(group), strict=True)
-                ]
+                present = store.committed_manifests(group)
+                merged = [merge(new, current) for new, current in zip(group, present, strict=True)]
+                changed = [new for new, current in zip(merged, present, strict=True) if _changes_window(new, current)]
+                # Before the manifests change, in case this process is killed, and again after it.
+                if changed:
+                    with connect() as other:
+                        _invalidate_verdicts(other, changed)
+                        other.commit()
                 store.commit(merged)
-                _invalidate_verdicts(conn, group)
+                _invalidate_verdicts(conn, changed)
                 if settlement is not None:
                     own = [m.partition_key for new, m in zip(group, merged, strict=True) if m.run_id == new.run_id]
                     settle(conn, settlement.restrict(own))
@@ -216,6 +218,14 @@ def _add_counts(current: Mapping[str, int], new: Mapping[str, int], common: Mapp
     total.update(new)
     total.subtract(common)
     return {rule: count for rule, count in total.items() if count}
+
+
+def _changes_window(new: Manifest, current: Manifest | None) -> bool:
+    """Return whether a manifest changes what its partition contains, and not only up to when it was fetched."""
+    if current is None:
+        return True
+    fetched = {"run_id": new.run_id, "written_at": new.written_at, "fetched": new.fetched}
+    return msgspec.structs.replace(current, **fetched) != new
 
 
 def _invalidate_verdicts(conn: Connection, manifests: Sequence[Manifest]) -> None:

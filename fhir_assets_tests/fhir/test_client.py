@@ -278,6 +278,20 @@ def test_a_server_that_never_answered_is_tried_only_a_few_times() -> None:
     assert sum(clock.waits) < 10
 
 
+def test_a_persistent_client_outlasts_an_outage_at_first_contact_once() -> None:
+    clock = Clock()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/fhir"
+    retrier = Retrier(RetryPolicy(attempts=9), clock.sleep, lambda: clock.now, lambda: 1)
+    client = FhirClient(url, retrier=retrier, persistent=True)
+    with pytest.raises(ServerUnavailable, match="tried 9 times"):
+        client.capabilities()
+    assert sum(clock.waits) > 30
+    with pytest.raises(ServerUnavailable, match=r"tried 4 times.*tried only a few times"):
+        client.get("Patient", body_of)
+
+
 def test_a_server_that_answered_before_is_retried_under_the_full_policy() -> None:
     clock = Clock()
     with ScriptedServer([Reply(b"there"), *[Reply(reset=True)] * 8, Reply(b"again")]) as server:

@@ -40,7 +40,10 @@ Params = Sequence[tuple[str, str]]
 
 FHIR_JSON = "application/fhir+json"
 FIRST_CONTACT_POLICY = RetryPolicy(attempts=4, first_wait=0.5, max_wait=4, max_retry_after=60, budget=240)
-"""Few retries, for ``/metadata`` and for a server that never answered: the likely cause is a wrong setting."""
+"""Few retries, for ``/metadata`` and for a server that never answered: the likely cause is a wrong setting.
+
+A persistent client, of a run that nobody waits for, uses its own policy instead: the likely cause is an outage.
+"""
 
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524, 529})
 _READ_HEADERS = {"Cache-Control": "no-cache"}
@@ -70,6 +73,7 @@ class FhirClient:
     response may take ten times as long. Each call is made within ``call_slot()``, a context manager that may block, so
     that the number of concurrent calls to a server is limited. ``labels`` are the names of the settings in messages.
     ``link_base`` is the address that the server uses in links instead of the base URL; such links are rewritten.
+    A ``persistent`` client tries a server that never answered as often as any other, not only FIRST_CONTACT_POLICY.
     ``notices`` collects what a person should know about the server's answers; ``clock`` is the server's clock.
 
     Raises ConfigurationError if ``base_url`` is not an HTTP URL or contains credentials.
@@ -86,6 +90,7 @@ class FhirClient:
         connections: int = 4,
         call_slot: Callable[[], AbstractContextManager[None]] = nullcontext,
         labels: ServerLabels = DEFAULT_LABELS,
+        persistent: bool = False,
     ) -> None:
         try:
             parts = urlsplit(base_url)
@@ -106,6 +111,8 @@ class FhirClient:
         self.labels = labels
         self.notices = Notices()
         self.clock = ServerClock(self.notices, self.base_url)
+        self._is_persistent = persistent
+        self._unanswered = 0
         self._has_answered = False
         self.call_slot = call_slot
         self.credentials = credentials or Credentials(labels=labels)
@@ -228,7 +235,8 @@ class FhirClient:
         Raises ServerUnavailable if there is no server, and NotFhir if something other than FHIR R4 answers.
         """
         try:
-            return self.get("metadata", self._parse_capabilities, policy=FIRST_CONTACT_POLICY)
+            policy = None if self._is_persistent else FIRST_CONTACT_POLICY
+            return self.get("metadata", self._parse_capabilities, policy=policy)
         except HttpStatusError as error:
             if error.status != 404:
                 raise
@@ -305,10 +313,15 @@ class FhirClient:
         except (InvalidURL, InvalidSchema, LocationParseError):
             raise ConfigurationError(f"{self.labels.base_url} is not a valid URL: correct it") from None
         except RequestException as error:
+            self._unanswered += 1
+            # Once all attempts of the policy failed, the further calls of a run need not wait as long again.
+            is_patient = self._is_persistent and self._unanswered <= self.retrier.policy.attempts
+            is_quick = not (self._has_answered or is_patient)
+            advice = f"{self._check_url} A server that has not answered before is tried only a few times"
             raise TransientFailure(
                 f"cannot reach {self.base_url} : {self._explain(error)}",
-                advice=self._check_url,
-                attempts=None if self._has_answered else FIRST_CONTACT_POLICY.attempts,
+                advice=advice if is_quick else self._check_url,
+                attempts=FIRST_CONTACT_POLICY.attempts if is_quick else None,
             ) from None
 
     def _read_body(self, response: requests.Response) -> bytes:

@@ -44,6 +44,7 @@ def build_delivered_assets(
 
     @dg.multi_asset(
         name="delivered",
+        description="Send the loaded resources of the windows to the server at FHIR_DELIVERY_URL.",
         specs=[
             dg.AssetSpec(
                 [LAYER, key],

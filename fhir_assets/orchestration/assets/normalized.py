@@ -11,7 +11,7 @@ from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import BrokenView, View
-from fhir_assets.orchestration.asset_attributes import build_asset_attributes
+from fhir_assets.orchestration.asset_attributes import build_asset_attributes, build_documentation
 from fhir_assets.orchestration.checks.window import DEAD_LETTER_RATE, WindowChecks, window_check_specs
 from fhir_assets.orchestration.failures import record_step, sanitized_errors
 from fhir_assets.orchestration.io_managers.postgres import LoadedView
@@ -68,6 +68,7 @@ def _build_normalized_step(
 
     @dg.multi_asset(
         name=f"normalized__{resource_type.key}",
+        description=f"Load the valid {name} resources of the windows into the tables of their views.",
         # Not an input: Dagster cannot load one in a run without partitions, which evaluates the checks alone.
         deps=[["validated", resource_type.key]],
         outs={view.name: _output(view, resource_type, settings) for view in views},
@@ -227,6 +228,7 @@ def _output(view: View, resource_type: ResourceType, settings: Settings) -> dg.A
             "view_url": view.url or "",
             "view_version": view.version or "",
             "paths_not_compiled": len(view.fallbacks),
+            **build_documentation(resource_type),
             **_code_references(view),
         },
     )

@@ -12,7 +12,7 @@ from fhir_assets.deployment.source import open_existence_reader, open_history
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.source import Source
 from fhir_assets.notices import Notice
-from fhir_assets.orchestration.asset_attributes import build_asset_attributes
+from fhir_assets.orchestration.asset_attributes import build_asset_attributes, build_documentation, build_place
 from fhir_assets.orchestration.failures import record_step
 from fhir_assets.orchestration.progress import ProgressRelay
 from fhir_assets.orchestration.run_context import RunContext, step_tags
@@ -34,15 +34,21 @@ _log = logging.getLogger(__name__)
 
 
 def build_raw_assets(
-    settings: Settings, partitions: dg.PartitionsDefinition[str], *, one_pass: bool, progress: ProgressRelay
+    settings: Settings,
+    partitions: dg.PartitionsDefinition[str],
+    *,
+    one_pass: bool,
+    progress: ProgressRelay,
+    store_url: str,
 ) -> list[dg.AssetsDefinition]:
     """Return the raw layer: one step for each resource type, or one step for all of them with ``one_pass``.
 
-    ``one_pass`` is for sources that return all types in one pass: files and bulk exports.
+    ``one_pass`` is for sources that return all types in one pass: files and bulk exports. ``store_url`` is the address
+    of the store, for the catalog.
     """
     types = [BY_NAME[name] for name in settings.fhir_resource_types]
     groups = [types] if one_pass else [[resource_type] for resource_type in types]
-    return [_build_raw_step(settings, partitions, group, progress) for group in groups]
+    return [_build_raw_step(settings, partitions, group, progress, store_url) for group in groups]
 
 
 def _build_raw_step(
@@ -50,15 +56,18 @@ def _build_raw_step(
     partitions: dg.PartitionsDefinition[str],
     types: Sequence[ResourceType],
     progress: ProgressRelay,
+    store_url: str,
 ) -> dg.AssetsDefinition:
     @dg.multi_asset(
         name=f"raw__{types[0].key}" if len(types) == 1 else "raw",
+        description=f"Fetch {types[0].name if len(types) == 1 else 'all'} resources of the windows from the source.",
         outs={
             t.key: dg.AssetOut(
                 key=["raw", t.key],
                 io_manager_key="ndjson",
                 is_required=False,
                 description=f"{t.name} resources, byte for byte as received from the source, one in each line.",
+                metadata={**build_place(store_url, "raw", t), **build_documentation(t)},
                 **build_asset_attributes(t, "raw", "json", owners=settings.fhir_owners, phi=bool(t.patient)),
             )
             for t in types

@@ -13,7 +13,7 @@ from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ServerRefused
 from fhir_assets.fhir.validation import Validator
-from fhir_assets.orchestration.asset_attributes import build_asset_attributes
+from fhir_assets.orchestration.asset_attributes import build_asset_attributes, build_documentation, build_place
 from fhir_assets.orchestration.failures import record_step
 from fhir_assets.orchestration.run_context import RunContext, step_tags
 from fhir_assets.orchestration.step_log import describe_counts, describe_rules, log_line
@@ -29,13 +29,17 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import runs
 
 
-def build_validated_assets(settings: Settings, partitions: dg.PartitionsDefinition[str]) -> list[dg.AssetsDefinition]:
-    """Return the validated layer: one asset for each resource type."""
-    return [_build_validated_asset(settings, partitions, BY_NAME[name]) for name in settings.fhir_resource_types]
+def build_validated_assets(
+    settings: Settings, partitions: dg.PartitionsDefinition[str], *, store_url: str
+) -> list[dg.AssetsDefinition]:
+    """Return the validated layer: one asset for each resource type. ``store_url`` is named in the catalog."""
+    return [
+        _build_validated_asset(settings, partitions, BY_NAME[name], store_url) for name in settings.fhir_resource_types
+    ]
 
 
 def _build_validated_asset(
-    settings: Settings, partitions: dg.PartitionsDefinition[str], resource_type: ResourceType
+    settings: Settings, partitions: dg.PartitionsDefinition[str], resource_type: ResourceType, store_url: str
 ) -> dg.AssetsDefinition:
     name = resource_type.name
 
@@ -48,6 +52,7 @@ def _build_validated_asset(
         backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
         description=f"{name} resources that pass every rule of FHIR R4; the others are in ops.dead_letters.",
         op_tags=step_tags([name]),
+        metadata={**build_place(store_url, "validated", resource_type), **build_documentation(resource_type)},
         **build_asset_attributes(
             resource_type, "validated", "json", owners=settings.fhir_owners, phi=bool(resource_type.patient)
         ),

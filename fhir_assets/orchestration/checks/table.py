@@ -83,6 +83,7 @@ def _build_checks(
 
     @dg.multi_asset_check(
         name=f"check__{resource_type.key}",
+        description=f"Evaluate the checks of the {resource_type.name} tables over all windows.",
         specs=[
             dg.AssetCheckSpec(name, asset=asset, description=description) for name, description in descriptions.items()
         ],
