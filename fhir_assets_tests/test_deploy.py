@@ -25,7 +25,7 @@ from fhir_assets_tests.support.dagster_internals import (
 )
 
 ROOT = Path(__file__).parent.parent
-FOREIGN = re.compile(r"(AWS|DAGSTER|POSTGRES|GF|CELERY)_[A-Z_]+|PGPASSWORD")
+FOREIGN = re.compile(r"(AWS|DAGSTER|POSTGRES|GF|GRAFANA|CELERY)_[A-Z_]+|PGPASSWORD")
 """Variables of other software in the deployments. FHIR_DAGSTER_HOME is used by docker-compose.yml only."""
 
 

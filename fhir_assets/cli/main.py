@@ -22,6 +22,7 @@ from fhir_assets.cli import (
     ingest,
     keys,
     landing,
+    metrics,
     migrate,
     missing,
     patient,
@@ -84,6 +85,7 @@ app.add_typer(view.app, name="view")
 app.command("upload")(upload.upload)
 app.add_typer(connector.app, name="connector")
 app.command("worker")(worker.worker)
+app.command("metrics")(metrics.metrics)
 app.command("prune")(prune.prune)
 app.add_typer(api.app, name="api")
 app.command("sandbox")(sandbox.sandbox)

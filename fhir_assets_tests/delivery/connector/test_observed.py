@@ -3,10 +3,12 @@
 import io
 import json
 import logging
+import os
 import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -268,10 +270,91 @@ def test_compose_provides_the_targets_that_prometheus_and_grafana_are_configured
             assert exists, source
         assert set(service.get("depends_on", [])) <= set(services)
     config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
-    targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in config["scrape_configs"]}
-    assert targets["connector"] == [f"connector:{services['connector']['environment']['METRICS_PORT']}"]
+    jobs = {job["job_name"]: job for job in config["scrape_configs"]}
+    port = services["metrics"]["environment"]["METRICS_PORT"]
+    assert jobs["pipeline"]["static_configs"][0]["targets"] == [f"metrics:{port}"]
+    assert services["metrics"]["profiles"] == services["prometheus"]["profiles"]
+    for name in ("connector", "api"):
+        [by_name] = jobs[name]["dns_sd_configs"]
+        assert by_name["names"] == [name]
+        assert str(by_name["port"]) == services[name]["environment"]["METRICS_PORT"]
     [source] = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
     assert source["url"] == "http://prometheus:9090"
     [provider] = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/fhir_assets.yml").read_text())["providers"]
     mounted = [volume.split(":")[1] for volume in services["grafana"]["volumes"]]
     assert provider["options"]["path"] in mounted
+    grafana = services["grafana"]["environment"]
+    assert "/var/lib/grafana" in mounted, "what people change in Grafana is kept"
+    assert "GRAFANA_PASSWORD" in grafana["GF_SECURITY_ADMIN_PASSWORD"]
+    assert not {"GF_AUTH_DISABLE_LOGIN_FORM", "GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"} & grafana.keys()
+
+
+_RULES = """
+rule_files: [{rules}]
+evaluation_interval: 1m
+tests:
+  - name: no connector was ever installed
+    interval: 1m
+    input_series:
+      - series: 'up{{job="pipeline"}}'
+        values: '1x10'
+    alert_rule_test:
+      - {{alertname: ConnectorDown, eval_time: 5m, exp_alerts: []}}
+      - {{alertname: MetricsDown, eval_time: 9m, exp_alerts: []}}
+  - name: the connector of an outbox runs nowhere
+    interval: 1m
+    input_series:
+      - series: 'fhir_outbox_unprocessed_count{{job="pipeline"}}'
+        values: '0x10'
+    alert_rule_test:
+      - alertname: ConnectorDown
+        eval_time: 5m
+        exp_alerts:
+          - exp_labels: {{severity: critical, job: connector}}
+            exp_annotations: {{summary: "{down}"}}
+      - alertname: MetricsDown
+        eval_time: 9m
+        exp_alerts:
+          - exp_labels: {{severity: warning, job: pipeline}}
+            exp_annotations: {{summary: "{silent}"}}
+  - name: the connector runs
+    interval: 1m
+    input_series:
+      - series: 'fhir_outbox_unprocessed_count{{job="pipeline"}}'
+        values: '0x10'
+      - series: 'up{{job="connector", instance="a"}}'
+        values: '1x10'
+    alert_rule_test:
+      - {{alertname: ConnectorDown, eval_time: 5m, exp_alerts: []}}
+"""
+
+
+def test_the_absence_of_a_connector_is_an_alert_only_where_there_is_an_outbox(tmp_path: Path) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed: apt-get install prometheus")
+    groups = yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"]
+    summaries = {rule["alert"]: rule["annotations"]["summary"] for group in groups for rule in group["rules"]}
+    file = tmp_path / "tests.yml"
+    file.write_text(
+        _RULES.format(rules=DEPLOY / "alerts.yml", down=summaries["ConnectorDown"], silent=summaries["MetricsDown"])
+    )
+    done = subprocess.run([promtool, "test", "rules", str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_metrics_of_the_pipeline_are_served_without_connector_and_api(database: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {**os.environ, "DB_URL": database, "METRICS_PORT": str(port)}
+    command = [sys.executable, "-c", "from fhir_assets.cli import main; main()", "metrics"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert f"127.0.0.1:{port}/metrics" in process.stdout.readline()
+            text = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
+        finally:
+            process.terminate()
+        assert process.wait(30) == 0
+    assert "fhir_database_up 1.0" in text
+    assert "fhir_windows_behind" in text

@@ -1,0 +1,219 @@
+"""The four uses of the Dagster UI in a real browser: materialize, backfill, watch a schedule, review a failed check.
+
+Chromium and chromedriver are Debian's (``apt-get install chromium chromium-driver``); without them it is skipped.
+The last page of a story is in UI_SCREENSHOTS (default: the folder of the test).
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from fhir_assets.warehouse.postgres.db.connections import connect, normalise_url
+from fhir_assets_tests.support.api import free_port
+from fhir_assets_tests.support.browser import Browser, find_missing_programs, open_browser
+from fhir_assets_tests.support.content import patient
+
+MISSING = find_missing_programs()
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        bool(MISSING), reason=f"no {MISSING}: `apt-get install chromium chromium-driver`, as .ci/run does"
+    ),
+]
+
+_COMMAND = [sys.executable, "-c", "from fhir_assets.cli import main; main()"]
+_RUN_SECONDS = 120
+"""The longest time that a run may take, from its request to its end, on a busy machine."""
+_NEWEST_RUN = "{runsOrError(limit: 1) {... on Runs {results {runId status jobName}}}}"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A demo whose UI is served at ``url``; its sandbox server is at ``source``."""
+
+    url: str
+    source: str
+    database: str
+    environment: dict[str, str]
+
+    def query(self, statement: str) -> list[tuple[Any, ...]]:
+        with connect(self.database) as conn:
+            return conn.execute(statement).fetchall()
+
+    def command(self, *arguments: str) -> None:
+        subprocess.run([*_COMMAND, *arguments], env=self.environment, check=True, timeout=120, capture_output=True)
+
+    def find_newest_run(self) -> dict[str, str]:
+        answer = requests.post(f"{self.url}/graphql", json={"query": _NEWEST_RUN}, timeout=60).json()
+        [run] = answer["data"]["runsOrError"]["results"]
+        return dict(run)
+
+
+@pytest.fixture
+def demo(tmp_path: Path, database: str) -> Iterator[Demo]:
+    """A demo of two types with 150 patients over 30 days and a schedule that ticks every minute."""
+    port = free_port()
+    environment = {name: value for name, value in os.environ.items() if name != "DAGSTER_HOME"}
+    environment |= {
+        "FHIR_ASSETS_HOME": str(tmp_path / "home"),
+        "DB_URL": database,
+        "DAGSTER_POSTGRES_URL": normalise_url(database, "psycopg2"),
+        "FHIR_RESOURCE_TYPES": "Patient,Encounter",
+        "FHIR_SCHEDULE": "* * * * *",
+    }
+    log = tmp_path / "demo.log"
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            [*_COMMAND, "demo", "--port", str(port)], env=environment, stdout=output, stderr=subprocess.STDOUT
+        ) as process,
+    ):
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait_for_ui(url, process)
+            found = re.search(r"Sandbox FHIR server: (\S+)", log.read_text())
+            assert found
+            yield Demo(url, found.group(1), database, environment | {"FHIR_BASE_URL": found.group(1)})
+        finally:
+            process.terminate()
+
+
+def _wait_for_ui(url: str, process: "subprocess.Popen[bytes]") -> None:
+    end = datetime.now(UTC) + timedelta(seconds=180)
+    while datetime.now(UTC) < end and process.poll() is None:
+        try:
+            if requests.get(f"{url}/server_info", timeout=5).ok:
+                return
+        except requests.RequestException:
+            pass
+    raise AssertionError("the demo does not serve its UI")
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    folder = Path(os.environ.get("UI_SCREENSHOTS", tmp_path))
+    with open_browser(tmp_path / "profile") as browser:
+        try:
+            yield browser
+        finally:
+            browser.take_screenshot(folder / "last_page.png")
+
+
+def wait_for_run(browser: Browser, demo: Demo, *, after: str, job: str | None = None) -> str:
+    """Wait until a run that is newer than ``after`` has succeeded, on its own page. Return its id."""
+    end = datetime.now(UTC) + timedelta(seconds=_RUN_SECONDS)
+    while (run := demo.find_newest_run())["runId"] == after or job not in (None, run["jobName"]):
+        assert datetime.now(UTC) < end, f"no run of {job or 'the assets'} began"
+    browser.open(f"{demo.url}/runs/{run['runId']}")
+    browser.wait_for(r"\bSuccess\b", seconds=_RUN_SECONDS)
+    return run["runId"]
+
+
+def open_partitions(browser: Browser, demo: Demo, asset: str) -> None:
+    browser.open(f"{demo.url}/assets/{asset}?view=partitions")
+    browser.wait_for(r"Materialized \(\d+\)")
+
+
+def open_check_partitions(browser: Browser, demo: Demo, pattern: str, *, seconds: float | None = None) -> None:
+    """Open the tab *Partitions* of the check of dead letters, again and again until it says ``pattern``."""
+    end = datetime.now(UTC) + timedelta(seconds=seconds or 60)
+    while True:
+        browser.open(f"{demo.url}/assets/normalized/patient?view=checks&checkDetail=dead_letter_rate")
+        browser.wait_for(r"Execution history")
+        browser.click("(//*[normalize-space(text())='Partitions'])[last()]")
+        browser.wait_for(r"Passed \(\d+\)")
+        try:
+            browser.wait_for(pattern, seconds=5)
+            return
+        except AssertionError:
+            if datetime.now(UTC) > end:
+                raise
+
+
+def materialize_a_window(browser: Browser, demo: Demo) -> None:
+    before = demo.find_newest_run()["runId"]
+    open_partitions(browser, demo, "normalized/patient")
+    assert "Materialized (31)" in browser.text
+    browser.click_text("Materialize…")
+    browser.wait_for(r"Launch runs to materialize")
+    browser.click("//*[contains(@class, 'dagster-dialog')]//*[normalize-space(text())='Latest']")
+    browser.wait_for(r"\b1 partition\b")
+    browser.click_text("Launch 1 run")
+    wait_for_run(browser, demo, after=before)
+    open_partitions(browser, demo, "normalized/patient")
+    browser.wait_for(r"Failed \(0\)")
+
+
+def backfill_all_days(browser: Browser, demo: Demo) -> None:
+    before = demo.find_newest_run()["runId"]
+    open_partitions(browser, demo, "raw/patient")
+    browser.click_text("Materialize…")
+    browser.wait_for(r"Launch runs to materialize")
+    browser.click("//*[contains(@class, 'dagster-dialog')]//*[normalize-space(text())='All']")
+    browser.wait_for(r"\b31 partitions\b")
+    browser.click_text("Launch backfill")
+    run = wait_for_run(browser, demo, after=before)
+    browser.wait_for(r"Patient: \d+")
+    browser.open(f"{demo.url}/runs?view=backfills")
+    browser.wait_for(r"Completed|Success", seconds=_RUN_SECONDS, reload_every=10)
+    open_partitions(browser, demo, "raw/patient")
+    browser.wait_for(r"Materialized \(31\)")
+    assert run != before
+
+
+def watch_a_scheduled_tick(browser: Browser, demo: Demo) -> None:
+    now = datetime.now(UTC)
+    body = json.loads(patient("scheduled", now))
+    requests.put(f"{demo.source}/Patient/scheduled", json=body, timeout=30).raise_for_status()
+    browser.open(f"{demo.url}/locations/fhir_assets/schedules/incremental_load")
+    browser.wait_for(r"Every minute")
+    browser.wait_for(r"1 run requested", seconds=150, reload_every=15)
+    end = datetime.now(UTC) + timedelta(seconds=_RUN_SECONDS)
+    while not demo.query("SELECT FROM fhir.patient WHERE _resource_key = 'scheduled'"):
+        assert datetime.now(UTC) < end, "the scheduled run did not load the new patient"
+    browser.open(f"{demo.url}/locations/fhir_assets/sensors/alerts")
+    browser.wait_for(r"0 runs requested", seconds=60, reload_every=10)
+    browser.click_text("0 runs requested")
+    browser.wait_for(r"Read \d+ ended runs and \d+ evaluations of checks")
+
+
+def review_and_replay_a_failed_check(browser: Browser, demo: Demo) -> None:
+    open_check_partitions(browser, demo, r"(?<!Execution )Failed \([1-9]")
+    [(identity, window)] = demo.query(
+        "SELECT id, partition_key FROM ops.dead_letters WHERE resource_type = 'Patient' AND path = 'Patient.gender'"
+        " AND status = 'open' ORDER BY id LIMIT 1"
+    )
+    browser.click_text(str(window))
+    browser.wait_for(r"resources \([\d.]+%\) are dead letters, most of them required-binding at Patient.gender")
+    number = int(re.findall(r"(?<!Execution )Failed \((\d+)\)", browser.text)[0])
+    screenshots = os.environ.get("UI_SCREENSHOTS")
+    if screenshots:
+        browser.take_screenshot(Path(screenshots) / "failed_check.png")
+    patch = Path(demo.environment["FHIR_ASSETS_HOME"]) / "patch.json"
+    patch.write_text('[{"op": "replace", "path": "/gender", "value": "female"}]')
+    demo.command("dead-letters", "edit", str(identity), "--patch", str(patch), "--by", "ui")
+    before = demo.find_newest_run()["runId"]
+    browser.open(f"{demo.url}/locations/fhir_assets/jobs/request_replay/playground")
+    browser.wait_for(r"resource_type: any")
+    browser.click_text("Launch Run")
+    wait_for_run(browser, demo, after=before, job="request_replay")
+    open_check_partitions(browser, demo, rf"Failed \({number - 1}\)", seconds=_RUN_SECONDS)
+    assert demo.query(f"SELECT status FROM ops.dead_letters WHERE id = {identity}") == [("resolved",)]
+
+
+def test_the_four_uses_of_the_ui(demo: Demo, browser: Browser) -> None:
+    materialize_a_window(browser, demo)
+    backfill_all_days(browser, demo)
+    watch_a_scheduled_tick(browser, demo)
+    review_and_replay_a_failed_check(browser, demo)
