@@ -163,12 +163,14 @@ def test_an_error_names_the_invalid_setting(
     assert refused(ingest(deployment, *NEXT_DAY, prepare=None, **changed), expected)
 
 
+@pytest.mark.slow
 def test_an_error_names_the_folder_of_files_that_does_not_exist(deploy: Deploy) -> None:
     deployment = deploy(fhir_resource_types="Patient")
     process = ingest(deployment, *NEXT_DAY, FHIR_SOURCE="ndjson", FHIR_BASE_URL="/nowhere/at/all")
     assert refused(process, "/nowhere/at/all")
 
 
+@pytest.mark.slow
 def test_an_unreachable_database_is_one_clear_error(deployment: Deployment) -> None:
     url = f"postgresql://anna:geheim@127.0.0.1:{closed_port()}/clinic"
     for dagster_storage in (normalise_url(url, "psycopg2"), normalise_url(deployment.url, "psycopg2"), None):
@@ -208,6 +210,7 @@ def test_a_database_lost_during_a_load_leaves_the_tables_unchanged(
     assert deployment.count_loaded() == {"Patient": 21}
 
 
+@pytest.mark.slow
 def test_truncated_responses_leave_the_tables_unchanged(server: SandboxServer, deployment: Deployment) -> None:
     before = deployment.tables()
     server.set_faults(Fault(kind=FaultKind.TRUNCATE, on=frozenset({RequestKind.SEARCH})))
@@ -226,6 +229,7 @@ def test_a_store_url_that_names_a_file_is_one_clear_error(deployment: Deployment
     assert deployment.tables() == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_tables_and_the_store_unchanged(server: SandboxServer, deployment: Deployment) -> None:
     before = deployment.tables()
     manifests = [deployment.store.manifest(layer, "Patient", "2024-01-05") for layer in ("raw", "validated")]

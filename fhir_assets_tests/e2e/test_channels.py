@@ -51,6 +51,7 @@ def test_files_load_completely_and_each_known_defect_becomes_a_dead_letter_with_
     assert Counter(deployment.count_loaded()) == lines_by_type(population) - bad
 
 
+@pytest.mark.slow
 def test_loading_the_same_files_again_changes_nothing(deploy: Deploy, population: Path) -> None:
     deployment = deploy(fhir_source="ndjson", fhir_base_url=str(population), fhir_partition="monthly")
     deployment.ingest()
@@ -86,6 +87,7 @@ def test_a_search_with_every_fault_gives_the_same_tables_as_files(
     assert search.count_dead_letters() == files.count_dead_letters()
 
 
+@pytest.mark.slow
 @needs_shared
 def test_all_synthea_resources_are_loaded(deploy: Deploy) -> None:
     deployment = deploy(fhir_source="ndjson", fhir_base_url=str(SYNTHEA), fhir_partition="monthly")
@@ -95,6 +97,7 @@ def test_all_synthea_resources_are_loaded(deploy: Deploy) -> None:
     assert sum(deployment.count_loaded().values()) == 8421
 
 
+@pytest.mark.slow
 @needs_shared
 def test_the_published_examples_of_the_30_types_all_load(deploy: Deploy, tmp_path: Path) -> None:
     file = tmp_path / "examples.ndjson.gz"

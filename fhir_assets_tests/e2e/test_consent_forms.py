@@ -258,7 +258,7 @@ CHANNELS: dict[str, Load] = {
 @pytest.mark.parametrize("policy", ["opt-out", "opt-in"])
 @pytest.mark.parametrize(
     "channel",
-    ["files", "landing zone", *(pytest.param(each, marks=pytest.mark.slow) for each in ("search", "bulk", "post"))],
+    ["files", *(pytest.param(each, marks=pytest.mark.slow) for each in ("landing zone", "search", "bulk", "post"))],
 )
 def test_a_denial_counts_in_every_form_and_withholds_by_every_form_of_subject(
     deploy: Deploy, tmp_path: Path, channel: str, policy: str

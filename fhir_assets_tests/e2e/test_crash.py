@@ -94,6 +94,7 @@ def assert_killed_load_equals_clean_load(
     assert left == [(0,)]
 
 
+@pytest.mark.slow
 def test_a_load_killed_three_times_gives_the_tables_of_an_uninterrupted_load(
     deploy: Deploy, tmp_path: Path, empty_database: str
 ) -> None:

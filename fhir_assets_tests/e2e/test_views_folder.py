@@ -146,10 +146,11 @@ def test_a_changed_description_does_not_make_an_asset_stale(deployment: Deployme
     ("columns", "message", "types"),
     [
         ((ID,), "column born is in the table but not in the view", [("id", "text")]),
-        (
+        pytest.param(
             (ID, BORN | {"path": "birthDate.toString()", "type": "string"}),
             "column born is date in the table but text in the view",
             [("born", "text"), ("id", "text")],
+            marks=pytest.mark.slow,
         ),
     ],
 )

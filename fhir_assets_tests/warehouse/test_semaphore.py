@@ -45,7 +45,7 @@ def semaphore(url: str, limit: int, lock_key: int = advisory_locks.SOURCE_CALLS)
     return closing(DistributedSemaphore(partial(connect, url, autocommit=True), lock_key, limit))
 
 
-@pytest.mark.parametrize("limit", [1, 2])
+@pytest.mark.parametrize("limit", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_processes_together_reach_the_limit_of_calls_and_never_exceed_it(database: str, limit: int) -> None:
     with SandboxServer(faults=(Fault(kind=FaultKind.SLOW, seconds=0.02),)) as server:
         environment = {

@@ -152,6 +152,7 @@ def check_order(hospital: Hospital) -> None:
     assert seen > 0
 
 
+@pytest.mark.slow
 def test_random_changes_are_delivered_although_the_connector_is_killed(hospital: Hospital) -> None:
     assert_changes_are_delivered(hospital, changes=600, writers=4, people=40, kills=2)
 
