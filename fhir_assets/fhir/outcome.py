@@ -20,20 +20,30 @@ _is_code = re.compile(
 """https://hl7.org/fhir/R4/valueset-issue-type.html"""
 
 _INDEX = re.compile(r"\[\d{1,6}\]$")
-_ERRORS = ("error", "fatal")
+_HARMLESS = ("warning", "information")
 
 
 def reports_error(body: bytes) -> bool:
-    """Return whether a body is an OperationOutcome with an issue of severity error or fatal, or an unreadable one."""
-    if b'"OperationOutcome"' not in body or not any(f'"{severity}"'.encode() in body for severity in _ERRORS):
+    """Return whether a body is an OperationOutcome that reports an error, or that cannot be read."""
+    if b'"OperationOutcome"' not in body:
         return False
     try:
-        outcome = orjson.loads(body)
-        return outcome["resourceType"] == "OperationOutcome" and any(
-            issue["severity"] in _ERRORS for issue in outcome["issue"]
-        )
-    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return is_error_outcome(orjson.loads(body))
+    except orjson.JSONDecodeError:
         return True
+
+
+def is_error_outcome(body: object) -> bool:
+    """Return whether a parsed body is an OperationOutcome with an issue of severity error or fatal.
+
+    One without issues, or with an issue whose severity cannot be read, counts as an error, too: R4 requires both.
+    """
+    if not isinstance(body, dict) or body.get("resourceType") != "OperationOutcome":
+        return False
+    issues = body.get("issue")
+    if not isinstance(issues, list) or not issues:
+        return True
+    return any(not isinstance(issue, dict) or issue.get("severity") not in _HARMLESS for issue in issues)
 
 
 def summarize_issues(outcome: bytes) -> list[str]:

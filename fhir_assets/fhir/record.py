@@ -34,7 +34,8 @@ class Record:
     window, as it does for a ``late`` one, which the source gave from outside of the time range that it was asked for.
     ``patients`` are the ids of the patients whose compartment contains the resource, and ``keyless`` describes its
     references that make no key (``references.find_keyless``). ``mentions`` is what else it refers to
-    (``subjects.find_subjects``), which only consent needs. Each is None if it has not been determined.
+    (``subjects.find_subjects``), which only consent needs. ``identifiers`` are hashes of its identifiers, and of those
+    in its conditional references (``conditional_references``). Each is None if it has not been determined.
     """
 
     resource_type: str
@@ -48,6 +49,7 @@ class Record:
     late: bool = False
     keyless: tuple[str, ...] | None = None
     mentions: tuple[str, ...] | None = None
+    identifiers: tuple[str, ...] | None = None
 
     @property
     def as_of(self) -> datetime:

@@ -3,13 +3,13 @@
 An unresolved reference to a patient is one that does not name a patient of this server by id: a ``urn:uuid`` without
 its entry, an identifier, a contained Patient, a conditional reference, a URL of another server, or an unknown form.
 
-Identifiers are compared as tokens, which are hashes. The tokens of a Patient (``_list_tokens``) and those of a
+Identifiers are compared as tokens, which are hashes. The tokens of a Patient (``list_tokens``) and those of a
 reference (``_list_wanted_tokens``) have one in common if the systems and the values are equal, or if the values are
 equal and one of the two identifiers has no system.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
@@ -21,10 +21,8 @@ from fhir_assets.fhir.compartment import (
     list_patient_paths,
     select_elements,
 )
+from fhir_assets.fhir.identifier_tokens import HashIdentifier, build_token, list_tokens, read_identifier
 from fhir_assets.fhir.references import Bases, split_reference
-
-HashIdentifier = Callable[[bytes], bytes]
-"""Hashes an identifier, keyed if there are keys."""
 
 _IMPERSONAL_TYPES = frozenset(
     {"Organization", "OrganizationAffiliation", "Practitioner", "PractitionerRole", "Location", "HealthcareService"}
@@ -33,9 +31,6 @@ _IMPERSONAL_TYPES = frozenset(
     | {"SearchParameter", "OperationDefinition", "CapabilityStatement", "ResearchStudy", "EvidenceVariable"}
 )
 """Types that are about no patient. A reference to one of them says nothing about a patient."""
-
-_TOKEN = "#"
-"""The prefix of every token."""
 
 _WANTED = "!"
 """The prefix of the tokens that the patient of a Consent may have."""
@@ -84,7 +79,7 @@ def find_subjects(resource: Mapping[str, Any], bases: Bases, hash_identifier: Ha
         paths = ()
         if isinstance(resource.get("id"), str):
             patients[resource["id"]] = None
-        mentions.update(dict.fromkeys(_list_tokens(resource.get("identifier"), hash_identifier)))
+        mentions.update(dict.fromkeys(list_tokens(resource.get("identifier"), hash_identifier)))
     for path in paths:
         for reference in select_elements(resource, path):
             patient_id = _find_patient(resource, reference, path[-1] in _PARTICIPANTS, bases)
@@ -168,27 +163,19 @@ def _list_wanted_tokens(
 
 def _list_named(identifiers: Any, hash_identifier: HashIdentifier) -> Iterator[str]:
     """Yield the tokens of someone whom a resource names by identifiers, and those that a Patient may have then."""
-    yield from _list_tokens(identifiers, hash_identifier)
+    yield from list_tokens(identifiers, hash_identifier)
     for token in _ask_for(identifiers if isinstance(identifiers, list) else (), hash_identifier):
         yield _NAMED + token
 
 
 def _ask_for(identifiers: Iterable[Any], hash_identifier: HashIdentifier) -> Iterator[str]:
     """Yield tokens for identifiers. A Patient with one of the identifiers has at least one of the tokens."""
-    for system, value in map(_read_identifier, identifiers):
+    for system, value in map(read_identifier, identifiers):
         if value and system:
-            yield _build_token(f"s:{system}|{value}", hash_identifier)
-            yield _build_token(f"n:{value}", hash_identifier)
+            yield build_token(f"s:{system}|{value}", hash_identifier)
+            yield build_token(f"n:{value}", hash_identifier)
         elif value:
-            yield _build_token(f"v:{value}", hash_identifier)
-
-
-def _list_tokens(identifiers: Any, hash_identifier: HashIdentifier) -> Iterator[str]:
-    """Yield the tokens by which someone with these identifiers is known."""
-    for system, value in map(_read_identifier, identifiers if isinstance(identifiers, list) else ()):
-        if value:
-            yield _build_token(f"s:{system}|{value}" if system else f"n:{value}", hash_identifier)
-            yield _build_token(f"v:{value}", hash_identifier)
+            yield build_token(f"v:{value}", hash_identifier)
 
 
 def _read_conditional(target: str) -> list[dict[str, str]]:
@@ -200,15 +187,3 @@ def _read_conditional(target: str) -> list[dict[str, str]]:
                 system, _, value = each.rpartition("|")
                 found.append({"system": system, "value": value})
     return found
-
-
-def _read_identifier(identifier: Any) -> tuple[str, str]:
-    """Return system and value of an identifier without surrounding white space, each empty if it is absent."""
-    if not isinstance(identifier, dict):
-        return "", ""
-    system, value = identifier.get("system"), identifier.get("value")
-    return (system.strip() if isinstance(system, str) else ""), (value.strip() if isinstance(value, str) else "")
-
-
-def _build_token(text: str, hash_identifier: HashIdentifier) -> str:
-    return _TOKEN + hash_identifier(text.encode("utf-8", "surrogatepass")).hex()

@@ -5,7 +5,6 @@ table, export, lake, API answer or message afterwards.
 """
 
 import json
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ from typer.testing import CliRunner
 from fhir_assets.cli.main import app
 from fhir_assets.definitions import build_definitions
 from fhir_assets.fhir.intake.resources import MRN_SYSTEM
-from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.storage.blobs import LocalBlobs
 from fhir_assets_tests.support.api import TOKENS, api_in_threads
+from fhir_assets_tests.support.channels import BUNDLE_CHANNELS, CHANNELS, deploy_landing, encode, name
 from fhir_assets_tests.support.consent_resources import DAY, resource
 from fhir_assets_tests.support.deployment import Deploy, Deployment
-from fhir_assets_tests.support.landing import LandingZone, land, load_received
+from fhir_assets_tests.support.landing import land
 from fhir_assets_tests.support.visits import visit
 from fhir_assets_tests.support.written_files import write_files
 
@@ -172,14 +171,6 @@ def build_permits() -> list[dict[str, Any]]:
     return [build_consent(f"permit-{key}", {"reference": f"Patient/{key}"}, "permit") for key in PERMITTED]
 
 
-def name(each: dict[str, Any]) -> str:
-    return f"{each['resourceType']}/{each['id']}"
-
-
-def encode(resources: Iterable[dict[str, Any]]) -> bytes:
-    return b"".join(json.dumps(each).encode() + b"\n" for each in resources)
-
-
 def build_settings(types: str, policy: str) -> dict[str, str]:
     """Return the settings of a deployment that loads types from 2024 under a consent policy."""
     return {
@@ -190,69 +181,15 @@ def build_settings(types: str, policy: str) -> dict[str, str]:
     }
 
 
-Load = Callable[[Deploy, list[dict[str, Any]], Path, dict[str, Any]], tuple[Deployment, list[str]]]
+BY_URL = "urn:uuid:0f2a1c34-0000-4000-8000-0000000000aa"
 
 
-def load_from_server(source: str) -> Load:
-    def load(deploy: Deploy, resources: list[dict[str, Any]], folder: Path, values: dict[str, Any]) -> Any:
-        with SandboxServer([json.dumps(each).encode() for each in resources]) as server:
-            deployment = deploy(fhir_base_url=server.url, fhir_source=source, **values)
-            outcomes = deployment.ingest()
-        assert all(outcome.success for outcome in outcomes)
-        return deployment, [fault for outcome in outcomes for fault in deployment.unreconciled(outcome)]
-
-    return load
-
-
-def load_files(deploy: Deploy, resources: list[dict[str, Any]], folder: Path, values: dict[str, Any]) -> Any:
-    (folder / "source").mkdir()
-    for kind in TYPES.split(","):
-        of_type = [each for each in resources if each["resourceType"] == kind]
-        (folder / "source" / f"{kind}.ndjson").write_bytes(encode(of_type))
-    deployment = deploy(fhir_base_url=str(folder / "source"), fhir_source="ndjson", **values)
-    outcomes = deployment.ingest()
-    return deployment, [fault for outcome in outcomes for fault in deployment.unreconciled(outcome)]
-
-
-def build_bundle(resources: list[dict[str, Any]]) -> bytes:
-    """Return a Bundle of the resources, in which a Patient and its denial meet by a full URL, too."""
-    urn = "urn:uuid:0f2a1c34-0000-4000-8000-0000000000aa"
-    more = [{"fullUrl": urn, "resource": build_patient("by-url")}]
-    more += [{"resource": build_consent("deny-by-url", {"reference": urn}, "deny")}]
-    entries = [{"fullUrl": f"https://x.example/{name(each)}", "resource": each} for each in resources]
-    return json.dumps({"resourceType": "Bundle", "type": "collection", "entry": [*entries, *more]}).encode()
-
-
-def deploy_landing(deploy: Deploy, folder: Path, **values: Any) -> tuple[Deployment, LandingZone]:
-    """Return a deployment with an empty landing zone in a folder."""
-    (folder / "landing").mkdir()
-    zone = LandingZone(str(folder / "landing"))
-    return deploy(fhir_landing_url=zone.url, **values), zone
-
-
-def load_landed(deploy: Deploy, resources: list[dict[str, Any]], folder: Path, values: dict[str, Any]) -> Any:
-    deployment, zone = deploy_landing(deploy, folder, **values)
-    zone.put("all.json", build_bundle(resources))
-    return deployment, land(deployment)
-
-
-def load_posted(deploy: Deploy, resources: list[dict[str, Any]], folder: Path, values: dict[str, Any]) -> Any:
-    deployment = deploy(**values)
-    with api_in_threads(deployment.settings) as api:
-        headers = {"Content-Type": "application/fhir+json"}
-        answer = api.post("/fhir", data=build_bundle(resources), headers=headers)
-        assert answer.status_code == 200, answer.text
-        assert MARKER not in answer.text
-    return deployment, load_received(deployment)
-
-
-CHANNELS: dict[str, Load] = {
-    "search": load_from_server("search"),
-    "bulk": load_from_server("bulk"),
-    "files": load_files,
-    "landing zone": load_landed,
-    "post": load_posted,
-}
+def build_bundle_entries() -> list[dict[str, Any]]:
+    """Return entries of a Bundle in which a Patient and its denial meet by a full URL."""
+    return [
+        {"fullUrl": BY_URL, "resource": build_patient("by-url")},
+        {"resource": build_consent("deny-by-url", {"reference": BY_URL}, "deny")},
+    ]
 
 
 @pytest.mark.parametrize("policy", ["opt-out", "opt-in"])
@@ -265,6 +202,8 @@ def test_a_denial_counts_in_every_form_and_withholds_by_every_form_of_subject(
 ) -> None:
     resources = [*build_withheld(), *build_loaded(), *build_permits()]
     values = {**build_settings(TYPES, policy), "api_tokens": TOKENS}
+    if channel in BUNDLE_CHANNELS:
+        resources += build_bundle_entries()
     deployment, faults = CHANNELS[channel](deploy, resources, tmp_path, values)
     assert faults == []
     assert deployment.count_dead_letters() == {}

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from threading import RLock
 from typing import Any
+from urllib.parse import parse_qs
 
 from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply, ScriptedServer, reply
 
@@ -12,7 +13,7 @@ Intercept = Callable[[ReceivedRequest], Reply | None]
 
 
 class PatientServer(ScriptedServer):
-    """Patients by id, with versions, conditional update and delete, and If-Match.
+    """Patients by id, with versions, conditional create, update and delete, and If-Match.
 
     ``intercept`` may answer a request instead of the server. ``lose`` is how many writes are executed, but answered
     with status 500.
@@ -94,6 +95,16 @@ class PatientServer(ScriptedServer):
         location = f"{self.url}/Patient/{target}/_history/{self.versions[target]}"
         return reply(stored, 201 if created else 200, Location=location)
 
+    def _post(self, request: ReceivedRequest, resource_id: str) -> Reply:
+        assert not resource_id
+        matches = self._find(request, request.headers.get("If-None-Exist"))
+        if len(matches) > 1:
+            return reply(b"", 412)
+        if matches:
+            return reply(self.patients[matches[0]], 200)
+        stored = self._store(f"made-{len(self.versions) + 1}", json.loads(request.body))
+        return reply(stored, 201, Location=f"{self.url}/Patient/{stored['id']}/_history/1")
+
     def _delete(self, request: ReceivedRequest, resource_id: str) -> Reply:
         wanted = request.headers.get("If-Match")
         if resource_id and wanted and wanted != f'W/"{self.versions.get(resource_id)}"':
@@ -102,8 +113,8 @@ class PatientServer(ScriptedServer):
             self.patients.pop(match, None)
         return reply(b"", 204)
 
-    def _find(self, request: ReceivedRequest) -> list[str]:
-        (token,) = request.all("identifier")
+    def _find(self, request: ReceivedRequest, condition: str | None = None) -> list[str]:
+        (token,) = parse_qs(condition)["identifier"] if condition is not None else request.all("identifier")
         system, value = _split(token)
         return [
             resource_id

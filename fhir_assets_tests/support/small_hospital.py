@@ -16,6 +16,7 @@ from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.consent.step import ConsentStep
 from fhir_assets.pipeline.correct.step import Correction, CorrectionStep
 from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
+from fhir_assets.pipeline.load.conditional_references import ConditionalReferenceStep
 from fhir_assets.pipeline.load.step import LoadStep
 from fhir_assets.pipeline.partition_commit import commit_update
 from fhir_assets.pipeline.receive.receiver import Receiver
@@ -38,7 +39,7 @@ from fhir_assets_tests.support.consent_records import VIEWS as CONSENT_VIEWS
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 NOW = datetime(2024, 12, 31, 12, tzinfo=UTC)
 KEY = "2024-01-05"
-TYPES = ("Patient", "Consent")
+TYPES = ("Patient", "Consent", "Observation")
 NO_GATE = ConsentGate()
 
 
@@ -187,6 +188,10 @@ class SmallHospital:
         """Apply deletions of patients that the source made after every version."""
         deletions = [Deletion("Patient", identity, NOW, "9") for identity in identities]
         DeletionLog(self.store, self.connect, now=lambda: NOW).record(deletions, run_id="deletions")
+
+    def resolve_references(self, run_id: str = "references") -> int:
+        """Resolve the conditional references that wait."""
+        return ConditionalReferenceStep(self.connect, self.views, run_id=run_id, consent_gate=self.gate).run()
 
     def apply_consent(self, run_id: str = "consent") -> None:
         """Apply the consents that are due."""

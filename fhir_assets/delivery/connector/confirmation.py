@@ -50,7 +50,7 @@ class Confirmation:
         """Return if the resource is deleted. Raises TransientFailure if it is still there."""
         if reply.status in (404, 410) or (contents.is_silent(reply.body) and reply.status != 202):
             return
-        with _retrying_refusals():
+        with retrying_refusals():
             held = self._lookup.read(source, resource_id)
         if held is not None:
             raise _unconfirmed(reply.status, "a deletion, but still has the resource")
@@ -75,7 +75,7 @@ class Confirmation:
         self, source: Source, outgoing: Outgoing, resource_id: str | None, *, status: int, believed: bool
     ) -> Delivered:
         """Return the resource that the server has. If ``believed``, the answer confirms the update, but has no id."""
-        with _retrying_refusals():
+        with retrying_refusals():
             if resource_id is None:
                 matches = self._lookup.search(source, outgoing.identifier)
             else:
@@ -87,7 +87,7 @@ class Confirmation:
 
 
 @contextmanager
-def _retrying_refusals() -> Iterator[None]:
+def retrying_refusals() -> Iterator[None]:
     """Raise the refusal of a read as a TransientFailure.
 
     The update or the deletion before it may have been executed, so that it must not count as refused.

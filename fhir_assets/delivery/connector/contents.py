@@ -8,6 +8,7 @@ import orjson
 
 from fhir_assets.delivery.connector.mapping import Identifier
 from fhir_assets.fhir.deletions import parse_etag
+from fhir_assets.fhir.outcome import is_error_outcome
 
 _SERVER_ELEMENTS = ("id", "meta", "text")
 
@@ -35,20 +36,10 @@ def is_resource(body: object, resource_type: str) -> TypeGuard[dict[str, Any]]:
     return isinstance(body, dict) and body.get("resourceType") == resource_type and _is_text(body.get("id"))
 
 
-def is_error(body: object) -> bool:
-    """Return whether the body is an OperationOutcome that reports an error, or one whose issues cannot be read."""
-    if not isinstance(body, dict) or body.get("resourceType") != "OperationOutcome":
-        return False
-    issues = body.get("issue")
-    if not isinstance(issues, list) or not issues:
-        return True
-    return any(not isinstance(issue, dict) or issue.get("severity") in ("error", "fatal", None) for issue in issues)
-
-
 def is_silent(body: object) -> bool:
     """Return whether the body is empty, or an OperationOutcome without an error. Such a body contradicts no success."""
     return body is None or (
-        isinstance(body, dict) and body.get("resourceType") == "OperationOutcome" and not is_error(body)
+        isinstance(body, dict) and body.get("resourceType") == "OperationOutcome" and not is_error_outcome(body)
     )
 
 

@@ -1,9 +1,10 @@
 """Sends the requests that a change needs. Delivery is idempotent: a repetition, also after a crash, changes nothing.
 
-A record is created on the server by its identifier (conditional update,
-https://hl7.org/fhir/R4/http.html#cond-update), and from then on addressed by the id that this delivery returned. A
-resource with the identifier that was not delivered for a record is foreign: it is not updated unless it may be taken
-over, and never deleted.
+A record is created on the server if no resource has its identifier (conditional create,
+https://hl7.org/fhir/R4/http.html#ccreate), and from then on addressed by the id that this delivery returned. A resource
+with the identifier that was not delivered for a record is foreign: it is not updated unless it may be taken over, and
+never deleted. A conditional update would overwrite a foreign resource that appears after the search, and is used only
+where it may be taken over; a server that does not know If-None-Exist keeps both resources at worst.
 """
 
 from collections.abc import Sequence
@@ -13,13 +14,17 @@ import orjson
 
 from fhir_assets.delivery.connector import contents
 from fhir_assets.delivery.connector.changes import Change, Outgoing
-from fhir_assets.delivery.connector.confirmation import Confirmation
+from fhir_assets.delivery.connector.confirmation import Confirmation, retrying_refusals
 from fhir_assets.delivery.connector.lookup import ABSENT, Held, Lookup
 from fhir_assets.delivery.connector.mapping import Identifier, Source
 from fhir_assets.delivery.connector.removal import Removal
 from fhir_assets.delivery.connector.server import FhirServer, PermanentFailure, Reply, TransientFailure
 from fhir_assets.delivery.connector.settle import Acknowledged
+from fhir_assets.fhir.outcome import is_error_outcome
 from fhir_assets.fhir.validation import Validator
+
+_EXISTS = frozenset({304})
+"""An answer of servers that did not create a resource because one exists, besides 200."""
 
 _GONE = ABSENT | {405}
 """Answers to the update of a deleted resource by servers that do not let clients choose an id."""
@@ -127,12 +132,47 @@ class Delivery:
         # With take_over and without an earlier delivery, the conditional update itself finds a single foreign match.
         has_earlier = change.claim.attempts > 1 or change.sent or change.sent_by_others or change.delivered
         if not self._take_over or has_earlier or change.holders:
-            held = self._find(source, change, outgoing.identifier, own_only=not self._take_over)
-            held = held or self._find_renamed(source, change, outgoing.identifier)
+            held = self._find(source, change, outgoing.identifier)
             if held is not None:
                 return self._update_found(source, change, outgoing, held)
-        reply = self._send(source.resource_type, outgoing, outgoing.resource, {"identifier": outgoing.identifier.token})
+        if not self._take_over:
+            return self._post(source, change, outgoing)
+        reply = self._send(
+            "PUT",
+            source.resource_type,
+            outgoing,
+            outgoing.resource,
+            query={"identifier": outgoing.identifier.token},
+        )
         return self._acknowledge(source, change, outgoing, reply, None)
+
+    def _post(self, source: Source, change: Change, outgoing: Outgoing) -> Acknowledged:
+        """Create the record's resource unless one with its identifier has appeared since the search."""
+        before = outgoing.uncertain
+        reply = self._send(
+            "POST",
+            source.resource_type,
+            outgoing,
+            outgoing.resource,
+            if_none_exist=outgoing.identifier.token,
+            absent=_EXISTS,
+        )
+        if reply.status not in (200, *_EXISTS) or is_error_outcome(reply.body):
+            return self._acknowledge(source, change, outgoing, reply, None)
+        # The resource existed, or the server answers 200 to a creation, too: the content decides.
+        with retrying_refusals():
+            matches = self._lookup.search(source, outgoing.identifier)
+        ours = [held for held in matches if held.content_hash == outgoing.content_hash]
+        if len(matches) == 1 and ours:
+            return self._acknowledge_found(change, outgoing, ours[0])
+        if not matches or ours:
+            raise TransientFailure(
+                "unconfirmed",
+                f"the FHIR server answered {reply.status} to a creation, but does not have one resource as it was sent",
+                server_wide=False,
+            )
+        outgoing.uncertain = before
+        raise _refuse_foreign(source, matches)
 
     def _update_found(self, source: Source, change: Change, outgoing: Outgoing, held: Held) -> Acknowledged:
         """Update a resource that a search found, unless it already has the content."""
@@ -145,23 +185,21 @@ class Delivery:
             )
         return updated
 
-    def _find(self, source: Source, change: Change, identifier: Identifier, *, own_only: bool) -> Held | None:
-        """Return the record's own resource with this identifier, or, unless ``own_only``, a single foreign one.
+    def _find(self, source: Source, change: Change, identifier: Identifier) -> Held | None:
+        """Return the record's own resource, with this identifier or an earlier one, else a single foreign one with this
+        identifier if it may be taken over; None if there is no resource.
 
-        Return None if there is no resource. Raises PermanentFailure if there are only others.
+        Raises PermanentFailure if there are only others.
         """
         matches = self._lookup.search(source, identifier)
         if (own := _select_own(change, identifier, matches)) is not None:
             return own
+        if matches and not self._take_over:
+            raise _refuse_foreign(source, matches)
+        if (renamed := self._find_renamed(source, change, identifier)) is not None:
+            return renamed
         if len(matches) > 1:
-            raise PermanentFailure("several-matches", "the FHIR server has several resources with this identifier")
-        if matches and own_only:
-            raise PermanentFailure(
-                "foreign-resource",
-                f"the FHIR server has a {source.resource_type} with this identifier that was not delivered for this "
-                "row: it is not changed. Remove the identifier there, or set CONNECTOR_TAKE_OVER=true to let the row "
-                "replace its content, then replay this change",
-            )
+            raise _refuse_foreign(source, matches)
         return matches[0] if matches else None
 
     def _find_renamed(self, source: Source, change: Change, identifier: Identifier) -> Held | None:
@@ -186,22 +224,44 @@ class Delivery:
     def _put_by_id(self, source: Source, change: Change, outgoing: Outgoing, resource_id: str) -> Acknowledged | None:
         """Update a resource. Return None if the server no longer has it."""
         resource = {**outgoing.resource, "id": resource_id}
-        reply = self._send(f"{source.resource_type}/{resource_id}", outgoing, resource, None)
+        reply = self._send("PUT", f"{source.resource_type}/{resource_id}", outgoing, resource, absent=_GONE)
         if reply.status in _GONE:
             outgoing.uncertain = False
             return None
         return self._acknowledge(source, change, outgoing, reply, resource_id)
 
-    def _send(self, path: str, outgoing: Outgoing, resource: dict[str, object], query: dict[str, str] | None) -> Reply:
-        """Send an update. Until the answer is confirmed, the server may have stored the content or not."""
+    def _send(
+        self,
+        method: str,
+        path: str,
+        outgoing: Outgoing,
+        resource: dict[str, object],
+        *,
+        query: dict[str, str] | None = None,
+        if_none_exist: str | None = None,
+        absent: frozenset[int] = frozenset(),
+    ) -> Reply:
+        """Send an update or a creation. Until the answer is confirmed, the server may or may not have stored it."""
         before, outgoing.uncertain = outgoing.uncertain, True
         try:
             return self._server.call(
-                "PUT", path, query=query, body=orjson.dumps(resource), absent=frozenset() if query else _GONE
+                method, path, query=query, body=orjson.dumps(resource), if_none_exist=if_none_exist, absent=absent
             )
         except PermanentFailure:
             outgoing.uncertain = before
             raise
+
+
+def _refuse_foreign(source: Source, matches: Sequence[Held]) -> PermanentFailure:
+    """Return the failure of a row whose identifier resources have that were not delivered for it."""
+    if len(matches) > 1:
+        return PermanentFailure("several-matches", "the FHIR server has several resources with this identifier")
+    return PermanentFailure(
+        "foreign-resource",
+        f"the FHIR server has a {source.resource_type} with this identifier that was not delivered for this row: it is "
+        "not changed. Remove the identifier there, or set CONNECTOR_TAKE_OVER=true to let the row replace its content, "
+        "then replay this change",
+    )
 
 
 def _select_own(change: Change, identifier: Identifier, matches: Sequence[Held]) -> Held | None:

@@ -7,6 +7,7 @@ from typing import Any
 from fhir_assets.delivery.connector import contents
 from fhir_assets.delivery.connector.mapping import Identifier, Source
 from fhir_assets.delivery.connector.server import FhirServer, PermanentFailure, TransientFailure
+from fhir_assets.fhir.outcome import is_error_outcome
 
 ABSENT = frozenset({404, 410})
 """Answers to a read, an update or a deletion of a resource that the server does not have."""
@@ -54,7 +55,7 @@ class Lookup:
         body = reply.body
         if not isinstance(body, dict) or body.get("resourceType") != "Bundle":
             raise TransientFailure("not-fhir", "the response to a search is not a Bundle", server_wide=False)
-        if body.get("type", "searchset") != "searchset" or any(map(contents.is_error, _list_entries(body))):
+        if body.get("type", "searchset") != "searchset" or any(map(is_error_outcome, _list_entries(body))):
             raise TransientFailure("not-fhir", "the response to a search reports an error", server_wide=False)
         matches = {
             resource["id"]: _hold(source, resource, contents.read_version(source.resource_type, {}, resource))

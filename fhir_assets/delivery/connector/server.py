@@ -86,11 +86,13 @@ class FhirServer:
         query: Mapping[str, str] | None = None,
         body: bytes | None = None,
         if_match: str | None = None,
+        if_none_exist: str | None = None,
         absent: frozenset[int] = frozenset(),
     ) -> Reply:
         """Send one request and return its reply. A status in ``absent`` is a reply too, not a failure.
 
-        ``if_match`` is the version that the resource must have. The status alone does not say that the server did what
+        ``if_match`` is the version that the resource must have, ``if_none_exist`` the value of the search parameter
+        ``identifier`` that no resource may have. The status alone does not say that the server did what
         it was asked for: see ``confirmation``.
 
         Raises TransientFailure or PermanentFailure.
@@ -98,11 +100,16 @@ class FhirServer:
         url = f"{self.base_url}/{path}"
         if query:
             url += "?" + "&".join(f"{name}={quote(value, safe='')}" for name, value in query.items())
+        conditions = {}
+        if if_match is not None:
+            conditions["If-Match"] = f'W/"{if_match}"'
+        if if_none_exist is not None:
+            conditions["If-None-Exist"] = f"identifier={quote(if_none_exist, safe='')}"
         started = time.perf_counter()
         try:
-            response = self._send(method, url, body, if_match)
+            response = self._send(method, url, body, conditions)
             if response.status == 401 and self._credentials.renew():
-                response = self._send(method, url, body, if_match)
+                response = self._send(method, url, body, conditions)
         except urllib3.exceptions.HTTPError as error:
             code = _code(error)
             metrics.CALL_ERRORS.labels(method=method, code=code).inc()
@@ -114,16 +121,16 @@ class FhirServer:
             metrics.CALL_LATENCY.labels(method=method).observe(time.perf_counter() - started)
         if response.status == 412 and if_match is not None and 412 not in absent:
             raise TransientFailure("changed", "the resource was changed at the same time", server_wide=False)
-        return self._classify(method, response, absent, conditional=bool(query))
+        return self._classify(method, response, absent, conditional=bool(query or if_none_exist))
 
-    def _send(self, method: str, url: str, body: bytes | None, if_match: str | None) -> urllib3.BaseHTTPResponse:
+    def _send(
+        self, method: str, url: str, body: bytes | None, conditions: Mapping[str, str]
+    ) -> urllib3.BaseHTTPResponse:
         request = PreparedRequest()
-        request.headers = CaseInsensitiveDict({"Accept": FHIR_JSON, "User-Agent": "fhir-assets"})
+        request.headers = CaseInsensitiveDict({"Accept": FHIR_JSON, "User-Agent": "fhir-assets", **conditions})
         if method == "GET":
             # HAPI, for one, answers a search from a cache of a minute.
             request.headers["Cache-Control"] = "no-cache"
-        if if_match is not None:
-            request.headers["If-Match"] = f'W/"{if_match}"'
         if body is not None:
             request.headers["Content-Type"] = FHIR_JSON
         self._credentials(request)

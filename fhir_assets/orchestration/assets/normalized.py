@@ -19,6 +19,7 @@ from fhir_assets.orchestration.run_context import RunContext, step_tags
 from fhir_assets.orchestration.step_log import describe_counts, describe_rules, log_line
 from fhir_assets.orchestration.window_metadata import PARTITION_ROW_COUNT, add_window_metadata
 from fhir_assets.pipeline.consent.step import ConsentStep
+from fhir_assets.pipeline.load.conditional_references import ConditionalReferenceStep
 from fhir_assets.pipeline.load.step import LoadResult, LoadStep
 from fhir_assets.pipeline.lost_manifests import require_manifests
 from fhir_assets.pipeline.reconcile.verdicts import evaluate_windows
@@ -133,7 +134,11 @@ def _build_normalized_step(
                     )
                     with warehouse.table_loads.slot():
                         replay.run(name, run.windows.windows)
-                consent.run(datetime.now(UTC))
+                released = consent.run(datetime.now(UTC)).released
+                if loaded.resources or run.replay or released:
+                    ConditionalReferenceStep(
+                        warehouse.connect, all_views, run_id=run.run_id, consent_gate=build_consent_gate(settings)
+                    ).run()
                 resolved_windows = sorted(loaded.resolved_windows.difference(run.partition_keys))[:MAX_OTHER_WINDOWS]
                 seconds = perf_counter() - started
                 metadata = _metadata(loaded, seconds)

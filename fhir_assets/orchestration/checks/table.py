@@ -260,8 +260,9 @@ class _TableEvaluator:
         if keyless:
             forms = ", ".join(f"{count} {form}" for form, count in keyless[:_MAX_SHOWN_FORMS])
             description += (
-                f". Resources with references that make no key, as they lead to another server or name no id: {forms}. "
-                "Absolute references make keys if they begin with FHIR_BASE_URL or FHIR_LINK_BASE"
+                f". Resources with references that make no key, as they lead to another server, or not to one loaded "
+                f"resource by its id or identifier: {forms}. Absolute references make keys if they begin with "
+                "FHIR_BASE_URL or FHIR_LINK_BASE"
             )
         table = rows_table(
             ("target", "references:int", "missing:int", "share"),

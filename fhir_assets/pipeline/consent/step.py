@@ -22,7 +22,7 @@ from fhir_assets.warehouse.ops import audit_log, consent_records, consents, dead
 from fhir_assets.warehouse.ops.consents import AppliedPolicy
 from fhir_assets.warehouse.ops.withheld_changes import ResourceKey
 from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session, cipher_of
-from fhir_assets.warehouse.postgres.queries import compartments
+from fhir_assets.warehouse.postgres.queries import compartments, identifiers
 from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.warehouse.postgres.tables.loading import Loader
 
@@ -193,7 +193,7 @@ class ConsentStep:
             row_builder = self._row_builders[resource_type] = RowBuilder(
                 views, cipher_of(conn), with_subjects=self._consent_gate.withholds
             )
-        rows = row_builder(batch)
+        rows = row_builder(batch._replace(with_identifiers=identifiers.hold_type(conn, resource_type)))
         loader = Loader(conn, resource_type, views, run_id=self._run_id, restore_rows=True, record_consents=False)
         unloadable = loader.add_block(rows.block, batch.lines, batch.partition_key)
         loader.finish()

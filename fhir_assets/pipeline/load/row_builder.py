@@ -1,6 +1,6 @@
 """Build the table rows of batches of valid resources; runs in the worker processes of a load."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from fhir_assets.fhir.compartment import find_patient_ids
+from fhir_assets.fhir.conditional_references import has_conditional, list_conditions, list_identifiers, resolve
+from fhir_assets.fhir.identifier_tokens import list_own_tokens
 from fhir_assets.fhir.record import Record, parse_instant, parse_stored
 from fhir_assets.fhir.references import Bases, find_keyless
 from fhir_assets.fhir.subjects import find_subjects
@@ -29,7 +31,9 @@ class Batch(NamedTuple):
     """Lines of one partition.
 
     ``arrivals`` are the times at which the lines arrived. If they are not known, ``arrived`` is the time of resources
-    without ``lastUpdated``. ``dated`` is False if the ``lastUpdated`` of the lines does not count.
+    without ``lastUpdated``. ``dated`` is False if the ``lastUpdated`` of the lines does not count. ``targets`` are the
+    ids of the resources to which conditional references lead, by condition (``fhir/conditional_references``); the
+    tokens of the resources' own identifiers are determined only ``with_identifiers``.
     """
 
     lines: list[bytes]
@@ -37,6 +41,8 @@ class Batch(NamedTuple):
     arrived: datetime
     arrivals: tuple[Arrival, ...] = ()
     dated: bool = True
+    targets: Mapping[str, str] | None = None
+    with_identifiers: bool = False
 
     @property
     def size(self) -> int:
@@ -128,11 +134,7 @@ class RowBuilder:
         """Build the rows of a batch."""
         prepared, rejected = [], []
         for index, (line, arrived) in enumerate(zip(batch.lines, batch.times(), strict=False)):
-            resource = _parse(line)
-            record = _build_record(resource, line, arrived, batch, self._views.reference_bases)
-            if record is not None and self._with_subjects:
-                subjects = find_subjects(resource, self._views.reference_bases, self._encoder.cipher.fingerprint)
-                record = replace(record, patients=subjects.patients, mentions=subjects.mentions)
+            resource, record = self._read(line, arrived, batch)
             if record is None:
                 rejected.append(RejectedLine(index, None, "transform", "id", "id", _NO_ID))
                 continue
@@ -146,6 +148,44 @@ class RowBuilder:
                 path = format_column_path(error.view, error.column)
                 rejected.append(RejectedLine(index, record.id, "load", "unloadable", path, error.message))
         return BuiltRows(CopyBlock.build(prepared, len(self._encoder.views)), rejected)
+
+    def read(self, line: bytes, batch: Batch) -> Record | None:
+        """Return the record of one line of a batch, None if it has no id. Its rows are not built."""
+        return self._read(line, None, batch)[1]
+
+    def _read(self, line: bytes, arrived: datetime | None, batch: Batch) -> tuple[dict[str, Any], Record | None]:
+        """Return the resource on a line, whose conditional references are resolved, and its record as received."""
+        resource = _parse(line)
+        record = _build_record(resource, line, arrived, batch, self._views.reference_bases)
+        if record is not None and self._with_subjects:
+            subjects = find_subjects(resource, self._views.reference_bases, self._encoder.cipher.fingerprint)
+            record = replace(record, patients=subjects.patients, mentions=subjects.mentions)
+        if record is not None and (batch.with_identifiers or (record.keyless and has_conditional(record.keyless))):
+            return self._identify(resource, record, batch)
+        return resource, record
+
+    def _identify(self, resource: dict[str, Any], record: Record, batch: Batch) -> tuple[dict[str, Any], Record]:
+        """Return a resource with resolved references, and its record with identifiers."""
+        bases, hash_identifier = self._views.reference_bases, self._encoder.cipher.fingerprint
+        own = list_own_tokens(resource.get("identifier"), hash_identifier) if batch.with_identifiers else None
+        conditions = list(dict.fromkeys(list_conditions(record.body, bases, hash_identifier)))
+        targets = batch.targets or {}
+        record = replace(record, identifiers=list_identifiers(own, conditions, targets))
+        if targets.keys().isdisjoint(conditions):
+            return resource, record
+        resolved_body = resolve(record.body, targets, bases, hash_identifier)
+        resource = _parse(resolved_body)
+        record = replace(record, keyless=find_keyless(resource, resolved_body, bases))
+        if not self._with_subjects:
+            return resource, replace(record, patients=find_patient_ids(resource, bases))
+        # Consent finds patients by identifier itself, among the withheld ones too: ``patients`` keeps the tokens.
+        mentions = find_subjects(resource, bases, hash_identifier).mentions
+        return resource, replace(record, mentions=tuple(dict.fromkeys((*(record.mentions or ()), *mentions))))
+
+
+def parse_resource(line: bytes) -> dict[str, Any]:
+    """Return a resource from its JSON, with decimals as they were received."""
+    return _parse(line)
 
 
 def format_column_path(view: str | None, column: str | None) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
+from fhir_assets.fhir.conditional_references import list_conditions
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
 from fhir_assets.pipeline.load.row_builder import (
@@ -27,6 +28,7 @@ from fhir_assets.warehouse.ops.corrections import Corrections
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Stage
 from fhir_assets.warehouse.ops.settlements import Settlement
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session, cipher_of
+from fhir_assets.warehouse.postgres.queries import identifiers
 from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.warehouse.postgres.tables.copy_blocks import CopyBlock
 from fhir_assets.warehouse.postgres.tables.loading import NO_CONSENT_GATE, LoadCounts, Loader, UnloadableResource
@@ -125,6 +127,7 @@ class LoadStep:
         self._refresh = refresh
         self._consent_gate = consent_gate
         self._began = 0
+        self._with_identifiers = self._finds_targets = False
 
     @infrequent_gc()
     def run(self, resource_type: str, windows: Sequence[Window]) -> LoadResult:
@@ -147,6 +150,9 @@ class LoadStep:
             for group in _group_by_transaction(self._plan_tasks(conn, resource_type, windows, validated)):
                 with conn.transaction():
                     view_tables.hold_layouts(conn, resource_type, layouts)
+                    self._with_identifiers = identifiers.hold_type(conn, resource_type)
+                    # Under a consent policy references are resolved after the load, while decisions are locked.
+                    self._finds_targets = not self._consent_gate.withholds and identifiers.are_used(conn)
                     total += self._load_group(conn, resource_type, group)
             runs.reduce_loaded(conn, self._run_id, resource_type, [window.key for window in windows])
         return total
@@ -279,7 +285,7 @@ class LoadStep:
         return self._workers.map(
             self._get_row_builder(conn),
             (
-                (None, Batch(lines, task.window.key, task.window.start or task.window.end, arrivals, dated))
+                (None, self._identify(conn, Batch(lines, task.window.key, _start(task), arrivals, dated)))
                 for task in group
                 for lines, arrivals, dated in self._store.batches_with_arrivals(task.parts)
             ),
@@ -293,11 +299,24 @@ class LoadStep:
         )
         return self._row_builder
 
+    def _identify(self, conn: Session, batch: Batch) -> Batch:
+        """Return a batch with the resources to which its conditional references lead, as far as they are loaded."""
+        targets = None
+        if self._finds_targets:
+            hash_identifier, bases = cipher_of(conn).fingerprint, self._views[0].reference_bases
+            conditions = {each for line in batch.lines for each in list_conditions(line, bases, hash_identifier)}
+            if conditions:
+                # The connection of the load is in use by the thread that writes.
+                with self._connect() as own:
+                    targets = identifiers.find_targets(own, conditions)
+        return batch._replace(targets=targets, with_identifiers=self._with_identifiers)
+
     def _build_block(
         self, conn: Session, line: bytes, dead_letter: DeadLetter, arrived: Mapping[str, datetime]
     ) -> CopyBlock | None:
         """Return the block of a corrected resource, or None if its rows cannot be built either."""
-        rows = self._get_row_builder(conn)(build_batch_of_one(line, dead_letter, arrived[dead_letter.partition_key]))
+        batch = self._identify(conn, build_batch_of_one(line, dead_letter, arrived[dead_letter.partition_key]))
+        rows = self._get_row_builder(conn)(batch)
         return rows.block if rows.block else None
 
     def _record_loaded_parts(self, conn: Connection, resource_type: str, group: Sequence[_Task]) -> None:
@@ -357,6 +376,10 @@ def build_unloadable_dead_letter(resource_type: str, item: UnloadableResource) -
         arrived=item.arrived,
         dated=item.dated,
     )
+
+
+def _start(task: _Task) -> datetime:
+    return task.window.start or task.window.end
 
 
 def _group_by_transaction(tasks: Iterator[_Task]) -> Iterator[list[_Task]]:

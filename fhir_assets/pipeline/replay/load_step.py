@@ -12,6 +12,7 @@ from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.warehouse.ops import audit_log, replays
 from fhir_assets.warehouse.ops.replays import ClaimedDeadLetter, FailedReplay
 from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session, cipher_of
+from fhir_assets.warehouse.postgres.queries import identifiers
 from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.warehouse.postgres.tables.loading import NO_CONSENT_GATE, Loader
 from fhir_assets.windows import Window
@@ -85,12 +86,14 @@ class ReplayLoadStep:
         loader = Loader(
             conn, resource_type, self._views, run_id=self._run_id, restore_rows=True, consent_gate=self._consent_gate
         )
+        with_identifiers = identifiers.hold_type(conn, resource_type)
         failed: dict[int, FailedReplay] = {}
         by_resource = {(dead_letter.partition_key, dead_letter.body): dead_letter for dead_letter in dead_letters}
         unloadable = []
         for dead_letter in dead_letters:
             key = dead_letter.partition_key
             batch = build_batch_of_one(dead_letter.body, dead_letter, arrived[key])
+            batch = batch._replace(with_identifiers=with_identifiers)
             rows = row_builder(batch)
             for line in rows.rejected:
                 failed[dead_letter.id] = self._build_failure(dead_letter, line.rule, line.path, line.message)

@@ -34,6 +34,10 @@ SILENT = {"empty": reply(b"", 204), "warning": reply(outcome("warning"))}
 ANSWERS = DOUBTFUL | SILENT
 
 
+CREATIONS = [("POST", False), ("PUT", True)]
+"""The method that creates a resource, and whether foreign ones may be taken over."""
+
+
 class Doubtful(Ward):
     """A ward whose server answers requests of one method with ``ANSWERS``, executed or not."""
 
@@ -63,10 +67,11 @@ def doubtful(hospital: Hospital, server: PatientServer) -> Doubtful:
     return Doubtful(hospital, server)
 
 
-def test_an_update_that_was_not_executed_is_not_acknowledged(doubtful: Doubtful) -> None:
-    doubtful.answer("PUT", executed=False)
+@pytest.mark.parametrize(("method", "take_over"), CREATIONS)
+def test_a_creation_that_was_not_executed_is_not_acknowledged(doubtful: Doubtful, method: str, take_over: bool) -> None:
+    doubtful.answer(method, executed=False)
     doubtful.admit_all(ANSWERS)
-    doubtful.deliver(connector_max_attempts=2)
+    doubtful.deliver(connector_max_attempts=2, connector_take_over=take_over)
     assert doubtful.reasons() == ["attempts-used-up"] * len(ANSWERS)
     assert doubtful.acknowledged() == 0
     doubtful.server.intercept = lambda request: None
@@ -76,11 +81,14 @@ def test_an_update_that_was_not_executed_is_not_acknowledged(doubtful: Doubtful)
     assert doubtful.reasons() == []
 
 
-def test_an_update_that_was_executed_is_read_back_and_not_sent_again(doubtful: Doubtful) -> None:
-    doubtful.answer("PUT", executed=True)
+@pytest.mark.parametrize(("method", "take_over"), CREATIONS)
+def test_a_creation_that_was_executed_is_read_back_and_not_sent_again(
+    doubtful: Doubtful, method: str, take_over: bool
+) -> None:
+    doubtful.answer(method, executed=True)
     doubtful.admit_all(ANSWERS)
-    doubtful.deliver()
-    assert doubtful.server.count("PUT") == len(ANSWERS)
+    doubtful.deliver(connector_take_over=take_over)
+    assert doubtful.server.count(method) == len(ANSWERS)
     delivered = doubtful.hospital.execute("SELECT resource_id FROM health.fhir_delivered")
     assert {resource_id for (resource_id,) in delivered} == set(doubtful.server.patients)
     assert doubtful.reasons() == []
@@ -113,14 +121,14 @@ def test_a_search_without_an_answer_in_fhir_is_not_believed(doubtful: Doubtful) 
     doubtful.server.intercept = answer
     doubtful.admit_all(ANSWERS)
     doubtful.deliver(connector_max_attempts=2)
-    assert doubtful.server.count("PUT") == 0
+    assert doubtful.server.count("POST") == 0
     assert doubtful.reasons() == ["attempts-used-up"] * len(ANSWERS)
 
 
 @pytest.mark.parametrize("body", [b"", json.dumps(outcome("information")).encode()])
 def test_an_empty_answer_with_a_location_is_a_success(doubtful: Doubtful, body: bytes) -> None:
     def locate(request: ReceivedRequest) -> Reply | None:
-        if request.method != "PUT":
+        if request.method != "POST":
             return None
         location = doubtful.server.execute(request).headers["Location"]
         return Reply(body, 201, {"Location": location})
@@ -128,14 +136,14 @@ def test_an_empty_answer_with_a_location_is_a_success(doubtful: Doubtful, body: 
     doubtful.server.intercept = locate
     doubtful.admit("1")
     doubtful.deliver()
-    assert [request.method for request in doubtful.server.requests] == ["GET", "PUT"]
+    assert [request.method for request in doubtful.server.requests] == ["GET", "POST"]
     [delivered] = doubtful.hospital.execute("SELECT resource_id, version_id FROM health.fhir_delivered")
     assert delivered == (*doubtful.server.patients, "1")
 
 
 def test_an_empty_answer_with_an_etag_is_a_success_whose_id_is_looked_up(doubtful: Doubtful) -> None:
     def tag(request: ReceivedRequest) -> Reply | None:
-        if request.method != "PUT":
+        if request.method != "POST":
             return None
         doubtful.server.execute(request)
         return Reply(b"", 200, {"ETag": 'W/"1"'})
@@ -149,4 +157,4 @@ def test_an_empty_answer_with_an_etag_is_a_success_whose_id_is_looked_up(doubtfu
     doubtful.rename()
     doubtful.deliver()
     assert list(doubtful.server.families().values()) == ["Changed"]
-    assert [request.method for request in doubtful.server.requests] == ["GET", "PUT", "GET", "PUT"]
+    assert [request.method for request in doubtful.server.requests] == ["GET", "POST", "GET", "PUT"]

@@ -40,7 +40,7 @@ def test_a_row_is_delivered_as_a_patient_resource(hospital: Hospital) -> None:
     }
 
 
-def test_rows_of_one_transaction_are_one_update(hospital: Hospital) -> None:
+def test_rows_of_one_transaction_are_one_request(hospital: Hospital) -> None:
     with hospital.connect() as conn:
         conn.execute("INSERT INTO health.patient (id, identifier_system, identifier_value) VALUES (7, %s, 'x')", [MRN])
         for n in range(3):
@@ -50,7 +50,7 @@ def test_rows_of_one_transaction_are_one_update(hospital: Hospital) -> None:
             )  # fmt: skip
         conn.execute("UPDATE health.patient SET name_family = 'Later' WHERE id = 7")
     hospital.deliver()
-    assert hospital.server.stats()["requests"]["update"] == 1
+    assert hospital.server.stats()["requests"]["create"] == 1
     assert len(hospital.patients()["x"]["identifier"]) == 4
     assert hospital.execute("SELECT record_id, outcome FROM health.fhir_processed_event") == [("7", "created")]
 
@@ -154,7 +154,7 @@ def test_a_row_that_gives_an_invalid_resource_is_a_dead_letter_with_the_rule(hos
 
 
 def test_the_message_of_a_refusal_does_not_quote_the_response(hospital: Hospital) -> None:
-    hospital.server.set_faults(Fault(kind=FaultKind.ERROR, status=422, on=frozenset({RequestKind.UPDATE})))
+    hospital.server.set_faults(Fault(kind=FaultKind.ERROR, status=422, on=frozenset({RequestKind.CREATE})))
     hospital.admit("1")
     hospital.deliver()
     [dead_letter] = hospital.execute("SELECT reason, message, http_status FROM health.fhir_dlq")
@@ -173,11 +173,11 @@ def test_discarded_changes_stay_listed_and_are_not_replayed(hospital: Hospital) 
 
 
 @pytest.mark.parametrize("kind", [FaultKind.DROP, FaultKind.TRUNCATE])
-def test_a_truncated_response_does_not_send_the_update_twice(hospital: Hospital, kind: FaultKind) -> None:
-    hospital.server.set_faults(Fault(kind=kind, on=frozenset({RequestKind.UPDATE}), times=1))
+def test_a_truncated_response_does_not_send_the_creation_twice(hospital: Hospital, kind: FaultKind) -> None:
+    hospital.server.set_faults(Fault(kind=kind, on=frozenset({RequestKind.CREATE}), times=1))
     hospital.admit("1")
     hospital.deliver()
-    assert hospital.server.stats()["requests"]["update"] == 1
+    assert hospital.server.stats()["requests"]["create"] == 1
     assert hospital.execute("SELECT outcome FROM health.fhir_processed_event") == [("found",)]
     assert hospital.patients()["1"]["meta"]["versionId"] == "1"
 

@@ -253,6 +253,83 @@ def test_a_creation_whose_answer_was_lost_is_continued_under_another_identifier(
     assert ward.server.identifiers() == {ours: "2", "f": "1"}
 
 
+@pytest.mark.parametrize("take_over", [False, True])
+def test_our_resource_is_continued_although_a_foreign_one_has_the_new_identifier(ward: Ward, take_over: bool) -> None:
+    ward.admit("1")
+    ward.server.lose = 1
+    ward.deliver(connector_max_attempts=1, connector_take_over=take_over)
+    [ours] = ward.server.patients
+    ward.server.add("f", (MRN, "2"))
+    ward.execute("UPDATE health.patient SET identifier_value = '2'")
+    ward.deliver(connector_take_over=take_over)
+    if take_over:
+        assert ward.server.identifiers() == {ours: "2", "f": "2"}
+        assert ward.server.families()["f"] == "Foreign"
+    else:
+        assert ward.server.identifiers() == {ours: "1", "f": "2"}
+        assert ward.reasons()[-1] == "foreign-resource"
+    ward.discharge()
+    ward.deliver(connector_take_over=take_over)
+    assert ward.server.families() == {"f": "Foreign"}
+
+
+@pytest.mark.parametrize("status", [200, 304, 412])
+def test_a_foreign_resource_that_appears_after_the_search_is_not_overwritten(ward: Ward, status: int) -> None:
+    def add_before_the_creation(request: ReceivedRequest) -> Reply | None:
+        if request.method == "POST":
+            ward.server.add("f", (MRN, "1"))
+            return None if status == 200 else Reply(status=status)
+        return None
+
+    ward.server.intercept = add_before_the_creation
+    ward.admit("1")
+    ward.deliver()
+    assert ward.server.families() == {"f": "Foreign"}
+    assert ward.reasons() == ["several-matches" if status == 412 else "foreign-resource"]
+    assert ward.hospital.execute("SELECT count(*) FROM health.fhir_sent") == [(0,)]
+    ward.discharge()
+    ward.deliver()
+    assert ward.server.families() == {"f": "Foreign"}
+
+
+def test_a_server_that_does_not_know_if_none_exist_keeps_both_resources(ward: Ward) -> None:
+    def forget_the_condition(request: ReceivedRequest) -> Reply | None:
+        if request.method != "POST":
+            return None
+        ward.server.add("f", (MRN, "1"))
+        stored = {**json.loads(request.body), "id": "ours", "meta": {"versionId": "1"}}
+        ward.server.patients["ours"], ward.server.versions["ours"] = stored, 1
+        return Reply(json.dumps(stored).encode(), status=201)
+
+    ward.server.intercept = forget_the_condition
+    ward.admit("1")
+    ward.deliver()
+    assert ward.server.families() == {"ours": "Ours", "f": "Foreign"}
+    ward.rename()
+    ward.discharge()
+    ward.deliver()
+    assert ward.server.families() == {"f": "Foreign"}
+    assert ward.reasons() == []
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_server_that_answers_200_to_a_creation(ward: Ward, lost: bool) -> None:
+    def answer_200(request: ReceivedRequest) -> Reply | None:
+        if request.method != "POST":
+            return None
+        answer = ward.server.execute(request)
+        return Reply(b"" if lost else answer.body, status=500 if lost else 200)
+
+    ward.server.intercept = answer_200
+    ward.admit("1")
+    ward.deliver(connector_max_attempts=1 + lost)
+    assert list(ward.server.families().values()) == ["Ours"]
+    assert ward.reasons() == []
+    ward.discharge()
+    ward.deliver()
+    assert ward.server.families() == {}
+
+
 @pytest.mark.parametrize("twin", [False, True])
 def test_after_a_lost_answer_only_what_was_sent_is_deleted(ward: Ward, twin: bool) -> None:
     ward.admit("1")
@@ -281,7 +358,7 @@ def test_an_update_whose_answer_was_lost_is_deleted_with_its_row(ward: Ward) -> 
 
 
 def test_a_request_that_was_refused_or_never_sent_leaves_nothing_to_look_for(ward: Ward) -> None:
-    ward.server.intercept = lambda request: Reply(status=422) if request.method == "PUT" else None
+    ward.server.intercept = lambda request: Reply(status=422) if request.method == "POST" else None
     ward.admit("1")
     ward.deliver()
     ward.server.intercept = lambda request: Reply(status=500)
@@ -390,4 +467,4 @@ def test_a_search_that_the_server_does_not_understand_creates_nothing(ward: Ward
     ward.admit("1")
     ward.deliver()
     assert ward.reasons() == ["not-searchable"]
-    assert ward.server.count("PUT") == 0
+    assert ward.server.count("GET") == len(ward.server.requests)

@@ -127,25 +127,25 @@ def test_a_crash_after_the_update_does_not_send_the_update_twice(hospital: Hospi
         " SELECT source, record_id, table_name, operation, 1, 999999 FROM mark"
     )
     hospital.deliver()
-    assert hospital.server.stats()["requests"]["update"] == 1
+    assert hospital.server.stats()["requests"]["create"] == 1
     assert hospital.execute("SELECT outcome FROM health.fhir_processed_event") == [("found",)]
 
 
 def test_sigterm_completes_claimed_changes_and_leaves_the_others(hospital: Hospital) -> None:
     for n in range(100):
         hospital.admit(str(n))
-    hospital.server.set_faults(Fault(kind=FaultKind.SLOW, seconds=0.05, on=frozenset({RequestKind.UPDATE})))
+    hospital.server.set_faults(Fault(kind=FaultKind.SLOW, seconds=0.05, on=frozenset({RequestKind.CREATE})))
     connector = hospital.process(CONNECTOR_WORKERS="2")
     wait_until(lambda: len(hospital.server.store.type_store("Patient").latest) >= 3)
     connector.send_signal(signal.SIGTERM)
     _, errors = connector.communicate(timeout=LONG)
     assert connector.returncode == 0, errors.decode()
-    sent = hospital.server.stats()["requests"]["update"]
+    sent = hospital.server.stats()["requests"]["create"]
     assert sent == 100 - hospital.waiting()
     assert hospital.execute("SELECT 1 FROM health.fhir_outbox WHERE claimed_by IS NOT NULL") == []
     assert hospital.execute("SELECT 1 FROM health.fhir_outbox WHERE processed_at IS NULL AND attempts > 0") == []
     hospital.deliver()
-    assert hospital.server.stats()["requests"]["update"] == 100
+    assert hospital.server.stats()["requests"]["create"] == 100
 
 
 def test_a_lost_database_connection_is_reopened(hospital: Hospital) -> None:

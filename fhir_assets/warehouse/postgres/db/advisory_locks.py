@@ -31,6 +31,10 @@ BULK_EXPORT: Final = 0x66686265
 CONSENT_DECISIONS: Final = 0x66686370
 """The consent decisions: loads hold it shared, a change of decisions holds it alone. "fhcp"."""
 
+IDENTIFIER_TYPE: Final = 0x66686974
+"""First key of a type whose resources are found by identifier: loads of the type hold it shared, the first conditional
+reference to the type takes it alone. The second key is the hash of the type. "fhit"."""
+
 IDEMPOTENT_REQUEST: Final = 0x66686964
 """First key of an API request in progress; the second key is the hash of its idempotency key. "fhid"."""
 

@@ -153,6 +153,7 @@ class ResourceEncoder:
             patients = NULL if record.patients is None else _encode_texts(record.patients)
             keyless = NULL if record.keyless is None else _encode_texts(record.keyless)
             mentions = NULL if record.mentions is None else encode_text_array(record.mentions)
+            identifiers = NULL if record.identifiers is None else encode_text_array(record.identifiers)
         except UnstorableValue as error:
             raise UnstorableResource(None, None, str(error)) from None
         if len(key) > MAX_INDEXED_BYTES // 4:
@@ -165,6 +166,7 @@ class ResourceEncoder:
         columns = (
             f"{key}\t{version}\t{NULL if version_number is None else version_number}\t{last_updated}\t{as_of}\t"
             f"{arrived}\t{_escape_partition_key(partition_key)}\t{patients}\t{keyless}\t{mentions}\t"
+            f"{identifiers}\t"
         ).encode()
         view_lines: list[bytes] = []
         for view, encode_row in enumerate(self._row_encoders):

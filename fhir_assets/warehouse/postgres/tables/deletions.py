@@ -244,6 +244,7 @@ _WRITE_TOMBSTONES = sql.SQL("""
         deleted_at = excluded.deleted_at,
         patients = excluded.patients,
         mentions = NULL,
+        identifiers = NULL,
         key_id = NULL,
         resource = NULL
     WHERE {deletes}

@@ -24,6 +24,7 @@ _CREATE_STAGE = """
         patients text[],
         keyless text[],
         mentions text[],
+        identifiers text[],
         resource jsonb
     )
     ON COMMIT DROP
@@ -40,7 +41,7 @@ _COPY_NEW = """
     COPY {table} (
         resource_type, run_id, loaded_at, key_id,
         id, version_id, version_number, last_updated, as_of, arrived, partition_key, patients, keyless, mentions,
-        resource
+        identifiers, resource
     )
     FROM STDIN
 """
@@ -48,11 +49,11 @@ _COPY_NEW = """
 _MERGE = """
     INSERT INTO {table} AS stored (
         resource_type, id, version_id, version_number, last_updated, as_of, arrived, partition_key,
-        run_id, loaded_at, key_id, patients, keyless, mentions, resource
+        run_id, loaded_at, key_id, patients, keyless, mentions, identifiers, resource
     )
     SELECT
         {type}, id, version_id, version_number, last_updated, as_of, arrived, partition_key,
-        %(run)s, clock_timestamp(), %(key_id)s, patients, keyless, mentions, resource
+        %(run)s, clock_timestamp(), %(key_id)s, patients, keyless, mentions, identifiers, resource
     FROM {stage}
     ORDER BY id COLLATE "C"
     ON CONFLICT (resource_type, id, source) DO UPDATE SET
@@ -69,6 +70,7 @@ _MERGE = """
         patients = excluded.patients,
         keyless = excluded.keyless,
         mentions = excluded.mentions,
+        identifiers = excluded.identifiers,
         deleted_at = NULL,
         resource = excluded.resource
     WHERE {supersedes_stored}
