@@ -53,6 +53,7 @@ from fhir_assets.orchestration.sensors.consent import build_consent_sensor
 from fhir_assets.orchestration.sensors.received import build_load_received_sensor
 from fhir_assets.orchestration.sensors.replays import build_replay_sensor
 from fhir_assets.orchestration.sensors.run_failures import build_run_failure_sensor
+from fhir_assets.orchestration.sensors.table_checks import build_table_checks_sensor
 from fhir_assets.settings import Settings, SourceKind, load_settings
 
 
@@ -144,6 +145,7 @@ def _build(
             build_replay_sensor(settings, replay_dead_letters, warehouse, current_rulesets(settings, views)),
             build_run_failure_sensor(warehouse),
             build_alerts_sensor(settings, warehouse, store, views.views),
+            build_table_checks_sensor(settings, check_tables, [key for check in checks for key in check.check_keys]),
             build_load_received_sensor(settings, load_received, warehouse),
             *(
                 [build_consent_sensor(settings, apply_consent, warehouse)]

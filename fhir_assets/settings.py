@@ -164,6 +164,9 @@ class Settings(BaseSettings):
         0.10, ge=0, le=1, description="Share of dead letters in a window (0 to 1) at which its check fails"
     )
     volume_windows: int = Field(14, ge=1, description="Previous windows that the check `volume` compares a window with")
+    checks_minutes: int = Field(
+        15, ge=1, description="Minutes between two evaluations of the checks of tables that have changed"
+    )
     checks_schedule: str = Field("30 5 * * *", description="Cron expression of the schedule `check_tables`, in UTC")
     replay_after_upgrade: bool = Field(
         False, description="Replay dead letters that changed rules or views may resolve; unset: report them only"

@@ -12,6 +12,7 @@ from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import BrokenView, View
 from fhir_assets.orchestration.asset_attributes import build_asset_attributes, build_documentation
+from fhir_assets.orchestration.checks.after_load import log_checks_after_load
 from fhir_assets.orchestration.checks.window import DEAD_LETTER_RATE, WindowChecks, window_check_specs
 from fhir_assets.orchestration.failures import record_step, sanitized_errors
 from fhir_assets.orchestration.io_managers.postgres import LoadedView
@@ -163,6 +164,9 @@ def _build_normalized_step(
                     )
                     table = LoadedView(view.name, loaded.rows[view.name], rows[view.name])
                     yield dg.Output(table, output_name=view.name)
+        if any(view.name == resource_type.key for view in selected):
+            with sanitized_errors(), warehouse.connect() as conn:
+                log_checks_after_load(context, conn, settings, resource_type, views)
         if check_names:
             with sanitized_errors(), warehouse.connect() as conn:
                 counts = evaluate_windows(conn, store, name, run.partition_keys, main_view=main_view)

@@ -1,7 +1,8 @@
 """Checks of a table over all windows, computed by queries in the database.
 
-They run once a day (job and schedule ``check_tables``) or on request. A load does not evaluate them, because they take
-longer than the load of an empty window. Checks of one window are in ``checks/window.py``.
+The quick ones are evaluated by each load (``checks/after_load.py``). All of them are evaluated after loads, at most
+once in CHECKS_MINUTES (the sensor ``check_changed_tables``), once a day (job and schedule ``check_tables``), and on
+request. Checks of one window are in ``checks/window.py``.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -69,6 +70,13 @@ def build_table_checks(
     ]
 
 
+def list_table_checks(settings: Settings) -> dict[str, str]:
+    """Return the names of the checks of each main table with their descriptions, in the order of their evaluation."""
+    if build_consent_gate(settings).withholds:
+        return {**_DESCRIPTIONS, PATIENTS_KNOWN: PATIENTS_KNOWN_DESCRIPTION}
+    return dict(_DESCRIPTIONS)
+
+
 def _build_checks(
     settings: Settings,
     resource_type: ResourceType,
@@ -77,9 +85,7 @@ def _build_checks(
     warehouse: Warehouse,
 ) -> dg.AssetChecksDefinition:
     asset = dg.AssetKey(["normalized", resource_type.key])
-    descriptions = dict(_DESCRIPTIONS)
-    if build_consent_gate(settings).withholds:
-        descriptions[PATIENTS_KNOWN] = PATIENTS_KNOWN_DESCRIPTION
+    descriptions = list_table_checks(settings)
 
     @dg.multi_asset_check(
         name=f"check__{resource_type.key}",
@@ -90,7 +96,7 @@ def _build_checks(
         can_subset=True,
     )
     def check(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
-        evaluator = _TableEvaluator(settings, resource_type, views, open_source)
+        evaluator = TableEvaluator(settings, resource_type, views, open_source)
         selected = {key.name for key in context.selected_asset_check_keys}
         with sanitized_errors(), warehouse.connect() as conn:
             existing = view_tables.find_existing_tables(conn, views)
@@ -100,15 +106,15 @@ def _build_checks(
     return check
 
 
-class _TableEvaluator:
-    """Evaluates the checks of one resource type."""
+class TableEvaluator:
+    """Evaluates the checks of one resource type. ``open_source`` is needed by the check ``fresh`` only."""
 
     def __init__(
         self,
         settings: Settings,
         resource_type: ResourceType,
         views: Sequence[View],
-        open_source: Callable[[], Source],
+        open_source: Callable[[], Source] | None = None,
     ) -> None:
         self._settings = settings
         self._type = resource_type
@@ -140,6 +146,7 @@ class _TableEvaluator:
     def _check_fresh(self, conn: Connection) -> dg.AssetCheckResult:
         if not self._settings.fhir_base_url:
             return self._result(FRESH, True, "FHIR_BASE_URL is not set")
+        assert self._open_source is not None
         source = self._open_source()
         try:
             offered, state = source.list_types(), source.compute_state()
