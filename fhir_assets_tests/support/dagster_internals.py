@@ -5,7 +5,8 @@ Other tests import them from here, so that an upgrade of Dagster breaks one modu
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import dagster as dg
@@ -78,3 +79,23 @@ def add_backfill(
             run_config=None,
         )
     instance.add_backfill(backfill)
+
+
+@contextmanager
+def open_workspace(instance: dg.DagsterInstance) -> Iterator[Any]:
+    """Open what the webserver's requests need: the instance, and the code location in this process.
+
+    The imports take a second, so they are inside the function.
+    """
+    from dagster._core.remote_origin import InProcessCodeLocationOrigin
+    from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
+    from dagster._core.workspace.context import WorkspaceProcessContext
+    from dagster._core.workspace.load_target import InProcessWorkspaceLoadTarget
+
+    target = LoadableTargetOrigin(module_name="fhir_assets.definitions", attribute="defs")
+    origin = InProcessCodeLocationOrigin(target, location_name="fhir_assets")
+    with warnings.catch_warnings():
+        # Dagster itself reads deprecated properties of schedules when a code location is in its process.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with WorkspaceProcessContext(instance, InProcessWorkspaceLoadTarget(origin)) as context:
+            yield context
