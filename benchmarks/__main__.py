@@ -6,6 +6,7 @@ import sys
 PARTS = (
     ("machine", "The machine"),
     ("definitions", "Loading the definitions, each time in a process of its own"),
+    ("commands", "Commands: CPU time, as multiples of `import dagster`"),
     ("end_to_end", "NDJSON to loaded tables through a Dagster run, compared with dlt"),
     ("scale", "Cost of a million resources by layer: time, CPU, memory and bytes"),
     ("workers", "Worker processes: two compared with one"),

@@ -19,7 +19,7 @@ import msgspec
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import CompiledViews, View, load_views
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
-from fhir_assets.warehouse.postgres.db import embedded, migrations
+from fhir_assets.warehouse.postgres.db import embedded, migrations, schema_state
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets.warehouse.postgres.tables.copy_blocks import ViewRows
 from fhir_assets.warehouse.postgres.tables.encoding import build_row_encoder
@@ -62,7 +62,7 @@ def observation(number: int) -> Record:
 
 def main(total: int) -> None:
     """Print the table."""
-    views = [v for v in load_views([migrations.sql_folder() / "views"]).views if v.resource_type == "Observation"]
+    views = [v for v in load_views([schema_state.sql_folder() / "views"]).views if v.resource_type == "Observation"]
     compiled = CompiledViews(views)
     parse = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
     records = [observation(number) for number in range(total)]

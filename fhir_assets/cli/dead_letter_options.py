@@ -14,6 +14,7 @@ from fhir_assets.warehouse.ops.dead_letters import Selection
 
 SELECTING_OPTIONS = "ids, --run, --type, --stage, --rule, --window, --since"
 
+Id = Annotated[int, typer.Argument(metavar="ID", help="A dead letter's id, as `dead-letters list` prints it")]
 Ids = Annotated[
     list[int] | None, typer.Argument(metavar="[ID]...", help="Ids of dead letters; or select them by options")
 ]

@@ -2,7 +2,6 @@
 
 import getpass
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +10,7 @@ from fhir_assets.cli.dead_letter_options import (
     SELECTING_OPTIONS,
     By,
     Everything,
+    Id,
     Ids,
     Json,
     Rule,
@@ -25,24 +25,35 @@ from fhir_assets.cli.dead_letter_options import (
     report_missing,
     with_full_run_id,
 )
+from fhir_assets.cli.lazy_commands import CommandSource, build_group
 from fhir_assets.cli.output import console, print_json, print_table
-from fhir_assets.cli.replay import replay
-from fhir_assets.deployment.landing import build_receiver
-from fhir_assets.deployment.validation import build_validator
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.pipeline.correct.step import Correction, CorrectionStep
 from fhir_assets.privacy.audit import Action, AuditRecord
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.ops import audit_log, corrections, dead_letters, replays
 from fhir_assets.warehouse.ops.dead_letters import Selection
 from fhir_assets.warehouse.postgres.db.connections import cipher_of
 
-app = typer.Typer(help="List, correct, replay or discard resources that failed.", no_args_is_help=True)
+_HEAVY_COMMANDS = {
+    "edit": CommandSource(
+        "fhir_assets.cli.correct",
+        "edit",
+        "Correct the resource of a dead letter. The original is kept, with the person and the time of the correction.",
+    ),
+    "replay": CommandSource(
+        "fhir_assets.cli.replay", "replay", "Validate dead letters again and load those that are valid now."
+    ),
+}
+
+app = typer.Typer(
+    cls=build_group(_HEAVY_COMMANDS),
+    help="List, correct, replay or discard resources that failed.",
+    no_args_is_help=True,
+)
 
 _COLUMNS = ("id", "resource_type", "stage", "rule", "path", "partition_key", "status", "attempts", "last_failure")
 
-Id = Annotated[int, typer.Argument(metavar="ID", help="A dead letter's id, as `dead-letters list` prints it")]
 Status = Annotated[str | None, typer.Option(help="Only this status: open, replaying, resolved, discarded; or all")]
 
 
@@ -112,44 +123,6 @@ def show(
         console.print(f"{name.replace('_', ' '):>18}  {value}", markup=False, soft_wrap=True)
     if issues:
         print_table("Issues", issues, ("severity", "rule", "path", "message"))
-
-
-@app.command()
-def edit(
-    dead_letter_id: Id,
-    patch: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A JSON Patch (RFC 6902)")] = None,
-    resource: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="The complete corrected resource")
-    ] = None,
-    by: By = None,
-    json: Json = False,
-) -> None:
-    """Correct the resource of a dead letter. The original is kept, with the person and the time of the correction.
-
-    The correction is used in place of the original when the resource is validated again: in a replay, or when its
-    window is materialized.
-    """
-    if (patch is None) == (resource is None):
-        raise ConfigurationError("pass either --patch FILE (a JSON Patch) or --resource FILE (the complete resource)")
-    settings = load_settings()
-    warehouse = Warehouse(settings)
-    step = CorrectionStep(warehouse.connect, build_validator(settings), build_receiver(settings, warehouse))
-    correction = Correction(
-        patch.read_bytes() if patch else None, resource.read_bytes() if resource else None, by or getpass.getuser()
-    )
-    corrected = step.run(dead_letter_id, correction)
-    received = corrected.stage == "fetch"
-    if json:
-        print_json({"id": dead_letter_id, "corrected_by": correction.by, "received": received})
-    elif received:
-        console.print(
-            "The correction is stored and received: the sensor load_received or the next `fhir-assets ingest` loads it."
-        )
-    else:
-        console.print(f"The correction is stored. Replay it: fhir-assets dead-letters replay {dead_letter_id}")
-
-
-app.command()(replay)
 
 
 @app.command()

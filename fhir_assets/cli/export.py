@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fhir_assets.catalog import BY_NAME
-from fhir_assets.cli.ingest import report_broken_views, report_unreconciled_windows
+from fhir_assets.cli.load_reports import report_broken_views, report_unreconciled_windows
 from fhir_assets.cli.output import console, print_json, print_table
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.store import build_blobs, build_store

@@ -13,27 +13,27 @@ import typer
 from dagster_postgres.utils import DagsterPostgresException
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fhir_assets.cli.output import console, errors, hide_library_output, print_json, print_table
+from fhir_assets.cli.load_reports import (
+    format_windows,
+    print_summary,
+    report_broken_views,
+    report_failures,
+    report_unreconciled_windows,
+    summarize_runs,
+)
+from fhir_assets.cli.output import console, errors, hide_library_output, print_json
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import DatabaseUnavailable
-from fhir_assets.fhir.views import BrokenView
 from fhir_assets.ingestion import Ingestion, Listener, Outcome, select_failed
 from fhir_assets.orchestration.checks.known_patients import describe_unknown_denials
 from fhir_assets.orchestration.instance import config
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.settings import Settings, load_settings
-from fhir_assets.warehouse.ops import consents, held_windows, runs
+from fhir_assets.warehouse.ops import consents, held_windows
 from fhir_assets.windows import WindowRange
-
-_SUMMARY_COLUMNS = (
-    *("type", "fetched", "older", "valid", "dead", "withheld", "superseded", "loaded"),
-    "resources_per_second",
-)
-_RARE_COLUMNS = frozenset({"older", "withheld", "superseded"})
-_MAX_SHOWN_WINDOWS = 20
 
 
 def ingest(
@@ -58,12 +58,13 @@ def ingest(
     settings.require_source()
     if types:
         os.environ["FHIR_RESOURCE_TYPES"] = types
+    ingestion = open_ingestion(settings)
     outcomes = load_due(
-        settings, first=_assume_utc(first), last=_assume_utc(last), full_refresh=full_refresh, quiet=json
+        ingestion, settings, first=_assume_utc(first), last=_assume_utc(last), full_refresh=full_refresh, quiet=json
     )
     rows = summarize_runs(settings, outcomes)
     failures = select_failed(outcomes)
-    red = find_unreconciled_windows(settings)
+    red = find_unreconciled_windows(ingestion)
     held = _find_held_windows(settings)
     broken = build_views(settings).broken
     denials = _count_unknown_denials(settings)
@@ -94,7 +95,13 @@ def ingest(
         raise typer.Exit(1)
 
 
+def open_ingestion(settings: Settings) -> Ingestion:
+    """Return the definitions of the deployment with its Dagster instance. Building them takes most of a second."""
+    return Ingestion(settings, build_definitions(settings), config.open_instance(settings))
+
+
 def load_due(
+    ingestion: Ingestion,
     settings: Settings,
     *,
     first: datetime | None = None,
@@ -108,8 +115,6 @@ def load_due(
     ``first`` and ``last`` select the windows of a date range instead. Raises DatabaseUnavailable if the database
     becomes unavailable during a run.
     """
-    instance = config.open_instance(settings)
-    ingestion = Ingestion(settings, build_definitions(settings), instance)
     ingestion.create_tables()
     due = ingestion.find_due(first=first, last=last, all_windows=full_refresh, on_progress=_print_progress)
     ingestion.begin_checkpoints(due)
@@ -147,12 +152,12 @@ def load_due(
 
         for windows in due:
             if not quiet:
-                console.print(f"Windows {_format_windows(windows)}")
+                console.print(f"Windows {format_windows(windows)}")
             with hide_library_output():
                 outcome = _load(ingestion, windows, types, refresh, triggered_by, listen)
             if outcome is None:
                 raise DatabaseUnavailable(
-                    f"The database became unavailable while the windows {_format_windows(windows)} were loaded; "
+                    f"The database became unavailable while the windows {format_windows(windows)} were loaded; "
                     "unfinished work was discarded. Check that Postgres runs, then run the same command again"
                 )
             outcomes.append(outcome)
@@ -182,23 +187,8 @@ def _load(
         return None
 
 
-def summarize_runs(settings: Settings, outcomes: Sequence[Outcome]) -> list[dict[str, object]]:
-    """Return the counts of the runs by resource type, from ``ops.ingestion_runs``. The last row is the total."""
-    if not outcomes:
-        return []
-    with Warehouse(settings).connect() as conn:
-        return runs.summarize(conn, [outcome.run_id for outcome in outcomes])
-
-
-def print_summary(title: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Print the counts of runs by resource type; columns that are rarely filled only if they are."""
-    columns = [name for name in _SUMMARY_COLUMNS if name not in _RARE_COLUMNS or any(row.get(name) for row in rows)]
-    print_table(title, rows, columns)
-
-
-def find_unreconciled_windows(settings: Settings) -> list[dict[str, object]]:
+def find_unreconciled_windows(ingestion: Ingestion) -> list[dict[str, object]]:
     """Return the windows that do not reconcile: resource type, partition key and what does not match."""
-    ingestion = Ingestion(settings, build_definitions(settings), config.open_instance(settings))
     with hide_library_output():
         red = ingestion.find_unreconciled_windows()
     return [{"type": name, "window": counts.partition_key, "faults": counts.faults} for name, counts in red]
@@ -225,42 +215,6 @@ def _report_held_windows(held: Sequence[Mapping[str, str]]) -> None:
 def _count_unknown_denials(settings: Settings) -> int:
     with Warehouse(settings).connect() as conn:
         return consents.count_unknown_denials(conn, build_consent_gate(settings))
-
-
-def report_unreconciled_windows(red: Sequence[Mapping[str, object]]) -> None:
-    """Print the windows that do not reconcile."""
-    for window in red[:_MAX_SHOWN_WINDOWS]:
-        faults = window["faults"]
-        text = "; ".join(faults) if isinstance(faults, list) else ""
-        errors.print(f"{window['type']} of {window['window']} does not reconcile: {text}", markup=False, soft_wrap=True)
-    if len(red) > _MAX_SHOWN_WINDOWS:
-        errors.print(f"{len(red) - _MAX_SHOWN_WINDOWS} more windows do not reconcile", markup=False)
-
-
-def report_failures(settings: Settings, failures: Sequence[Outcome]) -> None:
-    """Print the failed runs, then each reason once with the resource types that failed for it."""
-    if not failures:
-        return
-    types_by_reason: dict[str, dict[str, None]] = {}
-    with Warehouse(settings).connect() as conn:
-        for outcome in failures:
-            for reason, types in runs.get_errors(conn, outcome.run_id).items():
-                types_by_reason.setdefault(reason, {}).update(dict.fromkeys(types))
-    for outcome in failures:
-        errors.print(f"Run {outcome.run_id} of {_format_windows(outcome.windows)} failed", markup=False)
-    for reason, names in types_by_reason.items():
-        errors.print(f"  {', '.join(names)}: {reason}", markup=False, soft_wrap=True)
-
-
-def report_broken_views(broken: Sequence[BrokenView]) -> None:
-    """Print the ViewDefinitions that are not valid, whose tables are neither filled nor exported."""
-    for view in broken:
-        errors.print(f"No table, because the ViewDefinition is not valid: {view.message}", markup=False, soft_wrap=True)
-
-
-def _format_windows(windows: WindowRange) -> str:
-    first, last = windows.windows[0].key, windows.windows[-1].key
-    return first if first == last else f"{first} to {last} ({len(windows.windows)})"
 
 
 def _assume_utc(moment: datetime | None) -> datetime | None:

@@ -5,7 +5,7 @@ from uuid import uuid4
 
 import typer
 
-from fhir_assets.cli.ingest import print_summary, report_broken_views, report_failures, summarize_runs
+from fhir_assets.cli.load_reports import print_summary, report_broken_views, report_failures, summarize_runs
 from fhir_assets.cli.output import console, errors, hide_library_output, print_json, print_table
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.landing import build_landing_step, build_landing_zone

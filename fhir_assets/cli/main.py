@@ -8,34 +8,9 @@ from importlib.metadata import version
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 
-from fhir_assets.cli import (
-    api,
-    audit,
-    connector,
-    consents,
-    dead_letters,
-    demo,
-    dev,
-    export,
-    ingest,
-    keys,
-    landing,
-    metrics,
-    migrate,
-    missing,
-    patient,
-    prune,
-    reconcile,
-    runs,
-    sandbox,
-    sources,
-    upload,
-    validate,
-    view,
-    worker,
-)
+from fhir_assets.cli.commands import COMMANDS
+from fhir_assets.cli.lazy_commands import build_group
 from fhir_assets.errors import ConfigurationError, FhirAssetsError
 from fhir_assets.logs import describe_error
 
@@ -43,6 +18,7 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 app = typer.Typer(
     name="fhir-assets",
+    cls=build_group(COMMANDS),
     help="Load FHIR data from clinical servers into Postgres tables, and operate the pipeline that does so.",
     no_args_is_help=True,
     add_completion=False,
@@ -63,33 +39,6 @@ def options(
     ] = False,
 ) -> None:
     """Load FHIR data from clinical servers into Postgres tables, and operate the pipeline that does so."""
-
-
-app.command("demo")(demo.demo)
-app.command("dev")(dev.dev)
-app.command("migrate")(migrate.migrate)
-app.command("ingest")(ingest.ingest)
-app.command("reconcile")(reconcile.reconcile)
-app.add_typer(sources.app, name="sources")
-app.add_typer(landing.app, name="landing")
-app.add_typer(runs.app, name="runs")
-app.add_typer(dead_letters.app, name="dead-letters")
-app.add_typer(missing.app, name="missing-references")
-app.add_typer(patient.app, name="patient")
-app.add_typer(consents.app, name="consents")
-app.add_typer(audit.app, name="audit")
-app.add_typer(keys.app, name="keys")
-app.command("export")(export.export)
-app.command("validate")(validate.validate)
-app.add_typer(view.app, name="view")
-app.command("upload")(upload.upload)
-app.add_typer(connector.app, name="connector")
-app.command("worker")(worker.worker)
-app.command("metrics")(metrics.metrics)
-app.command("prune")(prune.prune)
-app.add_typer(api.app, name="api")
-app.command("sandbox")(sandbox.sandbox)
-app.command("generate")(sandbox.generate)
 
 
 def main() -> None:
@@ -137,5 +86,7 @@ def _discard_stdout() -> None:
 
 
 def _fail(message: str) -> NoReturn:
+    from rich.console import Console  # only for a failure: `--help` and a command that succeeds do not need it
+
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"fhir-assets: {message}", markup=False)
     sys.exit(1)

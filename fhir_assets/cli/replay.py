@@ -24,7 +24,7 @@ from fhir_assets.cli.dead_letter_options import (
     report_missing,
     with_full_run_id,
 )
-from fhir_assets.cli.ingest import report_failures
+from fhir_assets.cli.load_reports import report_failures
 from fhir_assets.cli.output import console, hide_library_output, print_json
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.validation import current_rulesets

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fhir_assets.cli.ingest import report_failures
+from fhir_assets.cli.load_reports import report_failures
 from fhir_assets.cli.output import console, hide_library_output, print_json, print_table
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.sources import build_binding

@@ -6,7 +6,7 @@ from fhir_assets.errors import ConfigurationError, ViewError
 from fhir_assets.fhir.references import normalize_bases
 from fhir_assets.fhir.views import BrokenView, View, ViewSet, load_views
 from fhir_assets.settings import Settings
-from fhir_assets.warehouse.postgres.db.migrations import sql_folder
+from fhir_assets.warehouse.postgres.db.schema_state import sql_folder
 from fhir_assets.warehouse.postgres.tables.layout import build_layout
 
 

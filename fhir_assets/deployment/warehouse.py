@@ -9,7 +9,7 @@ from fhir_assets.deployment.encryption import build_cipher
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import encryption_secret, runs
-from fhir_assets.warehouse.postgres.db import advisory_locks, connections, embedded, migrations
+from fhir_assets.warehouse.postgres.db import advisory_locks, connections, embedded, schema_state
 from fhir_assets.warehouse.postgres.db.semaphore import DistributedSemaphore
 
 
@@ -48,10 +48,10 @@ class Warehouse:
             if self._url is None:
                 if self._db_url:
                     url = self._db_url
-                    migrations.require_current(url)
+                    schema_state.require_current(url)
                 else:
                     url = embedded.ensure(self._home)
-                    migrations.upgrade(url)
+                    _upgrade(url)
                 with connections.connect(url) as conn:
                     self._cipher = encryption_secret.unlock(conn, self._cipher)
                 self._url = url
@@ -72,14 +72,14 @@ class Warehouse:
         Raises DatabaseUnavailable, and ConfigurationError if the schema is not at the revision of this version.
         """
         url = self._db_url or embedded.ensure(self._home)
-        migrations.require_current(url)
+        schema_state.require_current(url)
         conn = connections.connect(url, source=self.source)
         conn.read_only = True
         return conn
 
     def migrate(self) -> None:
         """Create or upgrade the schema. Raises as ``migrations.upgrade`` does."""
-        migrations.upgrade(self._db_url or embedded.ensure(self._home))
+        _upgrade(self._db_url or embedded.ensure(self._home))
 
     @contextmanager
     def hold_run(self, run_id: str) -> Iterator["Warehouse"]:
@@ -90,3 +90,11 @@ class Warehouse:
 
     def _connect_for_slots(self) -> connections.Connection:
         return connections.connect(self.url(), autocommit=True)
+
+
+def _upgrade(url: str) -> None:
+    """Upgrade the schema if it is not current. Only then are Alembic and SQLAlchemy imported."""
+    if not schema_state.is_current(url):
+        from fhir_assets.warehouse.postgres.db import migrations
+
+        migrations.upgrade(url)

@@ -4,13 +4,14 @@ A nested type (a backbone element) is named by its path: ``Patient.contact``. ``
 """
 
 import gzip
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
-from typing import Literal
+from typing import Any, Literal
+
+import orjson
 
 Kind = Literal["primitive", "complex", "resource", "nested"]
 
@@ -42,18 +43,43 @@ class Element:
         return tuple((f"{self.name}{type_[0].upper()}{type_[1:]}", type_) for type_ in self.types)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Type:
-    """A type with all of its elements, including inherited elements. ``regex`` is the pattern of a primitive."""
+    """A type with all of its elements, including inherited elements. ``regex`` is the pattern of a primitive.
+
+    The elements are built when they are first asked for: a command uses a few of the 680 types.
+    """
 
     name: str
     kind: Kind
     base: str | None
     abstract: bool
-    elements: Mapping[str, Element]
-    regex: str | None = None
-    json: Mapping[str, tuple[Element, str]] = field(default_factory=dict)
-    """The element and its type by JSON name, such as ``valueQuantity``."""
+    regex: str | None
+    definitions: Sequence[Sequence[Any]] = field(repr=False)
+    """The elements as ``build_model`` writes them: path, types, minimum, maximum and, for references, targets."""
+
+    @cached_property
+    def elements(self) -> Mapping[str, Element]:
+        """The elements by name in FHIRPath."""
+        built = map(_build_element, self.definitions)
+        return {element.name: element for element in built}
+
+    @cached_property
+    def json(self) -> Mapping[str, tuple[Element, str]]:
+        """The element and its type by JSON name, such as ``valueQuantity``."""
+        return {name: (element, type_) for element in self.elements.values() for name, type_ in element.json_names()}
+
+
+def _build_element(definition: Sequence[Any]) -> Element:
+    path, types, minimum, maximum, *targets = definition
+    return Element(
+        name=path.removesuffix("[x]"),
+        types=tuple(types),
+        min=minimum,
+        max=None if maximum == "*" else int(maximum),
+        choice=path.endswith("[x]"),
+        targets=tuple(target for target in (targets[0] if targets else ()) if target != "Resource"),
+    )
 
 
 class Model:
@@ -110,29 +136,16 @@ def suggest_name(name: str, known: Iterable[str]) -> str:
 def r4() -> Model:
     """Return the type model of R4 (4.0.1)."""
     with (files(__package__) / "model.json.gz").open("rb") as file:
-        data = json.loads(gzip.decompress(file.read()))
-    types: dict[str, Type] = {}
-    for name, definition in data["types"].items():
-        elements: dict[str, Element] = {}
-        json_names: dict[str, tuple[Element, str]] = {}
-        for path, type_names, minimum, maximum, *targets in definition["elements"]:
-            element = Element(
-                name=path.removesuffix("[x]"),
-                types=tuple(type_names),
-                min=minimum,
-                max=None if maximum == "*" else int(maximum),
-                choice=path.endswith("[x]"),
-                targets=tuple(t for t in (targets[0] if targets else ()) if t != "Resource"),
-            )
-            elements[element.name] = element
-            json_names.update({json_name: (element, type_) for json_name, type_ in element.json_names()})
-        types[name] = Type(
+        data = orjson.loads(gzip.decompress(file.read()))
+    types = {
+        name: Type(
             name,
             definition["kind"],
             definition["base"],
             definition["abstract"],
-            elements,
             definition.get("regex"),
-            json_names,
+            definition["elements"],
         )
+        for name, definition in data["types"].items()
+    }
     return Model(types)

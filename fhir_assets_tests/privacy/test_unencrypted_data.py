@@ -10,7 +10,7 @@ from fhir_assets.definitions import defs
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets.warehouse.postgres.db.migrations import require_current
+from fhir_assets.warehouse.postgres.db.schema_state import require_current
 
 WARNING = "WARNING: patient data is stored in the clear: PHI_ENCRYPTION_KEYS is not set."
 

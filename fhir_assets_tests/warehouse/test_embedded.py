@@ -15,7 +15,7 @@ import pytest
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError, DatabaseUnavailable
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse.postgres.db import embedded, migrations
+from fhir_assets.warehouse.postgres.db import embedded, migrations, schema_state
 from fhir_assets.warehouse.postgres.db.connections import connect
 
 _PRINT_URL = """
@@ -67,7 +67,7 @@ def test_a_read_only_connection_to_an_old_schema_is_an_error_that_names_the_comm
     warehouse = Warehouse(load_settings(db_url=None, fhir_assets_home=home))
     with pytest.raises(ConfigurationError, match=r"at revision 0001, .*: run `fhir-assets migrate`"):
         warehouse.connect_read_only()
-    assert migrations.read_revision(url) == "0001"
+    assert schema_state.read_revision(url) == "0001"
 
 
 def test_committed_rows_survive_kill_9(home: Path) -> None:

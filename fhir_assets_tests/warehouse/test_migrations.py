@@ -17,15 +17,15 @@ from fhir_assets.cli.main import app
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse.postgres.db import migrations
+from fhir_assets.warehouse.postgres.db import migrations, schema_state
 from fhir_assets.warehouse.postgres.db.connections import connect
 
 
 def test_an_empty_database_becomes_current(empty_database: str) -> None:
-    assert migrations.read_revision(empty_database) is None
-    assert not migrations.is_current(empty_database)
+    assert schema_state.read_revision(empty_database) is None
+    assert not schema_state.is_current(empty_database)
     migrations.upgrade(empty_database)
-    assert migrations.is_current(empty_database)
+    assert schema_state.is_current(empty_database)
     with connect(empty_database) as conn:
         rows = conn.execute(
             "SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'fhir.resource'::regclass"
@@ -34,23 +34,23 @@ def test_an_empty_database_becomes_current(empty_database: str) -> None:
 
 
 def test_migrating_again_changes_nothing(database: str) -> None:
-    before = migrations.read_revision(database)
+    before = schema_state.read_revision(database)
     migrations.upgrade(database)
-    assert migrations.read_revision(database) == before
+    assert schema_state.read_revision(database) == before
 
 
 def test_several_processes_may_migrate_at_once(empty_database: str) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(migrations.upgrade, [empty_database] * 4))
-    assert migrations.is_current(empty_database)
+    assert schema_state.is_current(empty_database)
 
 
 def test_a_type_that_is_new_in_the_catalog_gets_its_partition(database: str) -> None:
     with connect(database) as conn:
         conn.execute("DROP TABLE fhir.resource_patient")
-    assert not migrations.is_current(database)
+    assert not schema_state.is_current(database)
     migrations.upgrade(database)
-    assert migrations.is_current(database)
+    assert schema_state.is_current(database)
 
 
 def test_a_newer_schema_is_refused(database: str) -> None:
@@ -74,16 +74,16 @@ def test_the_error_for_a_user_without_rights_names_the_missing_grant(empty_datab
 def test_migrations_are_found_inside_an_installed_package(empty_database: str, tmp_path: Path) -> None:
     package = Path(migrations.__file__).parents[3]
     shutil.copytree(package, tmp_path / "fhir_assets", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(migrations.sql_folder(), tmp_path / "fhir_assets" / "sql", dirs_exist_ok=True)
+    shutil.copytree(schema_state.sql_folder(), tmp_path / "fhir_assets" / "sql", dirs_exist_ok=True)
     program = (
         "import sys; from fhir_assets.warehouse.postgres.db import migrations; "
-        "migrations.upgrade(sys.argv[1]); print(migrations.sql_folder())"
+        "migrations.upgrade(sys.argv[1]); print(schema_state.sql_folder())"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, empty_database], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == str(tmp_path / "fhir_assets" / "sql")
-    assert migrations.is_current(empty_database)
+    assert schema_state.is_current(empty_database)
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_an_old_schema_at_db_url_is_reported_and_not_changed(
     message = r"at revision 0001, this version needs \d{4}: run `fhir-assets migrate`"
     with pytest.raises(ConfigurationError, match=message):
         open_connection(warehouse)
-    assert migrations.read_revision(old_database) == "0001"
+    assert schema_state.read_revision(old_database) == "0001"
 
 
 @pytest.mark.parametrize("open_connection", [Warehouse.connect, Warehouse.connect_read_only])
@@ -111,14 +111,14 @@ def test_a_missing_schema_at_db_url_is_reported_and_not_created(
     warehouse = Warehouse(load_settings(db_url=empty_database, fhir_assets_home=tmp_path))
     with pytest.raises(ConfigurationError, match="no schema yet: run `fhir-assets migrate`"):
         open_connection(warehouse)
-    assert migrations.read_revision(empty_database) is None
+    assert schema_state.read_revision(empty_database) is None
 
 
 def test_a_missing_partition_is_reported_by_its_type(database: str) -> None:
     with connect(database) as conn:
         conn.execute("DROP TABLE fhir.resource_patient")
     with pytest.raises(ConfigurationError, match=r"no partition of fhir\.resource for Patient: run"):
-        migrations.require_current(database)
+        schema_state.require_current(database)
 
 
 def test_the_command_migrates_an_empty_database(
@@ -128,6 +128,6 @@ def test_the_command_migrates_an_empty_database(
     monkeypatch.setenv("DAGSTER_POSTGRES_URL", empty_database)
     monkeypatch.setenv("FHIR_ASSETS_HOME", str(tmp_path))
     assert CliRunner().invoke(app, ["migrate"], catch_exceptions=False).exit_code == 0
-    assert migrations.is_current(empty_database)
+    assert schema_state.is_current(empty_database)
     with Warehouse(load_settings()).connect() as session:
         assert session.execute("SELECT count(*) FROM fhir.patient").fetchone() == (0,)

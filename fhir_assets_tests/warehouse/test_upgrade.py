@@ -14,7 +14,7 @@ from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.ops import bulk_exports, checkpoints, dead_letters, encryption_secret, replays
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Selection
 from fhir_assets.warehouse.postgres import resources
-from fhir_assets.warehouse.postgres.db import migrations
+from fhir_assets.warehouse.postgres.db import migrations, schema_state
 from fhir_assets.warehouse.postgres.db.connections import Session, connect
 from fhir_assets.warehouse.postgres.tables.layout import KEY_ID_COLUMN, build_layout
 from fhir_assets.warehouse.postgres.tables.view_tables import ensure_tables, find_drift
@@ -114,7 +114,7 @@ def session(request: pytest.FixtureRequest, database: str) -> Iterator[Session]:
 
 def run_revision(session: Session, name: str) -> None:
     """Execute the statements of one revision again."""
-    path = migrations.sql_folder() / "migrations" / "versions" / f"{name}.py"
+    path = schema_state.sql_folder() / "migrations" / "versions" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -196,11 +196,11 @@ def test_a_database_at_revision_0019_reads_and_loads_after_the_upgrade(database:
     before = resources.read(session, "Patient", "a")
     session.commit()
     restore_revision_0019(session, encrypted=encrypted)
-    assert not migrations.is_current(database)
+    assert not schema_state.is_current(database)
 
     migrations.upgrade(database)
 
-    assert migrations.is_current(database)
+    assert schema_state.is_current(database)
     assert find_drift(session, VIEW) == []
     ensure_tables(session, [VIEW])
     assert checkpoints.get_loaded_parts(session, "Patient", ["2024-01-01"]) == {"2024-01-01": frozenset({"part"})}

@@ -17,7 +17,7 @@ from fhir_assets.storage.store import open_store
 from fhir_assets.warehouse.exports.export import Export, Format
 from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, connect
-from fhir_assets.warehouse.postgres.db.migrations import sql_folder
+from fhir_assets.warehouse.postgres.db.schema_state import sql_folder
 from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets_tests.support.views import PATIENT, PATIENTS, column, load, patient, select, view
 

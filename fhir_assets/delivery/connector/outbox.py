@@ -16,7 +16,7 @@ from fhir_assets.delivery.connector.mapping import Source
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection
-from fhir_assets.warehouse.postgres.db.migrations import sql_folder
+from fhir_assets.warehouse.postgres.db.schema_state import sql_folder
 
 CHANNEL = "fhir_outbox"
 

@@ -83,30 +83,28 @@ def build_binding_check(value_set: str) -> Callable[[Any], bool]:
     return is_bound
 
 
-_TYPES = load_rules().resource_types
-
-
 class ReferenceTargets:
     """The resource types that a Reference may refer to (empty: any), and a cache of references to them."""
 
     def __init__(self, types: frozenset[str]) -> None:
         self.types = types
         self.seen: set[str] = set()
-        self._is_literal = compile_literal_reference(types or _TYPES).fullmatch
+        self._known = load_rules().resource_types
+        self._is_literal = compile_literal_reference(types or self._known).fullmatch
 
     def allow(self, reference: Any, scope: ContainedScope) -> bool:
         """Return True if the reference (a Struct) is known to refer to one of the types."""
         literal: str | None = reference.reference
         stated: str | None = reference.type
         if literal is None:
-            return not self.types or stated in self.types or stated not in _TYPES
+            return not self.types or stated in self.types or stated not in self._known
         if stated is None and self._is_literal(literal):
             remember(self.seen, literal)
             return True
         target = scope.use(literal) if literal.startswith("#") else resolve_target_type(literal)
         if target is None:
             return False
-        if stated is not None and stated != target and stated in _TYPES:
+        if stated is not None and stated != target and stated in self._known:
             if target:
                 return False
             target = stated

@@ -12,7 +12,7 @@ from fhir_assets.delivery.connector import progress
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.orchestration.assets.delivered_health import KEY, build_health_patient
-from fhir_assets.warehouse.postgres.db.migrations import sql_folder
+from fhir_assets.warehouse.postgres.db.schema_state import sql_folder
 from fhir_assets_tests.support.hospital import Hospital
 
 

@@ -16,7 +16,7 @@ from fhir_assets.fhir.views import View
 from fhir_assets.warehouse.ops.checkpoints import remove_loaded_parts
 from fhir_assets.warehouse.postgres.db import advisory_locks, roles
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
-from fhir_assets.warehouse.postgres.db.migrations import lock_schema
+from fhir_assets.warehouse.postgres.db.schema_state import lock_schema
 from fhir_assets.warehouse.postgres.tables.layout import (
     KEY_COLUMN,
     SOURCE_COLUMN,
