@@ -1,7 +1,7 @@
 """`fhir-assets ingest`: load windows without the Dagster UI."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated
@@ -18,6 +18,7 @@ from fhir_assets.cli.load_reports import (
     print_summary,
     report_broken_views,
     report_failures,
+    report_held_windows,
     report_unreconciled_windows,
     summarize_runs,
 )
@@ -87,7 +88,7 @@ def ingest(
         print_summary("Loaded", rows)
     report_failures(settings, failures)
     report_unreconciled_windows(red)
-    _report_held_windows(held)
+    report_held_windows(held)
     report_broken_views(broken)
     if denials:
         errors.print(describe_unknown_denials(denials), markup=False, soft_wrap=True)
@@ -201,15 +202,6 @@ def _find_held_windows(settings: Settings) -> list[dict[str, str]]:
             {"destination": destination, "type": name, "window": window}
             for destination, name, window in held_windows.list_held(conn)
         ]
-
-
-def _report_held_windows(held: Sequence[Mapping[str, str]]) -> None:
-    for destination in dict.fromkeys(window["destination"] for window in held):
-        windows = [f"{window['type']} of {window['window']}" for window in held if window["destination"] == destination]
-        more = len(windows) - _MAX_SHOWN_WINDOWS
-        shown = ", ".join(windows[:_MAX_SHOWN_WINDOWS]) + (f" and {more} more" if more > 0 else "")
-        text = f"Held back from {destination} until they reconcile: {shown}"
-        errors.print(text, markup=False, soft_wrap=True)
 
 
 def _count_unknown_denials(settings: Settings) -> int:

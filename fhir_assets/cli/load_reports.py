@@ -48,6 +48,15 @@ def report_unreconciled_windows(red: Sequence[Mapping[str, object]]) -> None:
         errors.print(f"{len(red) - _MAX_SHOWN_WINDOWS} more windows do not reconcile", markup=False)
 
 
+def report_held_windows(held: Sequence[Mapping[str, str]]) -> None:
+    for destination in dict.fromkeys(window["destination"] for window in held):
+        windows = [f"{window['type']} of {window['window']}" for window in held if window["destination"] == destination]
+        more = len(windows) - _MAX_SHOWN_WINDOWS
+        shown = ", ".join(windows[:_MAX_SHOWN_WINDOWS]) + (f" and {more} more" if more > 0 else "")
+        text = f"Held back from {destination} until they reconcile: {shown}"
+        errors.print(text, markup=False, soft_wrap=True)
+
+
 def report_failures(settings: Settings, failures: "Sequence[Outcome]") -> None:
     """Print the failed runs, then each reason once with the resource types that failed for it."""
     if not failures:
