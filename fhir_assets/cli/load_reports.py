@@ -49,6 +49,7 @@ def report_unreconciled_windows(red: Sequence[Mapping[str, object]]) -> None:
 
 
 def report_held_windows(held: Sequence[Mapping[str, str]]) -> None:
+    """Print the windows that exports and deliveries passed over, by destination."""
     for destination in dict.fromkeys(window["destination"] for window in held):
         windows = [f"{window['type']} of {window['window']}" for window in held if window["destination"] == destination]
         more = len(windows) - _MAX_SHOWN_WINDOWS
