@@ -76,7 +76,7 @@ def test_migrations_are_found_inside_an_installed_package(empty_database: str, t
     shutil.copytree(package, tmp_path / "fhir_assets", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(schema_state.sql_folder(), tmp_path / "fhir_assets" / "sql", dirs_exist_ok=True)
     program = (
-        "import sys; from fhir_assets.warehouse.postgres.db import migrations; "
+        "import sys; from fhir_assets.warehouse.postgres.db import migrations, schema_state; "
         "migrations.upgrade(sys.argv[1]); print(schema_state.sql_folder())"
     )
     done = subprocess.run(
