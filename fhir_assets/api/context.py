@@ -6,6 +6,7 @@ Routes get them through the FastAPI dependencies at the end of this module.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from threading import BoundedSemaphore, Lock
 from typing import Annotated, Any, cast
@@ -19,9 +20,11 @@ from fhir_assets.api.access import Token
 from fhir_assets.api.bodies import read_json_body
 from fhir_assets.api.dagster import DagsterClient
 from fhir_assets.definitions import build_definitions
+from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.landing import build_landing_zone, build_receiver
 from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.validation import build_validator
+from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.record import Record
@@ -29,6 +32,7 @@ from fhir_assets.fhir.validation import Validator
 from fhir_assets.metrics.exposition import render_metrics
 from fhir_assets.metrics.pipeline import DatabaseCollector, build_collector
 from fhir_assets.orchestration.dagster_internals import AssetGraph
+from fhir_assets.pipeline.consent.posted import PostedDecisions
 from fhir_assets.pipeline.receive.receiver import Receiver
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.settings import Settings
@@ -54,6 +58,7 @@ class Submission:
 
     records: Sequence[Record]
     audit_records: Sequence[AuditRecord]
+    actor: str
 
 
 class AppContext:
@@ -84,6 +89,12 @@ class AppContext:
     def receiver(self) -> Receiver:
         """The receiver that writes records to ``raw``."""
         return build_receiver(self.settings, self.warehouse)
+
+    @cached_property
+    def _decisions(self) -> PostedDecisions:
+        return PostedDecisions(
+            lambda: build_views(self.settings).views, build_consent_gate(self.settings), self.settings.window_scheme
+        )
 
     @cached_property
     def zone(self) -> Zone:
@@ -143,6 +154,8 @@ class AppContext:
     def receive(self, submissions: Sequence[Submission], origin: str) -> None:
         """Write the records of all submissions to ``raw`` and their audit records to the log, or write nothing.
 
+        Consents among them decide from then on.
+
         Raises StoreError or DatabaseUnavailable.
         """
         records = [record for submission in submissions for record in submission.records]
@@ -151,12 +164,18 @@ class AppContext:
                 visits.record_elsewhere(
                     conn, [patient.id for patient in patients], max(patient.as_of for patient in patients)
                 )
+
+        def decide(conn: Session) -> None:
+            for submission in submissions:
+                self._decisions.record(conn, submission.records, actor=submission.actor, now=datetime.now(UTC))
+
         self.receiver.receive(
             records,
             origin,
             audit_records=lambda _: (
                 audit_record for submission in submissions for audit_record in submission.audit_records
             ),
+            before_commit=decide,
         )
 
     def render_metrics(self) -> tuple[bytes, str]:

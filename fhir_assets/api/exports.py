@@ -15,6 +15,7 @@ from fhir_assets.api.run_models import Exported
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.store import build_blobs
 from fhir_assets.deployment.views import build_views
+from fhir_assets.pipeline.consent.step import ConsentStep
 from fhir_assets.warehouse.exports.export import Export, build_run_folder, find_run_windows
 from fhir_assets.warehouse.ops import window_verdicts
 from fhir_assets.warehouse.postgres.tables import view_tables
@@ -47,7 +48,8 @@ def export_type(
         raise Problem(
             409, "FHIR_EXPORT_URL is not set: set it to the folder or s3://bucket/prefix that exports are written to"
         )
-    views = [view for view in build_views(context.settings).views if view.resource_type == name]
+    all_views = build_views(context.settings).views
+    views = [view for view in all_views if view.resource_type == name]
     target = build_blobs(context.settings, context.settings.fhir_export_url)
     with context.connection() as conn:
         keys: list[str] | None = None
@@ -56,9 +58,14 @@ def export_type(
         if run_id:
             full_run_id, keys_by_type = find_run_windows(conn, find_run_id(conn, run_id))
             keys, folder = keys_by_type.get(name, []), build_run_folder(full_run_id, datetime.now(UTC))
+        consent_gate = build_consent_gate(context.settings)
+        step = ConsentStep(
+            context.warehouse.connect, all_views, consent_gate, run_id=caller.request_id, actor=caller.actor
+        )
+        step.run(datetime.now(UTC))
         view_tables.ensure_tables(conn, views)
         conn.commit()
-        withholding = build_consent_gate(context.settings).withholds
+        withholding = consent_gate.withholds
         if include_raw and withholding:
             raise Problem(
                 409,

@@ -158,7 +158,7 @@ def _receive(
         AuditRecord("create", caller.actor, name, count=count, request_id=caller.request_id)
         for name, count in sorted(by_type.items())
     ]
-    submission = Submission(records, audit_records)
+    submission = Submission(records, audit_records, caller.actor)
     if key is None:
         context.receive_grouped(submission)
     else:

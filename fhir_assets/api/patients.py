@@ -15,6 +15,7 @@ from fhir_assets.api.context import AppContext, Caller, Context, CurrentCaller
 from fhir_assets.api.problems import Problem, problem_responses
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.privacy.audit import Action, AuditRecord
+from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.warehouse.ops import audit_log
 from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 from fhir_assets.warehouse.postgres.queries import patient_directory, patients
@@ -95,14 +96,16 @@ def list_patients(
     values can only be compared for equality. All pages are equally fast. Patients whose data
     consent withholds are not listed.
     """
+    consent_gate = build_consent_gate(context.settings)
     search = PatientSearch(mrn=mrn, given=first_name, family=last_name)
     with context.connection() as conn:
         if search:
             result = context.directory.find(conn, search, page, page_size, after=after)
         else:
             result = context.directory.page(conn, page, page_size, after=after)
-        withheld = patients.find_withheld(conn, build_consent_gate(context.settings), result.ids)
-        matches = _read_patients(conn, [patient_id for patient_id in result.ids if patient_id not in withheld])
+        withheld = patients.find_withheld(conn, consent_gate, result.ids)
+        allowed = [patient_id for patient_id in result.ids if patient_id not in withheld]
+        matches = _read_patients(conn, allowed, consent_gate)
         audit_records = [_audit_record(conn, caller, patient["id"], page=page) for patient in matches]
         empty_search = AuditRecord(
             _action(conn), caller.actor, "Patient", request_id=caller.request_id, detail={"found": 0}
@@ -155,11 +158,11 @@ def _answer_patient(context: AppContext, caller: Caller, patient_id: str) -> Res
     consent_gate = build_consent_gate(context.settings)
     with context.connection() as conn:
         withheld = patients.find_withheld(conn, consent_gate, [patient_id])
-        matches = [] if withheld else _read_patients(conn, [patient_id])
+        matches = [] if withheld else _read_patients(conn, [patient_id], consent_gate)
         absence = Absence() if matches else patients.explain_absence(conn, patient_id)
         # A policy that denies by default also withholds unknown ids, but the answer for an unknown id is always 404.
         refused = absence.withheld or bool(
-            withheld and patient_directory.read_compartments(conn, "Patient", [patient_id])
+            withheld and patient_directory.read_compartments(conn, "Patient", [patient_id], ConsentGate())
         )
         audit_record = _audit_record(conn, caller, patient_id, found=len(matches), refused=refused)
     context.record_audit(audit_record)
@@ -192,11 +195,14 @@ def _audit_record(conn: Session, caller: Caller, patient_id: str, **detail: int 
     )
 
 
-def _read_patients(conn: Session, ids: Sequence[str]) -> list[dict[str, Any]]:
+def _read_patients(conn: Session, ids: Sequence[str], consent_gate: ConsentGate) -> list[dict[str, Any]]:
     """Return the patients that are in the tables with their visits, in the order of ``ids``."""
-    by_id = {row.id: orjson.loads(row.body) for row in patient_directory.read_compartments(conn, "Patient", ids)}
+    by_id = {
+        row.id: orjson.loads(row.body)
+        for row in patient_directory.read_compartments(conn, "Patient", ids, consent_gate)
+    }
     visits: dict[str, list[dict[str, Any]]] = {}
-    for row in patient_directory.read_compartments(conn, "Encounter", ids):
+    for row in patient_directory.read_compartments(conn, "Encounter", ids, consent_gate):
         encounter = orjson.loads(row.body)
         patient_id = str((encounter.get("subject") or {}).get("reference", "")).rpartition("/")[2]
         visits.setdefault(patient_id, []).append(_visit(encounter))

@@ -15,6 +15,7 @@ from fhir_assets.deployment.store import build_blobs, build_store
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
+from fhir_assets.pipeline.consent.step import ConsentStep
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.exports.export import Export, ExportedFile, Format, build_run_folder, find_run_windows
 from fhir_assets.warehouse.ops import runs, window_verdicts
@@ -65,13 +66,14 @@ def export(
         if run:
             run_id, keys_by_type = _find_run_windows(conn, run)
             folder = build_run_folder(run_id, datetime.now(UTC))
+        actor = f"cli:{getpass.getuser()}"
+        consent_gate = build_consent_gate(settings)
+        ConsentStep(warehouse.connect, views, consent_gate, run_id="cli", actor=actor).run(datetime.now(UTC))
         types = _find_types(conn, settings, resource_type, keys_by_type if run else None)
         view_tables.ensure_tables(conn, views)
         conn.commit()
-        actor = f"cli:{getpass.getuser()}"
-        with Export(
-            conn, store, target, folder, run_id=run_id, actor=actor, withholding=build_consent_gate(settings).withholds
-        ) as writer:
+        withholding = consent_gate.withholds
+        with Export(conn, store, target, folder, run_id=run_id, actor=actor, withholding=withholding) as writer:
             for name in types:
                 type_export = writer.for_type(name, keys_by_type[name] if run else keys)
                 if raw:

@@ -2,13 +2,17 @@
 
 import getpass
 import sys
+from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 
 from fhir_assets.cli.output import console, errors
+from fhir_assets.deployment.consent import build_consent_gate
+from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
+from fhir_assets.pipeline.consent.step import ConsentStep
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.queries.patients import find_patients, read_patient
 
@@ -33,7 +37,14 @@ def show(
     """Print the resources of a patient as NDJSON on stdout, after writing an audit record."""
     if (patient_id is None) == (identifier is None):
         raise ConfigurationError("pass either the id of a Patient or --identifier")
-    with Warehouse(load_settings()).connect() as conn:
+    settings = load_settings()
+    warehouse = Warehouse(settings)
+    if (consent_gate := build_consent_gate(settings)).withholds:
+        # A posted Consent decides before the tables follow.
+        actor = f"cli:{getpass.getuser()}"
+        step = ConsentStep(warehouse.connect, build_views(settings).views, consent_gate, run_id="cli", actor=actor)
+        step.run(datetime.now(UTC))
+    with warehouse.connect() as conn:
         ids = [patient_id] if patient_id is not None else find_patients(conn, identifier or "")
         resources = [
             resource

@@ -17,6 +17,7 @@ from fhir_assets.deployment.targets import build_delivery_client
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.assets.departures import emit_departure
+from fhir_assets.orchestration.consent import apply_consent
 from fhir_assets.orchestration.failures import record_step
 from fhir_assets.orchestration.run_context import RunContext
 from fhir_assets.pipeline.reconcile.verdicts import plan_departure
@@ -73,6 +74,7 @@ def build_delivered_assets(
         client = build_delivery_client(settings, workers=settings.fhir_max_connections, stop=Event())
         destination = f"{LAYER} {client.base_url}"
         with record_step(run, warehouse, list(selected)), client:
+            apply_consent(settings, warehouse, views, run)
             with warehouse.connect() as conn:
                 departures = {
                     name: plan_departure(

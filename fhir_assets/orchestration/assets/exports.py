@@ -15,6 +15,7 @@ from fhir_assets.deployment.store import build_blobs
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.assets.departures import emit_departure
+from fhir_assets.orchestration.consent import apply_consent
 from fhir_assets.orchestration.failures import sanitized_errors
 from fhir_assets.orchestration.run_context import RunContext
 from fhir_assets.pipeline.reconcile.verdicts import plan_departure
@@ -32,15 +33,14 @@ def build_export_assets(
     """Return an asset for each resource type, or an empty list if FHIR_EXPORT_URL is not set."""
     if not settings.fhir_export_url:
         return []
-    return [
-        _build_export_asset(settings, partitions, BY_NAME[name], [view for view in views if view.resource_type == name])
-        for name in settings.fhir_resource_types
-    ]
+    return [_build_export_asset(settings, partitions, BY_NAME[name], views) for name in settings.fhir_resource_types]
 
 
 def _build_export_asset(
-    settings: Settings, partitions: dg.PartitionsDefinition[str], resource_type: ResourceType, views: Sequence[View]
+    settings: Settings, partitions: dg.PartitionsDefinition[str], resource_type: ResourceType, all_views: Sequence[View]
 ) -> dg.AssetsDefinition:
+    views = [view for view in all_views if view.resource_type == resource_type.name]
+
     @dg.asset(
         name=resource_type.key,
         key_prefix="exports",
@@ -57,6 +57,7 @@ def _build_export_asset(
     ) -> Iterator[dg.MaterializeResult[None] | dg.AssetCheckResult]:
         run = RunContext.from_context(context, settings.window_scheme)
         with sanitized_errors(), warehouse.connect() as conn:
+            apply_consent(settings, warehouse, all_views, run)
             view_tables.ensure_tables(conn, views)
             conn.commit()
             destination = f"exports {settings.fhir_export_url}"

@@ -11,6 +11,7 @@ from fhir_assets.deployment.store import build_blobs
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.assets.departures import emit_departure
+from fhir_assets.orchestration.consent import apply_consent
 from fhir_assets.orchestration.failures import sanitized_errors
 from fhir_assets.orchestration.run_context import RunContext
 from fhir_assets.pipeline.reconcile.verdicts import evaluate_doubtful_windows
@@ -30,14 +31,18 @@ def build_lake_assets(
     if not settings.fhir_lake_url:
         return []
     return [
-        _build_lake_asset(settings, partitions, view, find_main_view(views, view.resource_type))
+        _build_lake_asset(settings, partitions, view, find_main_view(views, view.resource_type), views)
         for view in views
         if view.resource_type in types
     ]
 
 
 def _build_lake_asset(
-    settings: Settings, partitions: dg.PartitionsDefinition[str], view: View, main_view: str | None
+    settings: Settings,
+    partitions: dg.PartitionsDefinition[str],
+    view: View,
+    main_view: str | None,
+    all_views: Sequence[View],
 ) -> dg.AssetsDefinition:
     columns = [
         column for column in build_layout(view, encrypted=settings.encrypts).columns if column.name != KEY_COLUMN
@@ -69,6 +74,7 @@ def _build_lake_asset(
         run = RunContext.from_context(context, settings.window_scheme)
         name = view.resource_type
         with sanitized_errors(), warehouse.connect() as conn:
+            apply_consent(settings, warehouse, all_views, run)
             view_tables.ensure_tables(conn, [view])
             conn.commit()
             evaluate_doubtful_windows(conn, store, name, store.partition_keys("raw", name), main_view=main_view)

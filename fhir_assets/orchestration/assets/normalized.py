@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from time import perf_counter
 
 import dagster as dg
@@ -14,12 +13,12 @@ from fhir_assets.fhir.views import BrokenView, View
 from fhir_assets.orchestration.asset_attributes import build_asset_attributes, build_documentation
 from fhir_assets.orchestration.checks.after_load import log_checks_after_load
 from fhir_assets.orchestration.checks.window import DEAD_LETTER_RATE, WindowChecks, window_check_specs
+from fhir_assets.orchestration.consent import apply_consent
 from fhir_assets.orchestration.failures import record_step, sanitized_errors
 from fhir_assets.orchestration.io_managers.postgres import LoadedView
 from fhir_assets.orchestration.run_context import RunContext, step_tags
 from fhir_assets.orchestration.step_log import describe_counts, describe_rules, log_line
 from fhir_assets.orchestration.window_metadata import PARTITION_ROW_COUNT, add_window_metadata
-from fhir_assets.pipeline.consent.step import ConsentStep
 from fhir_assets.pipeline.load.conditional_references import ConditionalReferenceStep
 from fhir_assets.pipeline.load.step import LoadResult, LoadStep
 from fhir_assets.pipeline.lost_manifests import require_manifests
@@ -115,14 +114,7 @@ def _build_normalized_step(
                     workers=workers,
                     consent_gate=build_consent_gate(settings),
                 )
-                consent = ConsentStep(
-                    warehouse.connect,
-                    all_views,
-                    build_consent_gate(settings),
-                    run_id=run.run_id,
-                    actor=run.triggered_by,
-                )
-                consent.run(datetime.now(UTC))
+                apply_consent(settings, warehouse, all_views, run)
                 with warehouse.table_loads.slot():
                     loaded = step.run(name, run.windows.windows)
                 if run.replay and len(selected) == len(views):
@@ -135,7 +127,7 @@ def _build_normalized_step(
                     )
                     with warehouse.table_loads.slot():
                         replay.run(name, run.windows.windows)
-                released = consent.run(datetime.now(UTC)).released
+                released = apply_consent(settings, warehouse, all_views, run).released
                 if loaded.resources or run.replay or released:
                     ConditionalReferenceStep(
                         warehouse.connect, all_views, run_id=run.run_id, consent_gate=build_consent_gate(settings)

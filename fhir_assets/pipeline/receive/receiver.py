@@ -84,6 +84,7 @@ class Receiver:
         origin: str,
         *,
         audit_records: Callable[[Received], Iterable[AuditRecord]] = lambda _: (),
+        before_commit: Callable[[Session], None] = lambda _: None,
     ) -> Received:
         """Receive all records of ``origin`` as a stream: write each one to raw or record it as a dead letter.
 
@@ -93,11 +94,14 @@ class Receiver:
         the same content: an origin that was received before is skipped, and its records are not read. A resource is
         written to the window of its ``lastUpdated``, or of its arrival if that is missing or does not count.
 
-        The ``audit_records`` are written in the transaction that records the origin as received.
+        The ``audit_records`` are written in the transaction that records the origin as received, and ``before_commit``
+        may write to it.
 
         Raises StoreError, DatabaseUnavailable, Overtaken, and the errors of ``records``.
         """
-        return self.receive_in_transaction(lambda _: records, origin, audit_records=audit_records)
+        return self.receive_in_transaction(
+            lambda _: records, origin, audit_records=audit_records, before_commit=before_commit
+        )
 
     def receive_in_transaction(
         self,
@@ -105,6 +109,7 @@ class Receiver:
         origin: str,
         *,
         audit_records: Callable[[Received], Iterable[AuditRecord]] = lambda _: (),
+        before_commit: Callable[[Session], None] = lambda _: None,
     ) -> Received:
         """Receive like ``receive``, with records from ``read_records``. Its writes through the connection are committed
         in the transaction that records the origin as received.
@@ -114,7 +119,7 @@ class Receiver:
             received.lock_origin(conn, origin)
             if earlier := received.list_by_origin(conn, origin):
                 return Received(origin, tuple(earlier), already_received=True)
-            return self._receive(conn, read_records(conn), origin, audit_records)
+            return self._receive(conn, read_records(conn), origin, audit_records, before_commit)
 
     def _receive(
         self,
@@ -122,6 +127,7 @@ class Receiver:
         records: Iterable[Record | RejectedInput],
         origin: str,
         audit_records: Callable[[Received], Iterable[AuditRecord]],
+        before_commit: Callable[[Session], None],
     ) -> Received:
         now = self._now()
         origin_writer = _OriginWriter(self._scheme, self.resource_types, origin, now)
@@ -136,6 +142,7 @@ class Receiver:
         rewrite_partitions(self._connect, self._store, origin_writer.build_manifests(parts, windows), _merge)
         result = Received(origin, tuple(windows), origin_writer.skipped)
         received.record(conn, origin, windows, origin_writer.arrivals)
+        before_commit(conn)
         audit_log.record(conn, *audit_records(result))
         conn.commit()
         return result

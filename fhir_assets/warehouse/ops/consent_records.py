@@ -19,8 +19,9 @@ def build_record_statements(
     """Return statements that copy the Consents in the relation ``source`` to ``ops.consent_records`` and mark their
     patients for a decision.
 
-    ``source`` has the columns of ``fhir.resource``; ``key_id`` is the expression for the key that encrypts them, in
-    which ``s`` names a row of ``source``. With ``by_file``, resources with an equal time of arrival are of one file.
+    The first statement returns the keys of the patients that it marks. ``source`` has the columns of
+    ``fhir.resource``; ``key_id`` is the expression for the key that encrypts them, in which ``s`` names a row of
+    ``source``. With ``by_file``, resources with an equal time of arrival are of one file.
     """
     keys = _KEYS.format(
         delivery=build_delivery_key("s"),
@@ -80,6 +81,7 @@ _MARK_PATIENTS = sql.SQL("""
         AND w.resource_type = 'Patient'
         AND w.mentions && ARRAY(SELECT key FROM named WHERE starts_with(key, '#'))
     ON CONFLICT (patient_id, source) DO UPDATE SET at = excluded.at
+    RETURNING patient_id
 """)
 _COPY_CONSENTS = sql.SQL("""
     INSERT INTO ops.consent_records AS known

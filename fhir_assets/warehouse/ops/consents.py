@@ -8,6 +8,10 @@ Consents are in the module ``consent_records``, and the resources that a decisio
 
 Loads hold a shared lock while they read decisions. A change of decisions holds the same lock exclusively until the
 tables are changed, so that a running load cannot insert a resource that was just withheld.
+
+A posted Consent decides at once, in the transaction that receives it (``decide_at_once``). It does not wait for loads:
+the patients stay marked in ``ops.consent_changes``, so that the next change of decisions makes the tables follow, and
+reads ask ``ops.consents`` until then. A lock of their own keeps posts and changes of decisions apart.
 """
 
 from collections import defaultdict
@@ -42,8 +46,14 @@ def lock_decisions_for_load(conn: Connection) -> None:
 
 
 def lock_decisions_for_change(conn: Connection) -> None:
-    """Wait for running loads to end, and keep other loads waiting until this transaction ends."""
+    """Wait for running loads and posts to end, and keep others waiting until this transaction ends."""
     conn.execute("SELECT pg_advisory_xact_lock(%s)", [advisory_locks.CONSENT_DECISIONS])
+    lock_decisions_for_post(conn)
+
+
+def lock_decisions_for_post(conn: Connection) -> None:
+    """Wait for other posts of Consents and for a change of decisions, but for no load, until this transaction ends."""
+    conn.execute("SELECT pg_advisory_xact_lock(%s)", [advisory_locks.CONSENT_POSTS])
 
 
 def count_unknown_denials(conn: Connection, consent_gate: ConsentGate) -> int:
@@ -159,6 +169,25 @@ def update_decisions(conn: Session, patients: Sequence[str], at: datetime) -> in
     conn.execute(
         "INSERT INTO ops.consent_changes (patient_id, at) SELECT * FROM unnest(%s::text[], %s::timestamptz[])",
         [[patient for patient, _ in changes], [moment for _, moment in changes]],
+    )
+    return changed
+
+
+def decide_at_once(conn: Session, patients: Sequence[str], at: datetime) -> int:
+    """Decide on patients at time ``at``, and keep them marked, because the tables do not follow the decisions yet.
+
+    The caller holds the lock of ``lock_decisions_for_post``. Returns the number of decisions that changed. Raises
+    EncryptionError.
+    """
+    changed = update_decisions(conn, patients, at)
+    conn.execute(
+        """
+        INSERT INTO ops.consent_changes (patient_id, at)
+        SELECT patient_id, '-infinity'
+        FROM unnest(%s::text[]) patient_id
+        ON CONFLICT (patient_id, source) DO UPDATE SET at = excluded.at
+        """,
+        [list(patients)],
     )
     return changed
 

@@ -35,6 +35,9 @@ IDENTIFIER_TYPE: Final = 0x66686974
 """First key of a type whose resources are found by identifier: loads of the type hold it shared, the first conditional
 reference to the type takes it alone. The second key is the hash of the type. "fhit"."""
 
+CONSENT_POSTS: Final = 0x66686371
+"""The decisions of posted Consents: requests, and changes of decisions, hold it one at a time. "fhcq"."""
+
 IDEMPOTENT_REQUEST: Final = 0x66686964
 """First key of an API request in progress; the second key is the hash of its idempotency key. "fhid"."""
 

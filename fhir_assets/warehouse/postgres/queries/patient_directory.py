@@ -12,7 +12,9 @@ from time import monotonic
 import psycopg
 from psycopg import sql
 
+from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.privacy.encryption import Cipher
+from fhir_assets.warehouse.ops.withheld_conditions import build_withheld_condition
 from fhir_assets.warehouse.postgres import resources
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import StoredResource
@@ -183,8 +185,12 @@ def _read_ids(conn: Connection) -> _CachedIds:
     return _CachedIds(monotonic(), total, tuple(patient_id for n, patient_id in rows if n % STRIDE == 1))
 
 
-def read_compartments(conn: Session, resource_type: str, ids: Sequence[str]) -> list[StoredResource]:
-    """Return the resources of a type in the compartments of patients, in the order of ids. Raises EncryptionError."""
+def read_compartments(
+    conn: Session, resource_type: str, ids: Sequence[str], consent_gate: ConsentGate
+) -> list[StoredResource]:
+    """Return the resources of a type in the compartments of patients, in the order of ids, without those that consent
+    withholds, applied to the tables or not. Raises EncryptionError.
+    """
     rows = conn.execute(
         sql.SQL("""
             SELECT {columns}
@@ -193,8 +199,9 @@ def read_compartments(conn: Session, resource_type: str, ids: Sequence[str]) -> 
                 AND resource_type = %s
                 AND patients[1] = ANY(%s)
                 AND resource IS NOT NULL
+                AND {withheld} IS NOT TRUE
             ORDER BY id
-        """).format(columns=resources.COLUMNS),
+        """).format(columns=resources.COLUMNS, withheld=build_withheld_condition(consent_gate, "resource")),
         [resource_type, list(ids)],
     ).fetchall()
     cipher = cipher_of(conn)

@@ -117,15 +117,22 @@ def explain_absence(conn: Connection, patient_id: str) -> Absence:
 def find_withheld(conn: Connection, consent_gate: ConsentGate, ids: Sequence[str]) -> frozenset[str]:
     """Return the patients among ``ids`` that consent currently withholds.
 
-    The tables may still contain their resources, until the decision is applied.
+    The tables may still contain their resources, until the decision is applied. The identifiers and references of a
+    Patient in the tables count as they do for a load.
     """
     if not consent_gate.withholds or not ids:
         return frozenset()
     query = sql.SQL("""
         SELECT p.id
         FROM (
-            SELECT id, ARRAY[id] AS patients, '{{}}'::text[] AS mentions, NULL::timestamptz AS arrived
-            FROM unnest(%s::text[]) AS id
+            SELECT
+                wanted.id,
+                ARRAY[wanted.id] || coalesce(r.patients, '{{}}') AS patients,
+                coalesce(r.mentions, '{{}}') AS mentions,
+                r.arrived
+            FROM unnest(%s::text[]) AS wanted (id)
+            LEFT JOIN fhir.resource_patient r
+                ON r.source = ops.current_source() AND r.resource_type = 'Patient' AND r.id = wanted.id
         ) AS p
         WHERE {withheld}
     """).format(withheld=build_withheld_condition(consent_gate, "p"))
