@@ -20,9 +20,9 @@ from fhir_assets_tests.e2e.test_consent_forms import (
     build_consent,
     build_patient,
     build_settings,
-    encode,
 )
 from fhir_assets_tests.support.api import TOKENS, Api, api_in_threads
+from fhir_assets_tests.support.channels import encode
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.landing import LandingZone, land, load_received
 
