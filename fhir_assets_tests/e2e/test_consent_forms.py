@@ -18,63 +18,29 @@ from fhir_assets.fhir.intake.resources import MRN_SYSTEM
 from fhir_assets.storage.blobs import LocalBlobs
 from fhir_assets_tests.support.api import TOKENS, api_in_threads
 from fhir_assets_tests.support.channels import BUNDLE_CHANNELS, CHANNELS, deploy_landing, encode, name
-from fhir_assets_tests.support.consent_resources import DAY, resource
+from fhir_assets_tests.support.consent_forms import (
+    DENIALS,
+    ELSEWHERE,
+    MARKER,
+    MRN,
+    URN,
+    build,
+    build_consent,
+    build_contained,
+    build_patient,
+    build_settings,
+)
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.landing import land
 from fhir_assets_tests.support.visits import visit
 from fhir_assets_tests.support.written_files import write_files
 
-MARKER = "Withheldson"
-MRN = "urn:mrn"
 TYPES = "Patient,Observation,Consent,Provenance,DiagnosticReport,Organization,Practitioner,Condition"
-URN = "urn:uuid:0f2a1c34-0000-4000-8000-00000000000b"
-ELSEWHERE = "https://else.example/r4/Patient/7"
-
-
-def build(kind: str, key: str, **fields: Any) -> dict[str, Any]:
-    return dict(json.loads(resource(kind, key, DAY, **fields)))
-
-
-def build_patient(key: str, family: str = MARKER) -> dict[str, Any]:
-    return build("Patient", key, name=[{"family": family}], identifier=[{"system": MRN, "value": f"mrn-{key}"}])
 
 
 def build_observation(key: str, subject: dict[str, Any], text: str = MARKER, **more: Any) -> dict[str, Any]:
     return build("Observation", key, status="final", code={"text": text}, subject=subject, **more)
 
-
-def build_consent(key: str, patient: dict[str, Any], provision_type: str, **more: Any) -> dict[str, Any]:
-    scope = {"coding": [{"system": "http://terminology.hl7.org/CodeSystem/consentscope", "code": "patient-privacy"}]}
-    consent = build(
-        "Consent",
-        key,
-        status="active",
-        scope=scope,
-        category=[{"coding": [{"code": "59284-0"}]}],
-        policyRule={"coding": [{"code": "OPTIN"}]},
-        patient=patient,
-        provision={"type": provision_type},
-    )
-    return {**consent, **more}
-
-
-def build_contained(value: str) -> list[dict[str, Any]]:
-    return [{"resourceType": "Patient", "id": "inner", "identifier": [{"system": MRN, "value": value}]}]
-
-
-DENIALS: dict[str, dict[str, Any]] = {
-    "literal": {"patient": {"reference": "Patient/literal"}},
-    "versioned": {"patient": {"reference": "Patient/versioned/_history/1"}},
-    "identifier": {"patient": {"identifier": {"system": MRN, "value": "mrn-identifier"}}},
-    "typed": {"patient": {"type": "Patient", "identifier": {"system": MRN, "value": "mrn-typed"}}},
-    "number": {"patient": {"identifier": {"value": "mrn-number"}}},
-    "conditional": {"patient": {"reference": f"Patient?identifier={MRN}|mrn-conditional"}},
-    "contained": {"patient": {"reference": "#inner"}, "contained": build_contained("mrn-contained")},
-    "elsewhere": {"patient": {"reference": ELSEWHERE, "identifier": {"system": MRN, "value": "mrn-elsewhere"}}},
-    "urn": {"patient": {"reference": URN, "identifier": {"system": MRN, "value": "mrn-urn"}}},
-    "scope": {"patient": {"reference": "Patient/scope"}, "scope": {"coding": [{"system": "urn:l", "code": "share"}]}},
-}
-"""The denials by the id of the Patient whom each concerns."""
 
 SUBJECTS: dict[str, dict[str, Any]] = {
     "literal": {"subject": {"reference": "Patient/literal"}},
@@ -169,16 +135,6 @@ PERMITTED = ("ok", *DENIALS)
 
 def build_permits() -> list[dict[str, Any]]:
     return [build_consent(f"permit-{key}", {"reference": f"Patient/{key}"}, "permit") for key in PERMITTED]
-
-
-def build_settings(types: str, policy: str) -> dict[str, str]:
-    """Return the settings of a deployment that loads types from 2024 under a consent policy."""
-    return {
-        "fhir_resource_types": types,
-        "fhir_last_updated_gte": "2024-01-01",
-        "fhir_partition": "monthly",
-        "consent_policy": policy,
-    }
 
 
 BY_URL = "urn:uuid:0f2a1c34-0000-4000-8000-0000000000aa"

@@ -12,17 +12,16 @@ from typer.testing import CliRunner
 from fhir_assets.cli.main import app
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.warehouse.ops import consents
-from fhir_assets_tests.e2e.test_consent_forms import (
+from fhir_assets_tests.support.api import TOKENS, Api, api_in_threads
+from fhir_assets_tests.support.channels import encode
+from fhir_assets_tests.support.consent_forms import (
     DENIALS,
     MARKER,
-    PERMITTED,
     build,
     build_consent,
     build_patient,
     build_settings,
 )
-from fhir_assets_tests.support.api import TOKENS, Api, api_in_threads
-from fhir_assets_tests.support.channels import encode
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.landing import LandingZone, land, load_received
 
@@ -49,7 +48,7 @@ def deploy_clinic(deploy: Deploy, folder: Path, policy: str = "opt-out", **value
     )
     patients = [build_patient(key, "Loaded" if key == "ok" else MARKER) for key in KEYS]
     visits = [build_visit(f"e-{key}", f"Patient/{key}") for key in KEYS]
-    permits = [build_consent(f"permit-{key}", {"reference": f"Patient/{key}"}, "permit") for key in PERMITTED]
+    permits = [build_consent(f"permit-{key}", {"reference": f"Patient/{key}"}, "permit") for key in KEYS]
     zone.put("all.ndjson", encode([*patients, *visits, *(permits if policy == "opt-in" else ())]))
     assert land(deployment) == []
     return deployment
