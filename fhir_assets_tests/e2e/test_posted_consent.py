@@ -131,7 +131,11 @@ def test_of_a_denial_and_a_permit_that_are_posted_at_once_the_denial_counts(depl
             posts = [
                 threading.Thread(
                     target=post,
-                    args=(api, "/fhir", [build_consent(f"{verdict}-{n}", {"reference": f"Patient/{key}"}, verdict)]),
+                    args=(
+                        api,
+                        "/fhir",
+                        [build_consent(f"{verdict}-{key}-{n}", {"reference": f"Patient/{key}"}, verdict)],
+                    ),
                 )
                 for key in ("literal", "scope")
                 for verdict in ("deny", "permit")
