@@ -162,6 +162,7 @@ PRIVATE_DAGSTER = {
     "dagster._core.launcher.WorkerStatus",
     "dagster._core.storage.asset_check_execution_record.AssetCheckExecutionRecordStatus",
     "dagster._core.storage.config.PostgresStorageConfig",
+    "dagster._core.storage.event_log.base.EventLogConnection",
     "dagster._core.storage.event_log.migration.ASSET_KEY_INDEX_COLS",
     "dagster._core.storage.event_log.schema.AssetCheckExecutionsTable",
     "dagster._core.storage.event_log.schema.AssetEventTagsTable",

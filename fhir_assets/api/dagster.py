@@ -37,11 +37,17 @@ class DagsterClient:
         self._repository_of_job: dict[str, tuple[str, str]] = {}
 
     def launch(
-        self, job: str, *, assets: Sequence[Sequence[str]] | None = None, tags: Mapping[str, str] | None = None
+        self,
+        job: str,
+        *,
+        assets: Sequence[Sequence[str]] | None = None,
+        checks: Sequence[tuple[Sequence[str], str]] = (),
+        tags: Mapping[str, str] | None = None,
     ) -> str:
         """Start a run of a job and return the run's id.
 
-        ``assets`` are the paths of the asset keys to materialize, by default all assets of the job.
+        ``assets`` are the paths of the asset keys to materialize, by default all assets of the job. ``checks`` are the
+        checks to evaluate with ``assets``, each as the path of its asset and its name.
 
         Raises DagsterUnavailable.
         """
@@ -53,6 +59,9 @@ class DagsterClient:
         }
         if assets is not None:
             selector["assetSelection"] = [{"path": list(path)} for path in assets]
+            selector["assetCheckSelection"] = [
+                {"assetKey": {"path": list(path)}, "name": name} for path, name in checks
+            ]
         metadata = {"tags": [{"key": key, "value": value} for key, value in (tags or {}).items()]}
         params = {"selector": selector, "executionMetadata": metadata, "runConfigData": {}}
         result = self._query(_LAUNCH, {"params": params})["launchRun"]

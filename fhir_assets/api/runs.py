@@ -15,12 +15,11 @@ from fhir_assets.api.problems import problem_responses
 from fhir_assets.api.resource_types import TypeName, find_resource_type
 from fhir_assets.api.run_ids import RunId, find_run_id, run_not_found
 from fhir_assets.api.run_models import DeadLetterList, Replay, Run, RunList, Started
-from fhir_assets.catalog import BY_NAME
 from fhir_assets.deployment.source import open_source
 from fhir_assets.deployment.sources import build_binding
 from fhir_assets.errors import DagsterUnavailable
 from fhir_assets.orchestration.jobs import FETCH_MISSING_REFERENCES, INCREMENTAL_LOAD
-from fhir_assets.orchestration.received_windows import select_assets
+from fhir_assets.orchestration.received_windows import select_all_layers, select_own_checks
 from fhir_assets.orchestration.run_requests import range_tags
 from fhir_assets.orchestration.tags import REFRESH_TAG, USER_TAG
 from fhir_assets.pipeline.due_windows import begin_checkpoints, find_due_windows
@@ -179,13 +178,15 @@ def _start_load(context: AppContext, caller: Caller, name: str) -> list[str]:
             overlap=settings.overlap,
         )
         begin_checkpoints(conn, due)
-    assets = [["raw", BY_NAME[name].key], *(list(key.path) for key in select_assets(context.asset_graph, [name]))]
+    selected = select_all_layers(context.asset_graph, [name])
+    assets = [key.path for key in selected]
+    checks = [(check.asset_key.path, check.name) for check in select_own_checks(context.asset_graph, selected)]
     run_ids = []
     for windows in due:
         keys = [window.key for window in windows.windows]
         partition_tags = {"dagster/partition": keys[0]} if len(keys) == 1 else range_tags(windows)
         tags = {REFRESH_TAG: Refresh.MISSING.value, USER_TAG: caller.actor, **partition_tags}
-        run_ids.append(context.dagster.launch(INCREMENTAL_LOAD, assets=assets, tags=tags))
+        run_ids.append(context.dagster.launch(INCREMENTAL_LOAD, assets=assets, checks=checks, tags=tags))
     return run_ids
 
 

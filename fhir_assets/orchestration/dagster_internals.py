@@ -77,6 +77,10 @@ from dagster._core.storage.asset_check_execution_record import (
 # Mapping[str, Any].
 from dagster._core.storage.config import PostgresStorageConfig as PostgresStorageConfig
 
+# A page of the events of a run. instance/storage.py returns it without repeated plans. Without it: the page of a run
+# shows a planned materialization for each asset and window.
+from dagster._core.storage.event_log.base import EventLogConnection as EventLogConnection
+
 # A compute log manager that discards stdout and stderr of steps. Base class of instance/compute_logs.py. Without it:
 # stdout and stderr of steps, which may quote a resource, stay on disk.
 from dagster._core.storage.noop_compute_log_manager import NoOpComputeLogManager as NoOpComputeLogManager

@@ -150,14 +150,15 @@ class WindowChecks:
             "resources": total,
             "dead_letters": dead,
             "rate": round(rate, 6),
-            "by_rule": rows_table(
+        }
+        if rules:
+            metadata["by_rule"] = rows_table(
                 ("stage", "rule", "path", "dead_letters:int", "share", "command"),
                 [
                     (r.stage, r.rule, r.path, r.dead_letters, f"{r.dead_letters / dead:.1%}", _list_command(r, scope))
                     for r in rules[: quality.MAX_RULES]
                 ],
-            ),
-        }
+            )
         if len(counts) > 1:
             metadata["by_window"] = _rate_by_window(counts, leading)
         return _Evaluation(passed, description, metadata, warns=rate < settings.dead_letter_error_rate)
@@ -197,15 +198,16 @@ def find_targets(instance: dg.DagsterInstance, asset: dg.AssetKey, partition_key
 
 
 def log_evaluations(context: dg.AssetExecutionContext, evaluations: Sequence[dg.AssetCheckEvaluation]) -> None:
-    """Log the evaluations as ``context.log_event`` would, but write them to Dagster's storage in one batch."""
+    """Log the evaluations as ``context.log_event`` would, but in one batch if Dagster's storage supports that."""
     batch = uuid4().hex
+    batched = getattr(context.instance.event_log_storage, "batches_evaluations", False)
     for number, evaluation in enumerate(evaluations, 1):
         dg.DagsterEvent.from_step(
             dg.DagsterEventType.ASSET_CHECK_EVALUATION,
             context.op_execution_context.get_step_execution_context(),
             evaluation,
             f"{evaluation.check_name} of {evaluation.partition}: {evaluation.description}",
-            DagsterEventBatchMetadata(batch, number == len(evaluations)),
+            DagsterEventBatchMetadata(batch, number == len(evaluations)) if batched else None,
         )
 
 
@@ -261,27 +263,25 @@ def _evaluate_reconciliation(counts: Sequence[WindowCounts]) -> _Evaluation:
     )
     faults = "; ".join(fault for window in unreconciled[:3] for fault in window.faults)
     warnings = dict.fromkeys(warning for window in counts for warning in window.warnings)
-    return _Evaluation(
-        not unreconciled,
-        f"{description}: {faults}" if faults else description,
-        {
-            "windows": len(counts),
-            **({"warnings": dg.MetadataValue.text("; ".join(warnings))} if warnings else {}),
-            "unreconciled_windows": len(unreconciled),
-            **{name: sum(getattr(window, name) or 0 for window in counts) for name in _COLUMNS},
-            "by_window": rows_table(
-                ("window", *(f"{name}:int" for name in _COLUMNS), "faults"),
-                [
-                    (
-                        window.partition_key,
-                        *(_show_count(getattr(window, name)) for name in _COLUMNS),
-                        "; ".join(window.faults),
-                    )
-                    for window in (unreconciled or counts)[:MAX_SHOWN_WINDOWS]
-                ],
-            ),
-        },
-    )
+    metadata: dict[str, dg.MetadataValue | int | float] = {
+        "windows": len(counts),
+        **({"warnings": dg.MetadataValue.text("; ".join(warnings))} if warnings else {}),
+        "unreconciled_windows": len(unreconciled),
+        **{name: sum(getattr(window, name) or 0 for window in counts) for name in _COLUMNS},
+    }
+    if unreconciled or len(counts) > 1:
+        metadata["by_window"] = rows_table(
+            ("window", *(f"{name}:int" for name in _COLUMNS), "faults"),
+            [
+                (
+                    window.partition_key,
+                    *(_show_count(getattr(window, name)) for name in _COLUMNS),
+                    "; ".join(window.faults),
+                )
+                for window in (unreconciled or counts)[:MAX_SHOWN_WINDOWS]
+            ],
+        )
+    return _Evaluation(not unreconciled, f"{description}: {faults}" if faults else description, metadata)
 
 
 def _rate_by_window(counts: Sequence[WindowCounts], leading: dict[str, list[RuleCount]]) -> dg.MetadataValue:

@@ -22,6 +22,7 @@ from fhir_assets.orchestration.dagster_internals import (
     AssetCheckEvaluationPlanned,
     AssetCheckExecutionRecordStatus,
     ConfigurableClassData,
+    EventLogConnection,
     PostgresStorageConfig,
     load_event_log_tables,
 )
@@ -136,6 +137,9 @@ class BatchedEventLog(PostgresEventLogStorage):
     first time.
     """
 
+    batches_evaluations = True
+    """Whether evaluations of checks may be logged as a batch, which dagster-postgres' own event log refuses."""
+
     def __init__(self, *arguments: object, **options: object) -> None:
         self._known_tables: set[str] = set()
         self._known_columns: set[str] = set()
@@ -196,6 +200,24 @@ class BatchedEventLog(PostgresEventLogStorage):
                 self._hold(events)
             else:
                 self._write(events)
+
+    def get_records_for_run(
+        self,
+        run_id: str,
+        cursor: str | None = None,
+        of_type: dg.DagsterEventType | set[dg.DagsterEventType] | None = None,
+        limit: int | None = None,
+        ascending: bool = True,
+    ) -> EventLogConnection:
+        """Return the events of a run, as the page of the run shows them.
+
+        A run plans each asset for each of its windows. Unless ``of_type`` names types, only one plan of each
+        asset is returned: the others say nothing new, and were two fifths of the page of a backfill.
+        """
+        connection = super().get_records_for_run(run_id, cursor, of_type, limit, ascending)
+        if of_type is not None:
+            return connection
+        return connection._replace(records=list(_omit_repeated_plans(connection.records)))
 
     def flush(self) -> None:
         """Write the held events."""
@@ -375,6 +397,18 @@ class BatchedEventLog(PostgresEventLogStorage):
             return nullcontext(connection)
         self.flush()
         return super()._connect()
+
+
+def _omit_repeated_plans(records: Sequence[dg.EventLogRecord]) -> Iterator[dg.EventLogRecord]:
+    """Yield the records without events that plan the same asset as the event before them for another window."""
+    planned: dg.AssetKey | None = None
+    for record in records:
+        event = record.event_log_entry.dagster_event
+        is_plan = event is not None and event.event_type is dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED
+        asset = event.asset_key if event and is_plan and event.partition else None
+        if asset is None or asset != planned:
+            yield record
+        planned = asset
 
 
 def _split_partitions(events: Sequence[dg.EventLogEntry]) -> list[dg.EventLogEntry]:

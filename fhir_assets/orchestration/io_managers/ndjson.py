@@ -23,7 +23,8 @@ class NdjsonIOManager(dg.IOManager):
         """Commit each manifest of the update atomically, merged with the commits of other runs."""
         with sanitized_errors():
             manifests = commit_update(self._warehouse.connect, self._store, obj)
-        context.add_output_metadata({"run_windows_written": len(manifests)})
+        if len(context.asset_partition_keys) == 1:
+            context.add_output_metadata({"run_windows_written": len(manifests)})
         url = self._store.blobs.url
         add_window_metadata(
             context.step_context,

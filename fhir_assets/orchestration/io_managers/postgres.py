@@ -10,6 +10,7 @@ import dagster as dg
 from psycopg.rows import TupleRow
 
 from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.orchestration.window_metadata import add_window_metadata
 from fhir_assets.warehouse.postgres.tables import row_streams
 
 
@@ -50,14 +51,10 @@ class PostgresIOManager(dg.IOManager):
         self._resource_types = resource_types
 
     def handle_output(self, context: dg.OutputContext, obj: LoadedView) -> None:
-        """Add the row counts and the table's name to the materialization."""
-        context.add_output_metadata(
-            {
-                "run_rows_written": obj.written,
-                "dagster/row_count": obj.rows,
-                "dagster/table_name": f"fhir.{obj.table}",
-            }
-        )
+        """Add the row count of the table to the materialization of the run's last window, the table's newest one."""
+        keys = context.asset_partition_keys
+        metadata = {"run_rows_written": obj.written, "dagster/row_count": obj.rows}
+        add_window_metadata(context.step_context, context.asset_key, {key: {} for key in keys} | {keys[-1]: metadata})
 
     def load_input(self, context: dg.InputContext) -> TableSlice:
         """Return the table of the upstream asset, restricted to the partitions of the run."""

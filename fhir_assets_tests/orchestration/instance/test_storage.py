@@ -123,7 +123,7 @@ def test_a_range_has_the_same_planned_events_as_in_dagsters_own_storage(
     def run_and_read(writer: dg.DagsterInstance, reader: dg.DagsterInstance) -> list[tuple[object, ...]]:
         tags = {"dagster/asset_partition_range_start": "a", "dagster/asset_partition_range_end": "b"}
         result = dg.materialize([one, two], instance=writer, tags=tags)
-        planned = [event for event in reader.all_logs(result.run_id) if event.dagster_event_type is PLANNED]
+        planned = reader.all_logs(result.run_id, of_type=PLANNED)
         return [(e.dagster_event, e.level, e.user_message, e.step_key, e.job_name) for e in planned]
 
     if one_by_one:
@@ -133,6 +133,18 @@ def test_a_range_has_the_same_planned_events_as_in_dagsters_own_storage(
     for key in ("a", "b"):
         for asset in (one.key, two.key):
             assert reader.event_log_storage.get_latest_planned_materialization_info(asset, key)
+
+
+def test_the_page_of_a_run_shows_one_plan_for_each_asset(instance: dg.DagsterInstance) -> None:
+    @dg.asset(partitions_def=DAYS, backfill_policy=dg.BackfillPolicy.single_run())
+    def one() -> None:
+        pass
+
+    tags = {"dagster/asset_partition_range_start": "a", "dagster/asset_partition_range_end": "b"}
+    run_id = dg.materialize([one], instance=instance, tags=tags).run_id
+    assert len(instance.all_logs(run_id, of_type=PLANNED)) == 2
+    shown = [event for event in instance.all_logs(run_id) if event.dagster_event_type is PLANNED]
+    assert len(shown) == 1
 
 
 def test_readers_see_the_start_of_a_step_at_once_and_all_of_its_events_at_its_end(
