@@ -24,6 +24,24 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SHARED = ROOT.parent / "shared" / "data"
 
+WITHOUT_ROWS = {
+    "claim_item_modifier",
+    "condition_identifier",
+    "explanation_of_benefit_adjudication",
+    "explanation_of_benefit_item_modifier",
+    "explanation_of_benefit_item_procedure",
+    "explanation_of_benefit_procedure",
+    "explanation_of_benefit_supporting_info",
+    "immunization_protocol",
+    "immunization_reaction",
+    "immunization_reason_reference",
+    "medication_administration_reason_reference",
+    "observation_based_on",
+    "patient_ethnicity",
+    "procedure_used",
+}
+"""The child views to which neither the generator nor the example data give rows. Saturated resources fill them."""
+
 
 def resources(source: str) -> Iterator[Resource]:
     if source == "generated":
@@ -70,7 +88,7 @@ def test_every_child_view_has_rows_somewhere() -> None:
         for name, view_rows in real_rows(source)[1].items()
         if view_rows
     }
-    assert set(views()) - filled == {"immunization_protocol", "immunization_reaction"}
+    assert set(views()) - filled == WITHOUT_ROWS
 
 
 @pytest.mark.parametrize("source", ["generated", "synthea"])
