@@ -128,7 +128,6 @@ def _insert_patients(conn: Connection, patients: int, known: list[str]) -> None:
         ]
         own: dict[str, str] = {
             "id": "md5(n::text)",
-            "_resource_key": "md5(n::text)",
             "patients": "ARRAY[md5(n::text)]",
             "mrn_index": "encode(sha256(n::text::bytea), 'hex')",
         }

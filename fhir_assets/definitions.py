@@ -155,7 +155,7 @@ def _build(
         ],
         resources={
             "ndjson": NdjsonIOManager(store, warehouse),
-            "postgres": PostgresIOManager(warehouse, {view.name: view.resource_type for view in views.views}),
+            "postgres": PostgresIOManager(warehouse, views.views),
             **build_resources(settings, store=store, warehouse=warehouse, open_source=source_of_runs),
         },
     )

@@ -18,6 +18,10 @@ def migrate(
         bool,
         typer.Option(help="Also change and drop columns as the ViewDefinitions require; this deletes their data"),
     ] = False,
+    cascade: Annotated[
+        bool,
+        typer.Option(help="With --apply-view-changes: also drop the SQL views that depend on a dropped column"),
+    ] = False,
 ) -> None:
     """Create or upgrade the schemas, the tables of all ViewDefinitions, and Dagster's database."""
     settings = load_settings()
@@ -27,7 +31,7 @@ def migrate(
     warehouse.migrate()
     with warehouse.connect() as conn:
         if apply_view_changes:
-            view_tables.apply_changes(conn, views.views)
+            view_tables.apply_changes(conn, views.views, cascade=cascade)
         else:
             view_tables.ensure_tables(conn, views.views)
         roles.grant_rights(conn)

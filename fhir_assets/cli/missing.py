@@ -11,6 +11,7 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import PermanentError
+from fhir_assets.fhir.views import find_reference_columns
 from fhir_assets.ingestion import Ingestion, select_failed
 from fhir_assets.orchestration.instance import config
 from fhir_assets.settings import load_settings
@@ -31,9 +32,7 @@ def list_missing(json: Json = False) -> None:
     views = build_views(settings).views
     with Warehouse(settings).connect() as conn:
         existing = view_tables.find_existing_tables(conn, views)
-        columns = [
-            column for view in views if view.name in existing for column in references.find_reference_columns(view)
-        ]
+        columns = [column for view in views if view.name in existing for column in find_reference_columns(view)]
         rows = [asdict(row) for row in references.count_references(conn, columns, settings.fhir_resource_types)]
     if json:
         print_json(rows)

@@ -260,7 +260,7 @@ def test_with_keys_a_name_stored_as_plain_text_fails_the_check(deploy: Deploy, s
     assert passed.passed
     assert passed.metadata["sampled"] == dg.IntMetadataValue(10)
     with connect(deployment.url) as conn:
-        conn.execute("UPDATE fhir.patient SET family = %s WHERE _resource_key = 'p0-3'", [SECRET])
+        conn.execute("UPDATE fhir.patient SET family = %s WHERE id = 'p0-3'", [SECRET])
     failed = evaluate_tables(deployment)["patient", "no_plaintext_phi"]
     assert not failed.passed
     assert rows(failed, "by_column") == [

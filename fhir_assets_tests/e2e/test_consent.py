@@ -49,7 +49,7 @@ def deployment(request: pytest.FixtureRequest, deploy: Deploy, server: SandboxSe
 
 def list_patients_in_tables(deployment: Deployment) -> tuple[set[str], set[str]]:
     """Return the patients in fhir.patient_name and the subjects in fhir.observation."""
-    patients = {key for (key,) in deployment.query("SELECT _resource_key FROM fhir.patient_name")}
+    patients = {key for (key,) in deployment.query("SELECT patient_key FROM fhir.patient_name")}
     about = {key for (key,) in deployment.query("SELECT patient_key FROM fhir.observation")}
     return patients, about
 
@@ -104,9 +104,9 @@ def test_exports_and_the_lake_leave_out_withheld_resources(
         resources = (folder.root / "export" / "Patient.valid.ndjson").read_bytes().splitlines()
         of_export = [json.loads(line) for line in (folder.root / "export" / "observation.ndjson").open()]
         of_lake = [row for path in folder.root.glob("patient/*/*.parquet") for row in read_table(path).to_pylist()]
-        assert {row["patient_key"] for row in of_export} == {row["_resource_key"] for row in of_lake}
-        assert {json.loads(line)["id"] for line in resources} == {row["_resource_key"] for row in of_lake}
-        return {row["_resource_key"] for row in of_lake}
+        assert {row["patient_key"] for row in of_export} == {row["id"] for row in of_lake}
+        assert {json.loads(line)["id"] for line in resources} == {row["id"] for row in of_lake}
+        return {row["id"] for row in of_lake}
 
     ingest(deployment)
     assert find_exported_patients() == {"a", "b"}

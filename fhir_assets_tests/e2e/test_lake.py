@@ -99,7 +99,7 @@ def test_a_second_run_rewrites_only_its_window(deployment: Deployment) -> None:
 def test_moved_and_deleted_rows_leave_their_old_window_whichever_window_is_materialized(deployment: Deployment) -> None:
     materialize(deployment, "patient")
     with_rows = deployment.query(
-        "SELECT r.id, r.partition_key FROM fhir.patient v JOIN fhir.resource r ON r.id = v._resource_key"
+        "SELECT r.id, r.partition_key FROM fhir.patient v JOIN fhir.resource r ON r.id = v.id"
         " AND r.resource_type = 'Patient' ORDER BY r.partition_key DESC, r.id"
     )
     (moved, _), (deleted, _) = with_rows[:2]
@@ -109,7 +109,7 @@ def test_moved_and_deleted_rows_leave_their_old_window_whichever_window_is_mater
             " WHERE resource_type = 'Patient' AND id = %s",
             [DAY, moved],
         )
-        conn.execute("DELETE FROM fhir.patient WHERE _resource_key = %s", [deleted])
+        conn.execute("DELETE FROM fhir.patient WHERE id = %s", [deleted])
         conn.commit()
     materialize(deployment, "patient", key=DAY)
     assert lake_equals_table(deployment, "patient")

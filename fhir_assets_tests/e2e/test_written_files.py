@@ -192,7 +192,7 @@ def test_an_export_that_does_not_end_leaves_the_earlier_export(
     assert done.code == 0, done.stderr
     before = content_of(folder / "exported")
     rows = list(csv.DictReader(before["patient.csv"].decode().splitlines()))
-    assert sorted(row["_resource_key"] for row in rows) == sorted(IDS)
+    assert sorted(row["id"] for row in rows) == sorted(IDS)
     assert len(before["Patient.valid.ndjson"].splitlines()) == len(IDS)
     assert json.loads(before["Patient.deadletters.ndjson"])["resource"] == BAD_LINE
     for form in ("csv", "ndjson", "parquet"):

@@ -137,15 +137,14 @@ def test_tags_are_of_the_known_kinds() -> None:
         assert column.tags.get("phi-index") is None or column.tags["phi"] == "encrypt", f"{view.name}.{column.name}"
 
 
-def test_join_keys_are_indexed_and_no_table_has_too_many_indexes() -> None:
+NAMED_CODE = re.compile(r"(^|_)(loinc|snomed|rxnorm|icd10|ndc|cvx|cpt)_code")
+
+
+def test_join_keys_and_codes_of_named_systems_are_indexed() -> None:
     for view in views().values():
-        indexed = {column.name for column in view.columns if "index" in column.tags}
-        keys = {view.columns[0].name}
-        if view.name == BY_NAME[view.resource_type].key:
-            keys |= {column.name for column in view.columns} & {"patient_key", "encounter_key"}
-        assert keys <= indexed, view.name
-        # Patients are looked up by each of their names, also in lower case.
-        assert len(indexed) <= (7 if view.name == "patient" else 5), view.name
+        keys = {name for name, path in paths(view.definition) if "getReferenceKey(" in path}
+        wanted = {view.columns[0].name} | keys | {c.name for c in view.columns if NAMED_CODE.fullmatch(c.name)}
+        assert wanted <= {column.name for column in view.columns if "index" in column.tags}, view.name
 
 
 # Rows -------------------------------------------------------------------------------------------------------------

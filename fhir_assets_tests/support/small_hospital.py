@@ -20,7 +20,7 @@ from fhir_assets.pipeline.load.conditional_references import ConditionalReferenc
 from fhir_assets.pipeline.load.step import LoadStep
 from fhir_assets.pipeline.partition_commit import commit_update
 from fhir_assets.pipeline.receive.receiver import Receiver
-from fhir_assets.pipeline.reconcile.window_counts import WindowCounts, reconcile
+from fhir_assets.pipeline.reconcile.window_counts import WindowCounts, find_main_view, reconcile
 from fhir_assets.pipeline.reencrypt.step import ReencryptStep
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.pipeline.replay.load_step import ReplayLoadStep
@@ -246,7 +246,9 @@ class SmallHospital:
     def count_window(self) -> WindowCounts:
         """Return the counts of the window."""
         with self.connect() as conn:
-            (counts,) = reconcile(conn, self.store, "Patient", [self.key], main_view="patient")
+            (counts,) = reconcile(
+                conn, self.store, "Patient", [self.key], main_view=find_main_view(self.views, "Patient")
+            )
         return counts
 
 

@@ -72,10 +72,10 @@ def test_each_layer_has_its_file_and_the_manifest_names_them(loaded: Deployment,
     assert {dead_letter["resource"]["id"] for dead_letter in exported} == {"bad0", "bad1"}
     assert {dead_letter["rule"] for dead_letter in exported} == {"required-binding"}
     table = parquet.read_table(out / "patient.parquet")
-    assert sorted(table.column("_resource_key").to_pylist()) == sorted(f"p{n}" for n in range(10))
+    assert sorted(table.column("id").to_pylist()) == sorted(f"p{n}" for n in range(10))
     assert str(table.schema.field("birth_date").type) == "date32[day]"
     assert set(table.column("birth_date_precision").to_pylist()) == {"month"}
-    assert table.schema.field("_resource_key").metadata[b"comment"]
+    assert table.schema.field("id").metadata[b"comment"]
     manifest = json.loads((out / "manifest.json").read_bytes())
     assert manifest["files"] == output["files"]
     for file in manifest["files"]:
@@ -126,7 +126,7 @@ def test_a_deleted_patient_is_not_exported(loaded: Deployment, tmp_path: Path) -
         conn.execute("UPDATE fhir.resource SET resource = NULL, deleted_at = now() WHERE id = 'p3'")
     export("Patient", "-o", str(tmp_path / "out"), "--format", "ndjson")
     assert "p3" not in {resource["id"] for resource in lines(tmp_path / "out" / "Patient.valid.ndjson")}
-    assert "p3" not in {resource["_resource_key"] for resource in lines(tmp_path / "out" / "patient.ndjson")}
+    assert "p3" not in {resource["id"] for resource in lines(tmp_path / "out" / "patient.ndjson")}
 
 
 def test_raw_resources_and_dead_letters_are_not_exported_with_a_consent_policy(

@@ -17,6 +17,7 @@ from fhir_assets.warehouse.exports.export import Export
 from fhir_assets.warehouse.postgres.db.connections import Session
 from fhir_assets.warehouse.postgres.db.time_loaders import parse_outside_of_utc, to_microseconds
 from fhir_assets.warehouse.postgres.tables import row_streams
+from fhir_assets.warehouse.postgres.tables.layout import build_layout
 from fhir_assets_tests.support.views import column, load, patient, select, view
 
 LAST = "9999-12-31T23:59:59-05:00"
@@ -35,7 +36,7 @@ def timed(key: str, died: str, clock: str = "10:00:00") -> Any:
 
 
 def read(conn: Session) -> dict[str, tuple[Any, Any]]:
-    rows = row_streams.stream_rows(conn, "times", "Patient", columns=["_resource_key", "died", "clock"])
+    rows = row_streams.stream_rows(conn, build_layout(TIMES), columns=["_resource_key", "died", "clock"])
     return {key: (died, clock) for key, died, clock in rows}
 
 

@@ -45,6 +45,7 @@ NEW_COLUMNS = [
     *(("ops.ingestion_runs", name) for name in ("older", "superseded", "seconds")),
     *(("ops.dead_letters", name) for name in ("arrived", "dated")),
     *(("ops.visit_persons", name) for name in ("name", "birth")),
+    ("ops.view_tables", "key_column"),
 ]
 KEYS_WITHOUT_SOURCE = {
     "fhir.resource": "resource_type, id",

@@ -6,6 +6,7 @@
 from fhir_assets.fhir.views.compiled_views import CompiledViews, RowError
 from fhir_assets.fhir.views.definition import Problem, View, check_view, parse_view
 from fhir_assets.fhir.views.plan import Column
+from fhir_assets.fhir.views.row_identity import ReferenceColumn, find_reference_columns
 from fhir_assets.fhir.views.view_files import BrokenView, ViewSet, load_views, read_definition, read_view
 
 __all__ = [
@@ -13,10 +14,12 @@ __all__ = [
     "Column",
     "CompiledViews",
     "Problem",
+    "ReferenceColumn",
     "RowError",
     "View",
     "ViewSet",
     "check_view",
+    "find_reference_columns",
     "load_views",
     "parse_view",
     "read_definition",

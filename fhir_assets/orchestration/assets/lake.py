@@ -20,7 +20,7 @@ from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.lake import writer
 from fhir_assets.warehouse.postgres.tables import view_tables
-from fhir_assets.warehouse.postgres.tables.view_tables import KEY_COLUMN, build_layout
+from fhir_assets.warehouse.postgres.tables.view_tables import build_layout
 
 
 def build_lake_assets(
@@ -41,12 +41,10 @@ def _build_lake_asset(
     settings: Settings,
     partitions: dg.PartitionsDefinition[str],
     view: View,
-    main_view: str | None,
+    main_view: View | None,
     all_views: Sequence[View],
 ) -> dg.AssetsDefinition:
-    columns = [
-        column for column in build_layout(view, encrypted=settings.encrypts).columns if column.name != KEY_COLUMN
-    ]
+    columns = build_layout(view, encrypted=settings.encrypts).readable_columns
 
     @dg.asset(
         name=view.name,

@@ -32,7 +32,6 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import runs
 from fhir_assets.warehouse.postgres.tables.layout import holds_phi
 from fhir_assets.warehouse.postgres.tables.view_tables import (
-    KEY_COLUMN,
     build_layout,
     count_rows,
     count_rows_by_window,
@@ -221,8 +220,7 @@ def _output(view: View, resource_type: ResourceType, settings: Settings) -> dg.A
             "dagster/column_schema": dg.TableSchema(
                 [
                     dg.TableColumn(column.name, column.type, description=column.description)
-                    for column in build_layout(view, encrypted=settings.encrypts).columns
-                    if column.name != KEY_COLUMN
+                    for column in build_layout(view, encrypted=settings.encrypts).readable_columns
                 ]
             ),
             "dagster/table_name": f"fhir.{view.name}",

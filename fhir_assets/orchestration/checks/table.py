@@ -16,7 +16,7 @@ from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import FhirAssetsError
 from fhir_assets.fhir.source import Source
-from fhir_assets.fhir.views import View
+from fhir_assets.fhir.views import View, find_reference_columns
 from fhir_assets.orchestration.check_names import (
     FRESH,
     NO_DUPLICATES,
@@ -252,7 +252,7 @@ class TableEvaluator:
         return self._result(NO_PLAINTEXT_PHI, not plain, description, metadata)
 
     def _check_references(self, conn: Connection, present: Sequence[View]) -> dg.AssetCheckResult:
-        columns = [column for view in present for column in references.find_reference_columns(view)]
+        columns = [column for view in present for column in find_reference_columns(view)]
         targets = references.count_references(conn, columns, self._settings.fhir_resource_types)
         total, missing = sum(target.references for target in targets), sum(target.missing for target in targets)
         share = missing / total if total else 0.0

@@ -10,8 +10,11 @@ import dagster as dg
 from psycopg.rows import TupleRow
 
 from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.window_metadata import add_window_metadata
+from fhir_assets.warehouse.postgres.db.connections import cipher_of
 from fhir_assets.warehouse.postgres.tables import row_streams
+from fhir_assets.warehouse.postgres.tables.layout import build_layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,25 +33,22 @@ class TableSlice:
     """The rows of a table whose resources belong to some partitions."""
 
     warehouse: Warehouse
-    table: str
-    resource_type: str
+    view: View
     partition_keys: Sequence[str]
 
     def rows(self) -> Iterator[TupleRow]:
         """Yield the rows through a server-side cursor, in no particular order."""
         with self.warehouse.connect() as conn:
-            yield from row_streams.stream_rows(conn, self.table, self.resource_type, partition_keys=self.partition_keys)
+            layout = build_layout(self.view, encrypted=cipher_of(conn).encrypts)
+            yield from row_streams.stream_rows(conn, layout, partition_keys=self.partition_keys)
 
 
 class PostgresIOManager(dg.IOManager):
-    """Describe the LoadedView that a step outputs; give downstream steps a TableSlice of the run's partitions.
+    """Describe the LoadedView that a step outputs; give downstream steps a TableSlice of the run's partitions."""
 
-    ``resource_types`` maps the name of each view to its resource type.
-    """
-
-    def __init__(self, warehouse: Warehouse, resource_types: dict[str, str]) -> None:
+    def __init__(self, warehouse: Warehouse, views: Sequence[View]) -> None:
         self._warehouse = warehouse
-        self._resource_types = resource_types
+        self._views = {view.name: view for view in views}
 
     def handle_output(self, context: dg.OutputContext, obj: LoadedView) -> None:
         """Add the row count of the table to the materialization of the run's last window, the table's newest one."""
@@ -59,4 +59,4 @@ class PostgresIOManager(dg.IOManager):
     def load_input(self, context: dg.InputContext) -> TableSlice:
         """Return the table of the upstream asset, restricted to the partitions of the run."""
         name = context.asset_key.path[-1]
-        return TableSlice(self._warehouse, name, self._resource_types[name], context.asset_partition_keys)
+        return TableSlice(self._warehouse, self._views[name], context.asset_partition_keys)

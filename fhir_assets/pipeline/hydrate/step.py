@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from fhir_assets.catalog import LOAD_ORDER
 from fhir_assets.fhir.record import Deletion, Record, RejectedInput
-from fhir_assets.fhir.views import View
+from fhir_assets.fhir.views import ReferenceColumn, View, find_reference_columns
 from fhir_assets.notices import Notice, log_notices
 from fhir_assets.pipeline.receive.receiver import Received, Receiver
 from fhir_assets.pipeline.type_failures import TypeFailures
@@ -112,15 +112,15 @@ class HydrateStep:
             references.record_requests(conn, self._run_id, name, ids)
         return HydratedBatch(name, len(ids), len(found_ids), received, len(deleted))
 
-    def _find_missing(self, columns: Sequence[references.ReferenceColumn], name: str) -> list[str]:
+    def _find_missing(self, columns: Sequence[ReferenceColumn], name: str) -> list[str]:
         with self._connect() as conn:
             return [identity for identity, _ in references.find_missing_ids(conn, columns, name, limit=IDS_PER_BATCH)]
 
-    def _find_columns(self) -> list[references.ReferenceColumn]:
+    def _find_columns(self) -> list[ReferenceColumn]:
         with self._connect() as conn:
             references.forget_loaded_requests(conn)
             existing = view_tables.find_existing_tables(conn, self._views)
             current_views = [
                 view for view in self._views if view.name in existing and not view_tables.find_drift(conn, view)
             ]
-        return [column for view in current_views for column in references.find_reference_columns(view)]
+        return [column for view in current_views for column in find_reference_columns(view)]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.reconcile.window_counts import WindowCounts, reconcile
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import held_windows, window_verdicts
@@ -10,7 +11,7 @@ from fhir_assets.warehouse.postgres.db.connections import Session
 
 
 def evaluate_windows(
-    conn: Session, store: Store, resource_type: str, partition_keys: Sequence[str], *, main_view: str | None
+    conn: Session, store: Store, resource_type: str, partition_keys: Sequence[str], *, main_view: View | None
 ) -> list[WindowCounts]:
     """Reconcile windows and record their verdicts. Return the counts, as ``reconcile`` does. Commits."""
     keys = list(partition_keys)
@@ -25,7 +26,7 @@ def evaluate_windows(
 
 
 def evaluate_doubtful_windows(
-    conn: Session, store: Store, resource_type: str, partition_keys: Sequence[str], *, main_view: str | None
+    conn: Session, store: Store, resource_type: str, partition_keys: Sequence[str], *, main_view: View | None
 ) -> None:
     """Evaluate those of the windows whose last evaluation failed, or that were not evaluated since they changed."""
     passed = window_verdicts.find_evaluated(conn, resource_type, partition_keys)
@@ -53,7 +54,7 @@ def plan_departure(
     resource_type: str,
     partition_keys: Sequence[str],
     *,
-    main_view: str | None,
+    main_view: View | None,
     run_id: str,
 ) -> Departure:
     """Decide which windows go to ``destination``: those of the run, and those that earlier runs held back.

@@ -132,11 +132,11 @@ class WindowCounts:
         return warnings
 
 
-def find_main_view(views: Sequence[View], resource_type: str) -> str | None:
-    """Return the name of the view that has a row for every resource of the type; None if there is no such view."""
+def find_main_view(views: Sequence[View], resource_type: str) -> View | None:
+    """Return the view that has a row for every resource of the type; None if there is no such view."""
     key = BY_NAME[resource_type].key
     main = next((view for view in views if view.name == key and view.resource_type == resource_type), None)
-    return main.name if main and not main.definition.get("where") else None
+    return main if main and not main.definition.get("where") else None
 
 
 def reconcile(
@@ -145,7 +145,7 @@ def reconcile(
     resource_type: str,
     partition_keys: Sequence[str],
     *,
-    main_view: str | None,
+    main_view: View | None,
 ) -> list[WindowCounts]:
     """Return the counts of each window that has a raw partition.
 
@@ -235,7 +235,7 @@ def _build_raw_lines(store: Store, raw: Sequence[Manifest], cipher: Cipher) -> I
 
 
 def _count_absent(
-    conn: Session, store: Store, resource_type: str, validated: Sequence[Manifest], main_view: str | None
+    conn: Session, store: Store, resource_type: str, validated: Sequence[Manifest], main_view: View | None
 ) -> dict[str, AbsentCounts]:
     """Count by partition key the validated resources that are not in the tables and not dead letters."""
     if not any(manifest.parts for manifest in validated):

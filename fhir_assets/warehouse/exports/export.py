@@ -202,8 +202,8 @@ class TypeExport:
     def write_table(self, view: View, file_format: Format) -> ExportedFile:
         """Write ``<view>.<format>``: the rows of a view. Encrypted columns stay encrypted."""
         layout = build_layout(view, encrypted=cipher_of(self._conn).encrypts)
-        names = [column.name for column in layout.columns]
-        rows = row_streams.stream_rows(self._conn, view.name, self._type, columns=names, partition_keys=self._keys)
+        names = [column.name for column in layout.readable_columns]
+        rows = row_streams.stream_rows(self._conn, layout, columns=names, partition_keys=self._keys)
 
         def write(path: Path) -> int:
             if file_format == "parquet":

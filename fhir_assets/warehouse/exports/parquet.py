@@ -46,7 +46,7 @@ def build_schema(layout: TableLayout) -> "pa.Schema":
             nullable=not column.required,
             metadata={"comment": column.description} if column.description else None,
         )
-        for column in layout.columns
+        for column in layout.readable_columns
     ]
     return arrow.schema(fields, metadata={"comment": layout.description} if layout.description else None)
 
@@ -57,7 +57,7 @@ def write(path: Path, layout: TableLayout, rows: Iterable[Sequence[Any]]) -> int
     from pyarrow import parquet
 
     schema = build_schema(layout)
-    converters = [_CONVERTERS.get(column.type) for column in layout.columns]
+    converters = [_CONVERTERS.get(column.type) for column in layout.readable_columns]
     count = 0
     with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
         for batch in _split(rows):

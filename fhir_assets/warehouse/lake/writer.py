@@ -166,7 +166,7 @@ class LakeFolder:
                 AND pg_visible_in_snapshot(
                     (pg_current_xact_id()::text::bigint - age(v.xmin))::text::xid8, %(snapshot)s::pg_snapshot
                 )
-        """).format(source=row_streams.join_resources(self._view.name))
+        """).format(source=row_streams.join_resources(self._layout))
         parameters = {"type": self._view.resource_type, "key": key, "snapshot": file.snapshot}
         row = self._conn.execute(query, parameters).fetchone()
         return row is not None and row[0] == file.rows
@@ -185,7 +185,7 @@ class LakeFolder:
             SELECT r.partition_key, count(*), sum(v.xmin::text::bigint)::text, pg_current_snapshot()::text
             {source}
             GROUP BY 1
-        """).format(source=row_streams.join_resources(self._view.name))
+        """).format(source=row_streams.join_resources(self._layout))
         rows_by_window = self._conn.execute(query, {"type": self._view.resource_type}).fetchall()
         return {
             key: _FileState(rows, written_by, self._layout.shape, snapshot)
@@ -214,9 +214,8 @@ class LakeFolder:
         return size
 
     def _stream_rows(self, key: str) -> Iterator[Sequence[Any]]:
-        columns = [column.name for column in self._layout.columns]
-        view = self._view
-        return row_streams.stream_rows(self._conn, view.name, view.resource_type, columns=columns, partition_keys=[key])
+        columns = [column.name for column in self._layout.readable_columns]
+        return row_streams.stream_rows(self._conn, self._layout, columns=columns, partition_keys=[key])
 
     def _path(self, key: str) -> str:
         return f"{self._view.name}/partition_key={key}/rows.parquet"

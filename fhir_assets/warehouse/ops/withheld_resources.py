@@ -208,19 +208,20 @@ def list_targets(resources: Iterable[tuple[str, str, Sequence[str] | None]]) -> 
 
 def delete_view_rows(conn: Connection, resource_type: str, ids: Iterable[str]) -> None:
     """Delete the rows of resources from the tables of all views of the type, including views that were removed."""
-    names = conn.execute(
+    tables = conn.execute(
         """
-        SELECT name
-        FROM ops.view_tables v
+        SELECT name, key_column
+        FROM ops.view_tables
         WHERE resource_type = %s
-            AND EXISTS (SELECT FROM pg_class c WHERE c.relnamespace = 'fhir'::regnamespace AND c.relname = v.name)
+            AND to_regclass(format('fhir.%%I', name)) IS NOT NULL
+        ORDER BY name
         """,
         [resource_type],
     ).fetchall()
-    for (name,) in names:
+    for name, key in tables:
         conn.execute(
-            sql.SQL("DELETE FROM {} WHERE _source = ops.current_source() AND _resource_key = ANY(%s)").format(
-                sql.Identifier("fhir", name)
+            sql.SQL("DELETE FROM {table} WHERE _source = ops.current_source() AND {key} = ANY(%s)").format(
+                table=sql.Identifier("fhir", name), key=sql.Identifier(key)
             ),
             [list(ids)],
         )

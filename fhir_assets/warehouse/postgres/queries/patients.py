@@ -55,7 +55,7 @@ def find_patients(conn: Session, identifier: str) -> Sequence[str]:
     cipher = cipher_of(conn)
     column, value = ("value_index", cipher.index(identifier)) if cipher.encrypts else ("value", identifier)
     query = sql.SQL("""
-        SELECT DISTINCT _resource_key
+        SELECT DISTINCT patient_key
         FROM fhir.patient_identifier
         WHERE _source = ops.current_source() AND {column} = %s
         ORDER BY 1

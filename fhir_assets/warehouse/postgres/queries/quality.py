@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from psycopg import sql
 
 from fhir_assets.fhir.views import View
+from fhir_assets.fhir.views.row_identity import find_key_column
 from fhir_assets.warehouse.postgres.db.connections import Connection
 from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN
 
@@ -97,6 +98,6 @@ def count_duplicates(conn: Connection, view: View) -> int:
     query = sql.SQL("""
         SELECT count(*)
         FROM (SELECT FROM fhir.{view} GROUP BY {key} HAVING count(*) > 1) duplicates
-    """).format(view=sql.Identifier(view.name), key=sql.Identifier(KEY_COLUMN))
+    """).format(view=sql.Identifier(view.name), key=sql.Identifier(find_key_column(view) or KEY_COLUMN))
     row = conn.execute(query).fetchone()
     return int(row[0]) if row else 0

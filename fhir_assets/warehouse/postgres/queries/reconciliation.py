@@ -6,9 +6,12 @@ from typing import LiteralString
 
 from psycopg import sql
 
+from fhir_assets.fhir.views import View
+from fhir_assets.fhir.views.row_identity import find_key_column
 from fhir_assets.warehouse.postgres import version_order
 from fhir_assets.warehouse.postgres.db.connections import Connection
 from fhir_assets.warehouse.postgres.queries.temporary_lines import temporary_lines
+from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ def count_versions(conn: Connection, resource_type: str, partition_keys: Sequenc
 
 
 def count_absent(
-    conn: Connection, resource_type: str, expected: Iterable[str], *, main_view: str | None
+    conn: Connection, resource_type: str, expected: Iterable[str], *, main_view: View | None
 ) -> dict[str, AbsentCounts]:
     """Return the numbers of expected resources that are not in the tables by partition key, without dead letters.
 
@@ -70,9 +73,12 @@ def count_absent(
     if main_view:
         without_row = sql.SQL("""
             OR r.deleted_at IS NULL AND NOT EXISTS (
-                SELECT FROM {} v WHERE v._source = r.source AND v._resource_key = e.id
+                SELECT FROM {table} v WHERE v._source = r.source AND v.{key} = e.id
             )
-        """).format(sql.Identifier("fhir", main_view))
+        """).format(
+            table=sql.Identifier("fhir", main_view.name),
+            key=sql.Identifier(find_key_column(main_view) or KEY_COLUMN),
+        )
     query = _COUNT_ABSENT.format(
         without_row=without_row,
         is_newer=_IS_NEWER,

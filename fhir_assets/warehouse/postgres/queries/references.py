@@ -1,28 +1,12 @@
 """References between resources in the tables: count them, and find the ids of referenced resources that are missing."""
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from psycopg import sql
 
-from fhir_assets.fhir.views import View
+from fhir_assets.fhir.views.row_identity import ReferenceColumn
 from fhir_assets.warehouse.postgres.db.connections import Connection
-
-_REFERENCE_KEY = re.compile(r"getReferenceKey\(\s*([A-Za-z]*)\s*\)")
-
-
-@dataclass(frozen=True, slots=True)
-class ReferenceColumn:
-    """A column of a view that contains the ids of other resources.
-
-    ``target`` is their resource type, or None if the column ``reference`` of the view contains the type.
-    """
-
-    view: str
-    column: str
-    target: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +16,6 @@ class ReferenceCounts:
     target: str
     references: int
     missing: int
-
-
-def find_reference_columns(view: View) -> list[ReferenceColumn]:
-    """Return the columns of a view whose path contains ``getReferenceKey()``."""
-    names = {column.name for column in view.columns}
-    reference_columns = []
-    for name, path in _iterate_columns(view.definition):
-        call = _REFERENCE_KEY.search(path)
-        if call and name in names and (call[1] or "reference" in names):
-            reference_columns.append(ReferenceColumn(view.name, name, call[1] or None))
-    return reference_columns
 
 
 def count_references(
@@ -170,11 +143,3 @@ def _select_references(column: ReferenceColumn) -> sql.Composed:
         ) counted
         WHERE target = ANY(%(targets)s)
     """).format(target=target, column=sql.Identifier(column.column), view=sql.Identifier(column.view))
-
-
-def _iterate_columns(node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield name and path of each column of a ViewDefinition, also of nested selects."""
-    for column in node.get("column", ()):
-        yield column.get("name", ""), column.get("path", "")
-    for child in (*node.get("select", ()), *node.get("unionAll", ())):
-        yield from _iterate_columns(child)

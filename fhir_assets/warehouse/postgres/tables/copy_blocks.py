@@ -14,6 +14,7 @@ from typing import NamedTuple, Self
 
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
+from fhir_assets.fhir.views.row_identity import find_key_column
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.warehouse.postgres.tables.encoding import (
     MAX_INDEXED_BYTES,
@@ -137,6 +138,7 @@ class ResourceEncoder:
         self.cipher = cipher
         self._columns = [[column.name for column in view.columns] for view in views]
         self._row_encoders = [build_row_encoder(view, cipher) for view in views]
+        self._has_own_key = [find_key_column(view) is not None for view in views]
 
     def __reduce__(self) -> tuple[object, ...]:
         return ResourceEncoder, (self.views, self.cipher)
@@ -171,7 +173,10 @@ class ResourceEncoder:
         view_lines: list[bytes] = []
         for view, encode_row in enumerate(self._row_encoders):
             try:
-                text = "".join([f"{key}\t{encode_row(row)}\n" for row in rows[view]])
+                if self._has_own_key[view]:
+                    text = "".join([f"{encode_row(row)}\n" for row in rows[view]])
+                else:
+                    text = "".join([f"{key}\t{encode_row(row)}\n" for row in rows[view]])
             except UnstorableValue as error:
                 column = self._columns[view][error.args[1]]
                 raise UnstorableResource(self.views[view].name, column, str(error.args[0])) from None

@@ -22,7 +22,6 @@ from fhir_assets.warehouse.postgres import version_order
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session
 from fhir_assets.warehouse.postgres.tables.copy_blocks import parse_version_number
 from fhir_assets.warehouse.postgres.tables.encoding import MAX_INDEXED_BYTES
-from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN
 
 _DELETIONS_PER_STATEMENT = 5000
 _DEADLOCK_ATTEMPTS = 5
@@ -184,11 +183,7 @@ def _apply_chunk(
         if resource_type == "Consent":
             consent_records.remove_deleted(conn, resource_ids)
         visits.remove_deleted(conn, resource_type, resource_ids)
-        for table in _find_view_tables(conn, resource_type):
-            delete = sql.SQL("DELETE FROM {} WHERE _source = ops.current_source() AND {} = ANY(%s)").format(
-                sql.Identifier("fhir", table), sql.Identifier(KEY_COLUMN)
-            )
-            conn.execute(delete, [resource_ids])
+        withheld_resources.delete_view_rows(conn, resource_type, resource_ids)
 
 
 def _keep_latest(deletions: Iterable[Deletion]) -> dict[tuple[str, str], Deletion]:
@@ -201,20 +196,6 @@ def _keep_latest(deletions: Iterable[Deletion]) -> dict[tuple[str, str], Deletio
         if key not in latest or latest[key].at < deletion.at:
             latest[key] = deletion
     return latest
-
-
-def _find_view_tables(conn: Connection, resource_type: str) -> list[str]:
-    rows = conn.execute(
-        """
-        SELECT name
-        FROM ops.view_tables
-        WHERE resource_type = %s
-            AND to_regclass(format('fhir.%%I', name)) IS NOT NULL
-        ORDER BY name
-        """,
-        [resource_type],
-    ).fetchall()
-    return [name for (name,) in rows]
 
 
 _FIND_STORED = """

@@ -21,12 +21,15 @@ from fhir_assets.warehouse.postgres.tables.layout import (
     PhiTreatment,
     column_kind,
     has_blind_index,
+    has_day_columns,
     holds_phi,
     phi_treatment,
 )
 
 ValueEncoder = Callable[[object], str]
-"""Returns the text of a value that is not None. The text of a partial date is two cells: the date and its precision."""
+"""Returns the text of a value that is not None. The text of a date or time may be several cells: its precision, day and
+offset follow.
+"""
 
 NULL = r"\N"
 MAX_INDEXED_BYTES = 2600
@@ -52,7 +55,9 @@ def build_row_encoder(view: View, cipher: Cipher) -> Callable[[Sequence[object]]
     Columns that the view tags as patient data are encrypted with ``cipher``. The function raises UnstorableValue with
     the index of the column as second argument.
     """
-    encoders = [_build_column_encoder(column, cipher) for column in view.columns]
+    encoders = [
+        _build_column_encoder(column, cipher, with_day=has_day_columns(view, column)) for column in view.columns
+    ]
     value_encoders = [encode_value for encode_value, _ in encoders]
     write = _compile_row_writer(encoders, f"\t{cipher.key_id}" if cipher.encrypts and holds_phi(view) else "")
 
@@ -166,9 +171,10 @@ def encode_text_array(values: Sequence[str]) -> str:
 _TWO_NULLS = f"{NULL}\t{NULL}"
 
 
-def _build_column_encoder(column: Column, cipher: Cipher) -> tuple[ValueEncoder, str]:
-    """Return the encoder of a column's values, and the text for null."""
+def _build_column_encoder(column: Column, cipher: Cipher, *, with_day: bool) -> tuple[ValueEncoder, str]:
+    """Return the encoder of a column's values, and the text for null. ``with_day`` adds the cells of day and offset."""
     kind = column_kind(column)
+    nulls = "\t".join([NULL] * (1 + (kind in PARTIAL_DATE_KINDS) + 2 * with_day))
     match phi_treatment(column, encrypted=cipher.encrypts):
         case PhiTreatment.ENCRYPT if has_blind_index(column):
             return (
@@ -180,12 +186,12 @@ def _build_column_encoder(column: Column, cipher: Cipher) -> tuple[ValueEncoder,
         case PhiTreatment.HASH:
             return lambda value: cipher.index(_to_plaintext(value)), NULL
         case PhiTreatment.DROP:
-            null = _TWO_NULLS if kind in PARTIAL_DATE_KINDS else NULL
-            return lambda value: null, null
+            return lambda value: nulls, nulls
         case phi:
-            encode_value = _choose_encoder(kind, indexed="index" in column.tags)
-            null = _TWO_NULLS if kind in PARTIAL_DATE_KINDS else NULL
-            return (lambda value: encode_value(str(value)[:4])) if phi is PhiTreatment.YEAR else encode_value, null
+            encode_value = (
+                _ENCODERS_WITH_DAY[kind] if with_day else _choose_encoder(kind, indexed="index" in column.tags)
+            )
+            return (lambda value: encode_value(str(value)[:4])) if phi is PhiTreatment.YEAR else encode_value, nulls
 
 
 def _to_plaintext(value: object) -> str:
@@ -297,6 +303,29 @@ def _encode_instant(value: object) -> str:
     return _check_instant(value)
 
 
+def _encode_datetime_with_day(value: object) -> str:
+    if value.__class__ is not str:
+        raise UnstorableValue("not a dateTime")
+    if len(value) > 10:
+        return _add_day(value, "\tinstant")
+    encoded = _encode_date(value)
+    return f"{encoded}\t{encoded[:10]}\t{NULL}"
+
+
+def _encode_instant_with_day(value: object) -> str:
+    if value.__class__ is not str:
+        raise UnstorableValue("not a dateTime")
+    return _add_day(value, "")
+
+
+@lru_cache(8192)
+def _add_day(text: str, precision: str) -> str:
+    """Return the cells of a time: the instant, the given precision, its day and offset as written. Z is ``+00:00``."""
+    _check_instant(text)
+    offset = "+00:00" if text[-1] == "Z" else text[-6:] if text[-6] in "+-" else NULL
+    return f"{text}{precision}\t{text[:10]}\t{offset}"
+
+
 @lru_cache(8192)
 def _check_instant(text: str) -> str:
     """Return the text of an instant unchanged. Cached: consecutive resources often have the same times."""
@@ -374,4 +403,8 @@ _ENCODERS: dict[Kind, ValueEncoder] = {
     Kind.TIME: _encode_time,
     Kind.JSON: _encode_json,
     Kind.TEXTS: _encode_array,
+}
+_ENCODERS_WITH_DAY: dict[Kind, ValueEncoder] = {
+    Kind.DATETIME: _encode_datetime_with_day,
+    Kind.INSTANT: _encode_instant_with_day,
 }

@@ -1,4 +1,4 @@
-"""The table layout of a view: names and types of its columns, precision columns, indexes and comments.
+"""The table layout of a view: its columns with their types, the columns that are added, keys, indexes and comments.
 
 The module ``view_tables`` creates and changes the tables.
 """
@@ -8,10 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from fhir_assets.catalog import BY_NAME
 from fhir_assets.errors import ViewError
 from fhir_assets.fhir.views import Column, View
+from fhir_assets.fhir.views.row_identity import find_identity, find_key_column, find_reference_columns
 
 KEY_COLUMN = "_resource_key"
+"""The column with the id of the row's resource, in tables of views that have no column ``getResourceKey()``."""
+
+LOADED_AT_COLUMN = "loaded_at"
+"""The column with the time at which the row was loaded, unless the view has a column of this name."""
+
+LAST_UPDATED_COLUMN = "last_updated"
+"""A column with ``meta.lastUpdated``, the only instant without a day of its own: it is on the server's clock."""
+
 KEY_ID_COLUMN = "_key_id"
 """The column with the id of the key that encrypts the row. It exists in tables with patient data if keys are set."""
 
@@ -75,6 +85,19 @@ _SCALAR_KINDS = {
 }
 PARTIAL_DATE_KINDS = frozenset({Kind.DATE, Kind.DATETIME})
 """Kinds whose values may be partial dates, such as 2024-05. Each such column is followed by ``<column>_precision``."""
+
+_TIME_KINDS = frozenset({Kind.DATETIME, Kind.INSTANT})
+
+
+def has_day_columns(view: View, column: Column) -> bool:
+    """Return whether a column is followed by ``<column>_date`` and ``<column>_offset``: its day and offset as written.
+
+    A time is stored as an instant, whose day depends on the time zone of the session. Columns of the view with these
+    names take precedence.
+    """
+    if column.name == LAST_UPDATED_COLUMN or column_kind(column) not in _TIME_KINDS:
+        return False
+    return not {f"{column.name}_date", f"{column.name}_offset"} & {other.name for other in view.columns}
 
 
 def column_kind(column: Column) -> Kind:
@@ -165,13 +188,24 @@ class TableLayout:
     resource_type: str
     description: str | None
     columns: tuple[TableColumn, ...]
+    key: str
+    """The column with the id of the row's resource."""
+    identity: tuple[str, ...]
+    """The columns of the primary key besides the source; empty if several rows may have the same values."""
+    loaded_at: tuple[TableColumn, ...]
+    """The column that a default fills with the time of the load; empty if the view has a column of this name."""
     fingerprint: str
     """The fingerprint of the view and its treatments. Rows that were built with another fingerprint are outdated."""
 
     @property
+    def readable_columns(self) -> tuple[TableColumn, ...]:
+        """The columns for readers: all but that of the source."""
+        return (*self.columns, *self.loaded_at)
+
+    @property
     def shape(self) -> str:
-        """A hash of the columns, indexes and comments."""
-        text = repr((self.name, self.resource_type, self.description, self.columns))
+        """A hash of the columns, keys, indexes and comments."""
+        text = repr((self.name, self.resource_type, self.description, self.readable_columns, self.key, self.identity))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -184,7 +218,13 @@ def build_layout(view: View, *, encrypted: bool = False) -> TableLayout:
     if view.name == _RESERVED_NAME or view.name.startswith(f"{_RESERVED_NAME}_"):
         raise ViewError(f"view {view.name}: this name belongs to fhir.{_RESERVED_NAME}; rename the view")
     _check_length(view.name, f"view {view.name}")
-    columns = [TableColumn(KEY_COLUMN, "text", "Logical id of the resource of the row", "btree", True)]
+    key = find_key_column(view)
+    identity = find_identity(view)
+    targets = _find_targets(view, key)
+    columns = []
+    if key is None:
+        key = KEY_COLUMN
+        columns.append(TableColumn(key, "text", "Logical id of the resource of the row", "btree", True))
     for column in view.columns:
         kind = column_kind(column)
         try:
@@ -193,18 +233,52 @@ def build_layout(view: View, *, encrypted: bool = False) -> TableLayout:
             raise ViewError(f"view {view.name}, {error}") from None
         stored_kind = Kind.TEXT if phi in _STORED_AS_TEXT else kind
         index = None if phi in (PhiTreatment.ENCRYPT, PhiTreatment.DROP) else _choose_index(view, column, stored_kind)
-        columns.append(TableColumn(column.name, _POSTGRES_TYPES[stored_kind], _build_comment(column, phi), index))
+        if column.name == key:
+            index = None if identity else "btree"
+        comment = _build_comment(column, phi, targets.get(column.name))
+        required = column.name in identity
+        columns.append(TableColumn(column.name, _POSTGRES_TYPES[stored_kind], comment, index, required))
         if phi is PhiTreatment.ENCRYPT and has_blind_index(column):
             comment = f"Blind index of {column.name}: equal values have equal indexes"
             columns.append(TableColumn(f"{column.name}{BLIND_INDEX_SUFFIX}", "text", comment, "btree"))
         if stored_kind in PARTIAL_DATE_KINDS:
             grain = "year, month or day" if kind is Kind.DATE else "year, month, day or instant"
             columns.append(TableColumn(f"{column.name}_precision", "text", f"Precision of {column.name}: {grain}"))
+        if stored_kind in _TIME_KINDS and has_day_columns(view, column):
+            columns += _build_day_columns(column)
     if encrypted and holds_phi(view):
         columns.append(TableColumn(KEY_ID_COLUMN, "text", "Id of the key that encrypts the row; null: not encrypted"))
-    _check_names(view, [column.name for column in columns])
+    loaded_at: tuple[TableColumn, ...] = ()
+    if LOADED_AT_COLUMN not in {column.name for column in columns}:
+        loaded_at = (TableColumn(LOADED_AT_COLUMN, _POSTGRES_TYPES[Kind.INSTANT], _LOADED_AT, required=True),)
+    _check_names(view, [column.name for column in (*columns, *loaded_at)])
     fingerprint = f"{view.fingerprint}/{_hash_treatments(view)}" if encrypted else view.fingerprint
-    return TableLayout(view.name, view.resource_type, view.description, tuple(columns), fingerprint)
+    return TableLayout(
+        view.name, view.resource_type, view.description, tuple(columns), key, identity, loaded_at, fingerprint
+    )
+
+
+_LOADED_AT = "Start of the transaction that wrote the row, which readers see when it ends"
+
+
+def _find_targets(view: View, key: str | None) -> dict[str, str]:
+    """Return the column that each key of the view leads to, such as ``fhir.patient.id``."""
+    types = {column.column: column.target for column in find_reference_columns(view)}
+    if key is not None and view.resource_type in BY_NAME and view.name != BY_NAME[view.resource_type].key:
+        types[key] = view.resource_type
+    return {name: f"fhir.{BY_NAME[target].key}.id" for name, target in types.items() if target in BY_NAME}
+
+
+def _build_day_columns(column: Column) -> tuple[TableColumn, TableColumn]:
+    name = column.name
+    return (
+        TableColumn(f"{name}_date", "date", f"Day of {name} as written at the source, in any time zone"),
+        TableColumn(
+            f"{name}_offset",
+            "text",
+            f"Offset of {name} from UTC as written, such as -05:00; null for a date without time",
+        ),
+    )
 
 
 def _check_names(view: View, names: Sequence[str]) -> None:
@@ -227,10 +301,15 @@ def _check_names(view: View, names: Sequence[str]) -> None:
         seen.add(name)
 
 
-def _build_comment(column: Column, phi: PhiTreatment) -> str | None:
-    if phi is PhiTreatment.NONE:
-        return column.description
-    return f"{column.description or column.name} ({_TREATMENT_COMMENTS[phi]})"
+def _build_comment(column: Column, phi: PhiTreatment, target: str | None) -> str | None:
+    notes = []
+    if phi is not PhiTreatment.NONE:
+        notes.append(_TREATMENT_COMMENTS[phi])
+    elif phi_treatment(column, encrypted=True) is not PhiTreatment.NONE:
+        notes.append("patient data")
+    if target is not None:
+        notes.append(f"-> {target}")
+    return f"{column.description or column.name} ({'; '.join(notes)})" if notes else column.description
 
 
 def _hash_treatments(view: View) -> str:

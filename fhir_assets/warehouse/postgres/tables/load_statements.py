@@ -10,7 +10,7 @@ from fhir_assets.fhir.views import View
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.warehouse.ops import consent_records, withheld_resources
 from fhir_assets.warehouse.postgres import version_order
-from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, build_layout
+from fhir_assets.warehouse.postgres.tables.layout import build_layout
 
 _CREATE_STAGE = """
     CREATE TEMPORARY TABLE IF NOT EXISTS {stage} (
@@ -150,10 +150,11 @@ class LoadStatements:
 
 def _build_view_statements(view: View, *, encrypted: bool) -> ViewStatements:
     table = sql.Identifier("fhir", view.name)
-    names = [sql.Identifier(column.name) for column in build_layout(view, encrypted=encrypted).columns]
+    layout = build_layout(view, encrypted=encrypted)
+    names = [sql.Identifier(column.name) for column in layout.columns]
     return ViewStatements(
         sql.SQL("DELETE FROM {table} WHERE _source = ops.current_source() AND {key} = ANY(%s)").format(
-            table=table, key=sql.Identifier(KEY_COLUMN)
+            table=table, key=sql.Identifier(layout.key)
         ),
         sql.SQL("COPY {table} ({columns}) FROM STDIN").format(table=table, columns=sql.SQL(", ").join(names)),
     )

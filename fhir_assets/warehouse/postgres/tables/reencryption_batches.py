@@ -184,7 +184,9 @@ def find_outdated_rows(conn: Connection, table: str, newest: str, after: RowKey 
         ORDER BY 1
         LIMIT %(limit)s
     """).format(
-        key=sql.Identifier(KEY_COLUMN), table=sql.Identifier("fhir", table), key_id=sql.Identifier(KEY_ID_COLUMN)
+        key=sql.Identifier(_read_key_column(conn, table)),
+        table=sql.Identifier("fhir", table),
+        key_id=sql.Identifier(KEY_ID_COLUMN),
     )
     params = {"after": after[0] if after else "", "newest": newest, "limit": _RESOURCES_PER_BATCH}
     return list(conn.execute(query, params))
@@ -201,10 +203,18 @@ def find_leftover_rows(conn: Connection, table: str, older: Sequence[str], after
         ORDER BY 1
         LIMIT %(limit)s
     """).format(
-        key=sql.Identifier(KEY_COLUMN), table=sql.Identifier("fhir", table), key_id=sql.Identifier(KEY_ID_COLUMN)
+        key=sql.Identifier(_read_key_column(conn, table)),
+        table=sql.Identifier("fhir", table),
+        key_id=sql.Identifier(KEY_ID_COLUMN),
     )
     params = {"after": after[0] if after else "", "older": list(older), "limit": _RESOURCES_PER_BATCH}
     return list(conn.execute(query, params))
+
+
+def _read_key_column(conn: Connection, table: str) -> str:
+    """Return the column of a view's table that has the id of the row's resource."""
+    row = conn.execute("SELECT key_column FROM ops.view_tables WHERE name = %s", [table]).fetchone()
+    return str(row[0]) if row else KEY_COLUMN
 
 
 def find_rows(conn: Connection, table: EncryptedTable, older: Sequence[str], after: RowKey | None) -> list[RowKey]:
@@ -317,6 +327,7 @@ def reencrypt_tokens(conn: Session, table: str, older: Sequence[str], keys: Sequ
     """
     cipher = cipher_of(conn)
     target = sql.Identifier("fhir", table)
+    key = _read_key_column(conn, table)
     names = [
         sql.Identifier(name)
         for (name,) in conn.execute(
@@ -330,7 +341,7 @@ def reencrypt_tokens(conn: Session, table: str, older: Sequence[str], keys: Sequ
                 AND attname <> ALL(%s)
             ORDER BY attnum
             """,
-            [table, [KEY_COLUMN, KEY_ID_COLUMN, SOURCE_COLUMN]],
+            [table, [key, KEY_ID_COLUMN, SOURCE_COLUMN]],
         )
     ]
     select = sql.SQL("""
@@ -343,7 +354,7 @@ def reencrypt_tokens(conn: Session, table: str, older: Sequence[str], keys: Sequ
     """).format(
         columns=sql.SQL(", ").join(names),
         table=target,
-        key=sql.Identifier(KEY_COLUMN),
+        key=sql.Identifier(key),
         key_id=sql.Identifier(KEY_ID_COLUMN),
     )
     rows = conn.execute(select, [[resource_id for (resource_id,) in keys], list(older)]).fetchall()

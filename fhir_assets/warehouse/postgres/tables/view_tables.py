@@ -1,12 +1,11 @@
 """The tables of the views in schema ``fhir``: create them, extend them, and compare them with their views.
 
-The module ``layout`` defines the columns of the tables.
+The module ``layout`` defines the columns of the tables, ``table_differences`` compares them with existing tables, and
+``table_definitions`` has the statements that create and change tables.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import psycopg
 from psycopg import sql
@@ -14,21 +13,15 @@ from psycopg import sql
 from fhir_assets.errors import ConfigurationError, Overtaken, ViewError
 from fhir_assets.fhir.views import View
 from fhir_assets.warehouse.ops.checkpoints import remove_loaded_parts
-from fhir_assets.warehouse.postgres.db import advisory_locks, roles
+from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.db.schema_state import lock_schema
-from fhir_assets.warehouse.postgres.tables.layout import (
-    KEY_COLUMN,
-    SOURCE_COLUMN,
-    TableColumn,
-    TableLayout,
-    build_layout,
-    column_type,
-)
+from fhir_assets.warehouse.postgres.tables.layout import TableLayout, build_layout, column_type
 from fhir_assets.warehouse.postgres.tables.row_streams import join_resources
+from fhir_assets.warehouse.postgres.tables.table_definitions import apply_layout
+from fhir_assets.warehouse.postgres.tables.table_differences import SCHEMA, Drift, compare
 
 __all__ = [
-    "KEY_COLUMN",
     "Drift",
     "apply_changes",
     "build_layout",
@@ -40,39 +33,7 @@ __all__ = [
     "find_existing_tables",
 ]
 
-SCHEMA = "fhir"
 _MAX_EXACT_COUNT = 1_000_000
-_SOURCE = TableColumn(SOURCE_COLUMN, "text", "Key of the source of the resource", required=True)
-"""A column of every table, which rows get from the session that copies them. It is no column of the layout."""
-
-
-@dataclass(frozen=True, slots=True)
-class Drift:
-    """One difference between a table and its view.
-
-    For a column, ``expected`` is its Postgres type in the view and ``actual`` its type in the table, None if the
-    column does not exist there.
-    """
-
-    view: str
-    kind: Literal["table", "column", "index"]
-    name: str
-    expected: str | None
-    actual: str | None
-
-    @property
-    def safe(self) -> bool:
-        """True if adding a table, column or index removes the difference, without loss of data."""
-        return self.actual is None
-
-    def __str__(self) -> str:
-        if self.kind != "column":
-            return f"{self.kind} {self.name} is missing"
-        if self.expected is None:
-            return f"column {self.name} is in the table but not in the view"
-        if self.actual is None:
-            return f"column {self.name} is in the view but not in the table"
-        return f"column {self.name} is {self.actual} in the table but {self.expected} in the view"
 
 
 def ensure_tables(conn: Session, views: Iterable[View]) -> None:
@@ -83,19 +44,21 @@ def ensure_tables(conn: Session, views: Iterable[View]) -> None:
     leaves the rows valid. The changes are committed if ``conn`` is not in a transaction. Several processes may call
     this function at the same time.
 
-    Raises ViewError, without any change, if a column has another type than in the view or is not in the view. Raises
-    ConfigurationError if the user of DB_URL lacks the rights.
+    Raises ViewError, without any change, if a column has another type than in the view or is not in the view, or if
+    another relation depends on a column that must be dropped. Raises ConfigurationError if the user of DB_URL lacks the
+    rights.
     """
-    _update_tables(conn, _build_layouts(conn, views), drop_columns=False)
+    _update_tables(conn, _build_layouts(conn, views))
 
 
-def apply_changes(conn: Session, views: Iterable[View]) -> list[Drift]:
+def apply_changes(conn: Session, views: Iterable[View], *, cascade: bool = False) -> list[Drift]:
     """Apply all changes of the views, also those that lose data, and return the differences that were removed.
 
     Columns that are not in a view are dropped. Columns of another type are dropped and created again; they are empty
-    until the windows are loaded again. See ``ensure_tables`` for all other changes.
+    until the windows are loaded again. With ``cascade``, the SQL views and other relations that depend on a dropped
+    column are dropped, too. See ``ensure_tables`` for all other changes.
     """
-    return _update_tables(conn, _build_layouts(conn, views), drop_columns=True)
+    return _update_tables(conn, _build_layouts(conn, views), drop_columns=True, cascade=cascade)
 
 
 def read_layouts(conn: Connection, resource_type: str) -> dict[str, str]:
@@ -126,7 +89,7 @@ def count_rows(conn: Connection, view: View) -> int:
 
 
 def count_rows_by_window(
-    conn: Connection, views: Sequence[View], resource_type: str, partition_keys: Sequence[str]
+    conn: Session, views: Sequence[View], resource_type: str, partition_keys: Sequence[str]
 ) -> dict[str, Counter[str]]:
     """Return the numbers of rows by view and by window of their resources. Windows without resources are left out."""
     rows = conn.execute(
@@ -142,11 +105,11 @@ def count_rows_by_window(
     )
     params = {"type": resource_type, "keys": [key for (key,) in rows]}
     counts: dict[str, Counter[str]] = {view.name: Counter() for view in views}
-    for view in views if params["keys"] else ():
+    for layout in _build_layouts(conn, views) if params["keys"] else ():
         query = sql.SQL("SELECT r.partition_key, count(*) {} AND r.partition_key = ANY(%(keys)s) GROUP BY 1").format(
-            join_resources(view.name)
+            join_resources(layout)
         )
-        counts[view.name].update(dict(conn.execute(query, params).fetchall()))
+        counts[layout.name].update(dict(conn.execute(query, params).fetchall()))
     return counts
 
 
@@ -167,14 +130,16 @@ def find_existing_tables(conn: Connection, views: Sequence[View]) -> frozenset[s
 
 def find_drift(conn: Session, view: View) -> list[Drift]:
     """Return the differences between a table and its view; an empty list if there are none."""
-    return _compare(conn, *_build_layouts(conn, [view]))
+    return compare(conn, *_build_layouts(conn, [view]))
 
 
 def _build_layouts(conn: Session, views: Iterable[View]) -> list[TableLayout]:
     return [build_layout(view, encrypted=cipher_of(conn).encrypts) for view in views]
 
 
-def _update_tables(conn: Session, layouts: Sequence[TableLayout], *, drop_columns: bool) -> list[Drift]:
+def _update_tables(
+    conn: Session, layouts: Sequence[TableLayout], *, drop_columns: bool = False, cascade: bool = False
+) -> list[Drift]:
     changes: list[Drift] = []
     with conn.transaction():
         if not _find_changed(conn, layouts):
@@ -182,9 +147,9 @@ def _update_tables(conn: Session, layouts: Sequence[TableLayout], *, drop_column
         lock_schema(conn)
         outdated_types: set[str] = set()
         for layout, applied in _find_changed(conn, layouts):
-            changes += (differences := _compare(conn, layout))
-            if _read_fingerprint(applied) != layout.fingerprint or any(
-                difference.kind != "index" and difference.expected for difference in differences
+            changes += (differences := compare(conn, layout))
+            if _read_fingerprint(applied) != layout.fingerprint or not all(
+                difference.leaves_rows_valid for difference in differences
             ):
                 outdated_types.add(layout.resource_type)
             lossy = [difference for difference in differences if not difference.safe]
@@ -199,7 +164,10 @@ def _update_tables(conn: Session, layouts: Sequence[TableLayout], *, drop_column
                     )
                 )
             try:
-                _apply_layout(conn, layout, differences)
+                complete = apply_layout(conn, layout, differences, cascade=cascade)
+                _record_layout(conn, layout, complete=complete)
+            except psycopg.errors.DependentObjectsStillExist as error:
+                raise ViewError(_describe_dependents(layout, error)) from None
             except psycopg.errors.InsufficientPrivilege:
                 raise ConfigurationError(
                     f"The user of DB_URL may not create or change table {SCHEMA}.{layout.name}: "
@@ -234,6 +202,16 @@ def _find_changed(conn: Connection, layouts: Sequence[TableLayout]) -> list[tupl
     return [(layout, applied.get(layout.name)) for layout in layouts if applied.get(layout.name) != _stamp(layout)]
 
 
+def _describe_dependents(layout: TableLayout, error: psycopg.Error) -> str:
+    """Return which relations prevent dropping a column. The detail of the error names relations, no data."""
+    dependents = "; ".join((error.diag.message_detail or "another relation depends on it").splitlines())
+    return (
+        f"view {layout.name}: a column of table {SCHEMA}.{layout.name} cannot be dropped: {dependents}. Change or drop "
+        "what depends on it and create it again afterwards, keep the column in the ViewDefinition, or run "
+        "`fhir-assets migrate --apply-view-changes --cascade`, which drops what depends on it"
+    )
+
+
 def _describe_refusal(layout: TableLayout, error: psycopg.Error) -> str:
     """Return why Postgres refuses the table of a view. Its message names relations, columns and types, no data."""
     reason = error.diag.message_primary or type(error).__name__
@@ -243,116 +221,25 @@ def _describe_refusal(layout: TableLayout, error: psycopg.Error) -> str:
     )
 
 
-def _stamp(layout: TableLayout) -> str:
-    return f"{layout.shape}:{layout.fingerprint}"
+def _stamp(layout: TableLayout, *, complete: bool = True) -> str:
+    """Return the stamp of a layout. That of a table that lacks its primary key differs, so that it is tried again."""
+    return f"{layout.shape}{'' if complete else '!'}:{layout.fingerprint}"
 
 
 def _read_fingerprint(stamp: str | None) -> str | None:
     return None if stamp is None else stamp.partition(":")[2]
 
 
-def _compare(conn: Connection, layout: TableLayout) -> list[Drift]:
-    actual: dict[str, str] = dict(
-        conn.execute(
-            """
-            SELECT a.attname, format_type(a.atttypid, a.atttypmod)
-            FROM pg_attribute a
-            JOIN pg_class c ON c.oid = a.attrelid
-            WHERE c.relnamespace = %s::regnamespace
-                AND c.relname = %s
-                AND c.relkind = 'r'
-                AND a.attnum > 0
-                AND NOT a.attisdropped
-            """,
-            [SCHEMA, layout.name],
-        ).fetchall()
-    )
-    if not actual:
-        return [Drift(layout.name, "table", layout.name, "table", None)]
-    expected = {column.name: column for column in (*layout.columns, _SOURCE)}
-    changes = [
-        Drift(layout.name, "column", name, column.type, actual.get(name))
-        for name, column in expected.items()
-        if actual.get(name) != column.type
-    ]
-    changes += [Drift(layout.name, "column", name, None, kind) for name, kind in actual.items() if name not in expected]
-    indexed = _find_indexed_columns(conn, layout)
-    changes += [
-        Drift(layout.name, "index", name, column.index, None)
-        for name, column in expected.items()
-        if column.index and name not in indexed
-    ]
-    return changes
-
-
-def _find_indexed_columns(conn: Connection, layout: TableLayout) -> set[str]:
-    """Return the columns that are the first column of an index."""
-    rows = conn.execute(
-        """
-        SELECT a.attname
-        FROM pg_index i
-        JOIN pg_class c ON c.oid = i.indrelid
-        JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[0]
-        WHERE c.relnamespace = %s::regnamespace
-            AND c.relname = %s
-        """,
-        [SCHEMA, layout.name],
-    ).fetchall()
-    return {row[0] for row in rows}
-
-
-def _apply_layout(conn: Connection, layout: TableLayout, changes: Sequence[Drift]) -> None:
-    table = sql.Identifier(SCHEMA, layout.name)
-    columns = {column.name: column for column in (*layout.columns, _SOURCE)}
-    if any(change.kind == "table" for change in changes):
-        conn.execute(
-            sql.SQL("CREATE TABLE {} ({})").format(
-                table, sql.SQL(", ").join(map(_build_column_definition, (*layout.columns, _SOURCE)))
-            )
-        )
-        roles.grant_view_rights(conn, [layout.name])
-    for change in changes:
-        if change.kind != "column":
-            continue
-        name = sql.Identifier(change.name)
-        if change.actual is not None:
-            conn.execute(sql.SQL("ALTER TABLE {} DROP COLUMN {}").format(table, name))
-        if change.expected is not None:
-            conn.execute(
-                sql.SQL("ALTER TABLE {} ADD COLUMN {}").format(table, _build_column_definition(columns[change.name]))
-            )
-    indexed = _find_indexed_columns(conn, layout)
-    for column in layout.columns:
-        if column.index and column.name not in indexed:
-            conn.execute(
-                sql.SQL("CREATE INDEX ON {} USING {} ({})").format(
-                    table, sql.Identifier(column.index), sql.Identifier(column.name)
-                )
-            )
-    conn.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(table, sql.Literal(layout.description)))
-    for column in (*layout.columns, _SOURCE):
-        conn.execute(
-            sql.SQL("COMMENT ON COLUMN {} IS {}").format(
-                sql.Identifier(SCHEMA, layout.name, column.name), sql.Literal(column.description)
-            )
-        )
+def _record_layout(conn: Connection, layout: TableLayout, *, complete: bool) -> None:
     conn.execute(
         """
-        INSERT INTO ops.view_tables (name, resource_type, layout)
-        VALUES (%s, %s, %s)
+        INSERT INTO ops.view_tables (name, resource_type, layout, key_column)
+        VALUES (%s, %s, %s, %s)
         ON CONFLICT (name) DO UPDATE SET
             resource_type = excluded.resource_type,
             layout = excluded.layout,
+            key_column = excluded.key_column,
             applied_at = now()
         """,
-        [layout.name, layout.resource_type, _stamp(layout)],
-    )
-
-
-def _build_column_definition(column: TableColumn) -> sql.Composed:
-    return sql.SQL("{} {} {} {}").format(
-        sql.Identifier(column.name),
-        sql.SQL(column.type),
-        sql.SQL("NOT NULL" if column.required else ""),
-        sql.SQL("DEFAULT ops.current_source()" if column is _SOURCE else ""),
+        [layout.name, layout.resource_type, _stamp(layout, complete=complete), layout.key],
     )
