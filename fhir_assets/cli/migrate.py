@@ -1,5 +1,6 @@
 """`fhir-assets migrate`: create or upgrade the schema of the database."""
 
+from time import monotonic
 from typing import Annotated
 
 import typer
@@ -8,9 +9,9 @@ from fhir_assets.cli.output import console
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.orchestration.instance import config
+from fhir_assets.pipeline.rebuild.step import RebuildProgress, RebuildStep
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.db import roles
-from fhir_assets.warehouse.postgres.tables import view_tables
 
 
 def migrate(
@@ -29,14 +30,18 @@ def migrate(
     views = build_views(settings)
     warehouse = Warehouse(settings)
     warehouse.migrate()
+    step = RebuildStep(warehouse.connect, views.views, on_progress=_ProgressPrinter())
+    rebuilt = step.run(drop_columns=apply_view_changes, cascade=cascade)
     with warehouse.connect() as conn:
-        if apply_view_changes:
-            view_tables.apply_changes(conn, views.views, cascade=cascade)
-        else:
-            view_tables.ensure_tables(conn, views.views)
         roles.grant_rights(conn)
         missing_roles = roles.list_missing_roles(conn)
     console.print(f"The database is up to date: {len(views.views)} tables in schema fhir.")
+    for resource_type, count in rebuilt.refused.items():
+        console.print(
+            f"{resource_type}: {count:,} resources give no rows by the changed views. Their rows stay as they were. "
+            "Load their windows again: each becomes a dead letter that names the column.",
+            soft_wrap=True,
+        )
     if missing_roles:
         statements = "; ".join(f"CREATE ROLE {name} NOLOGIN" for name in missing_roles)
         console.print(
@@ -48,4 +53,21 @@ def migrate(
     for broken in views.broken:
         console.print(
             f"Skipped, because the ViewDefinition is not valid: {broken.path}: {broken.message}", markup=False
+        )
+
+
+class _ProgressPrinter:
+    """Prints the progress of a rebuild: a line for each resource type at its end, and every few seconds before."""
+
+    _SECONDS = 5.0
+
+    def __init__(self) -> None:
+        self._printed = monotonic()
+
+    def __call__(self, progress: RebuildProgress) -> None:
+        if progress.done < progress.total and monotonic() - self._printed < self._SECONDS:
+            return
+        self._printed = monotonic()
+        console.print(
+            f"{progress.resource_type}: rows of {progress.done:,} of {progress.total:,} resources are up to date"
         )

@@ -97,6 +97,7 @@ def test_a_reader_may_select_from_the_tables_of_views_only(filled: str, user: Us
     with connect(url) as conn:
         [(family,)] = conn.execute("SELECT DISTINCT left(family, 6) FROM fhir.patient_name").fetchall()
         assert family == "gAAAAA"
+        assert conn.execute("SELECT type, id, why FROM fhir.deleted").fetchall() == []
     for statement in (
         "SELECT FROM fhir.resource",
         "SELECT FROM fhir.resource_patient",

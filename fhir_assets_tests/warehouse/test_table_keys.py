@@ -1,17 +1,18 @@
 """Keys, indexes, comments and added columns of the tables of views."""
 
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from typing import Any
 
 import psycopg
 import pytest
 
 from fhir_assets.errors import ViewError
+from fhir_assets.fhir.record import Deletion
 from fhir_assets.fhir.views import View, load_views, parse_view
 from fhir_assets.fhir.views.row_identity import find_identity, find_key_column
 from fhir_assets.warehouse.postgres.db.connections import Session
 from fhir_assets.warehouse.postgres.db.migrations import sql_folder
-from fhir_assets.warehouse.postgres.tables import view_tables
+from fhir_assets.warehouse.postgres.tables import deletions, view_tables
 from fhir_assets.warehouse.postgres.tables.layout import build_layout
 from fhir_assets_tests.support.views import column, load, patient, select, view
 
@@ -235,3 +236,12 @@ def test_a_row_has_the_time_of_its_load(conn: Session) -> None:
     times = dict(select(conn, "SELECT id, loaded_at FROM fhir.patient"))
     assert isinstance(times["a"], datetime)
     assert times["a"] < times["b"]
+
+
+def test_a_reader_finds_what_was_deleted_and_when(conn: Session) -> None:
+    load(conn, patient("a", gender="male"), patient("b"), views=(MAIN,))
+    deletion = Deletion("Patient", "a", datetime(2024, 2, 1, tzinfo=UTC))
+    deletions.apply(conn, [deletion], run_id="run", partition_key="2024-02-01")
+    assert select(conn, "SELECT type, id, deleted_at, why, source FROM fhir.deleted") == [
+        ("Patient", "a", datetime(2024, 2, 1, tzinfo=UTC), "deleted at the source", "default")
+    ]

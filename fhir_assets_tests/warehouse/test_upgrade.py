@@ -130,6 +130,8 @@ def restore_revision_0019(session: Session, *, encrypted: bool) -> None:
 
     Remove the columns that were added later.
     """
+    session.execute("DROP VIEW fhir.deleted")
+    session.execute("DROP INDEX fhir.resource_deleted")
     for table, key in KEYS_WITHOUT_SOURCE.items():
         session.execute(f"ALTER TABLE {table} DROP COLUMN source, ADD PRIMARY KEY ({key})".encode())
     session.execute("ALTER TABLE ops.dead_letters DROP COLUMN source, ADD UNIQUE (fingerprint)")

@@ -1,5 +1,6 @@
 """``ops.checkpoints`` and ``ops.loaded_parts``: the time up to which each type is loaded, and the loaded parts."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -144,6 +145,48 @@ def record_loaded_parts(
         """,
         [resource_type, run_id, None if views is None else list(views), list(keys), list(names), list(counts)],
     )
+
+
+LoadedPartRow = tuple[str, str, str, int, str, datetime, list[str] | None]
+"""A row of ``ops.loaded_parts``: resource type, partition key, part, rows, run id, time of the load, views."""
+
+
+def read_loaded_parts(conn: Connection) -> dict[str, list[LoadedPartRow]]:
+    """Return all loaded parts by resource type."""
+    rows = conn.execute(
+        """
+        SELECT resource_type, partition_key, part, rows, run_id, loaded_at, views
+        FROM ops.loaded_parts
+        WHERE source = ops.current_source()
+        """
+    )
+    parts = defaultdict[str, list[LoadedPartRow]](list)
+    for row in rows:
+        parts[row[0]].append(row)
+    return parts
+
+
+def restore_loaded_parts(conn: Connection, parts: Sequence[LoadedPartRow]) -> None:
+    """Mark parts as loaded again, except those of partitions that were loaded in the meantime."""
+    with conn.cursor() as cursor:
+        cursor.executemany(
+            """
+            INSERT INTO ops.loaded_parts (resource_type, partition_key, part, rows, run_id, loaded_at, views)
+            SELECT p.*
+            FROM (VALUES (%s, %s, %s, %s::bigint, %s, %s::timestamptz, %s::text[])) AS p (
+                resource_type, partition_key, part, rows, run_id, loaded_at, views
+            )
+            WHERE NOT EXISTS (
+                SELECT FROM ops.loaded_parts l
+                WHERE l.source = ops.current_source()
+                    AND l.resource_type = p.resource_type
+                    AND l.partition_key = p.partition_key
+                    AND l.run_id <> p.run_id
+            )
+            ON CONFLICT DO NOTHING
+            """,
+            parts,
+        )
 
 
 def remove_loaded_parts(conn: Connection, resource_type: str) -> None:

@@ -1,8 +1,8 @@
 """Rights in the database: three group roles, each with the rights that its members need.
 
-``fhir_reader`` reads the tables of views, but neither ``ops`` nor ``fhir.resource``. ``fhir_operator`` manages runs and
-dead letters, and has no right to schema ``fhir``. ``fhir_loader`` loads data. It may add to the audit log, but not
-change it, and may not migrate. The owner of the schemas runs migrations and key rotations.
+``fhir_reader`` reads the tables of views and ``fhir.deleted``, but neither ``ops`` nor ``fhir.resource``.
+``fhir_operator`` manages runs and dead letters, and has no right to schema ``fhir``. ``fhir_loader`` loads data. It may
+add to the audit log, but not change it, and may not migrate. The owner of the schemas runs migrations and key rotations.
 """
 
 from collections.abc import Iterable, Sequence
@@ -54,6 +54,7 @@ def grant_rights(conn: Connection) -> None:
     resources = [name for name in _list_relations(conn, "fhir") if name == "resource" or name.startswith("resource_")]
     if READER in existing:
         _execute(conn, "GRANT USAGE ON SCHEMA fhir TO {}", sql.Identifier(READER))
+        _execute(conn, "GRANT SELECT ON fhir.deleted TO {}", sql.Identifier(READER))
     if OPERATOR in existing:
         _execute(conn, "GRANT USAGE ON SCHEMA ops TO {}", sql.Identifier(OPERATOR))
         _set_rights(conn, OPERATOR, "ops", {name: _OPERATOR_RIGHTS.get(name, "SELECT") for name in ops})

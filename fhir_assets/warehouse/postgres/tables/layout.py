@@ -33,7 +33,7 @@ _MAX_COLUMNS = 1600
 _SYSTEM_COLUMNS = frozenset({"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"})
 """The columns that every table of Postgres has (https://www.postgresql.org/docs/current/ddl-system-columns.html)."""
 
-_RESERVED_NAME = "resource"
+_RESERVED_NAMES = frozenset({"resource", "deleted"})
 BLIND_INDEX_SUFFIX = "_index"
 _INDEX_METHODS = frozenset({"btree", "hash", "gin", "brin"})
 
@@ -215,8 +215,8 @@ def build_layout(view: View, *, encrypted: bool = False) -> TableLayout:
     Raises ViewError, which names the view, if a name cannot be the name of a table or of a column, if the table would
     have too many columns, or if a tag is not valid.
     """
-    if view.name == _RESERVED_NAME or view.name.startswith(f"{_RESERVED_NAME}_"):
-        raise ViewError(f"view {view.name}: this name belongs to fhir.{_RESERVED_NAME}; rename the view")
+    if view.name in _RESERVED_NAMES or view.name.startswith("resource_"):
+        raise ViewError(f"view {view.name}: this name belongs to a relation of fhir_assets; rename the view")
     _check_length(view.name, f"view {view.name}")
     key = find_key_column(view)
     identity = find_identity(view)

@@ -145,10 +145,11 @@ class LoadStatements:
         )
         self.may_copy_new = not (self.record_consents or self.consent_gate or reencrypt)
         """Whether new resources may bypass the stage."""
-        self.views = [_build_view_statements(view, encrypted=encrypted) for view in views]
+        self.views = [build_view_statements(view, encrypted=encrypted) for view in views]
 
 
-def _build_view_statements(view: View, *, encrypted: bool) -> ViewStatements:
+def build_view_statements(view: View, *, encrypted: bool) -> ViewStatements:
+    """Return the statements for the table of a view; ``encrypted`` is True in a deployment with keys."""
     table = sql.Identifier("fhir", view.name)
     layout = build_layout(view, encrypted=encrypted)
     names = [sql.Identifier(column.name) for column in layout.columns]

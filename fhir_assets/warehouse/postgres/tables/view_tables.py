@@ -6,6 +6,7 @@ The module ``layout`` defines the columns of the tables, ``table_differences`` c
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import psycopg
 from psycopg import sql
@@ -23,6 +24,7 @@ from fhir_assets.warehouse.postgres.tables.table_differences import SCHEMA, Drif
 
 __all__ = [
     "Drift",
+    "TableChanges",
     "apply_changes",
     "build_layout",
     "column_type",
@@ -36,7 +38,15 @@ __all__ = [
 _MAX_EXACT_COUNT = 1_000_000
 
 
-def ensure_tables(conn: Session, views: Iterable[View]) -> None:
+@dataclass(frozen=True, slots=True)
+class TableChanges:
+    """What was changed: the differences that were removed, and the resource types whose rows are outdated since."""
+
+    differences: Sequence[Drift] = ()
+    outdated_types: Sequence[str] = ()
+
+
+def ensure_tables(conn: Session, views: Iterable[View]) -> TableChanges:
     """Create missing tables, columns, indexes and comments. Executes one cheap query if nothing is missing.
 
     If the expressions or columns of a view changed, the rows of its table are outdated: the parts of its resource type
@@ -48,11 +58,11 @@ def ensure_tables(conn: Session, views: Iterable[View]) -> None:
     another relation depends on a column that must be dropped. Raises ConfigurationError if the user of DB_URL lacks the
     rights.
     """
-    _update_tables(conn, _build_layouts(conn, views))
+    return _update_tables(conn, _build_layouts(conn, views))
 
 
-def apply_changes(conn: Session, views: Iterable[View], *, cascade: bool = False) -> list[Drift]:
-    """Apply all changes of the views, also those that lose data, and return the differences that were removed.
+def apply_changes(conn: Session, views: Iterable[View], *, cascade: bool = False) -> TableChanges:
+    """Apply all changes of the views, also those that lose data.
 
     Columns that are not in a view are dropped. Columns of another type are dropped and created again; they are empty
     until the windows are loaded again. With ``cascade``, the SQL views and other relations that depend on a dropped
@@ -139,11 +149,11 @@ def _build_layouts(conn: Session, views: Iterable[View]) -> list[TableLayout]:
 
 def _update_tables(
     conn: Session, layouts: Sequence[TableLayout], *, drop_columns: bool = False, cascade: bool = False
-) -> list[Drift]:
+) -> TableChanges:
     changes: list[Drift] = []
     with conn.transaction():
         if not _find_changed(conn, layouts):
-            return changes
+            return TableChanges()
         lock_schema(conn)
         outdated_types: set[str] = set()
         for layout, applied in _find_changed(conn, layouts):
@@ -156,12 +166,8 @@ def _update_tables(
             if lossy and not drop_columns:
                 raise ViewError(
                     f"table {SCHEMA}.{layout.name} differs from its view: {'; '.join(map(str, lossy))}. "
-                    "Run `fhir-assets migrate --apply-view-changes` (drops the data of these columns), "
-                    + (
-                        "then `fhir-assets keys rotate`, which fills them from fhir.resource"
-                        if cipher_of(conn).encrypts
-                        else "then load the windows again"
-                    )
+                    "Run `fhir-assets migrate --apply-view-changes`, which drops these columns and fills those of the "
+                    "view from fhir.resource"
                 )
             try:
                 complete = apply_layout(conn, layout, differences, cascade=cascade)
@@ -177,7 +183,7 @@ def _update_tables(
                 raise ViewError(_describe_refusal(layout, error)) from None
         for resource_type in sorted(outdated_types):
             remove_loaded_parts(conn, resource_type)
-    return changes
+    return TableChanges(changes, sorted(outdated_types))
 
 
 def _find_changed(conn: Connection, layouts: Sequence[TableLayout]) -> list[tuple[TableLayout, str | None]]:
