@@ -130,6 +130,7 @@ def restore_revision_0019(session: Session, *, encrypted: bool) -> None:
 
     Remove the columns that were added later.
     """
+    session.execute("DROP TABLE ops.window_verdicts, ops.held_windows")
     session.execute("DROP VIEW fhir.deleted")
     session.execute("DROP INDEX fhir.resource_deleted")
     for table, key in KEYS_WITHOUT_SOURCE.items():
@@ -168,7 +169,7 @@ def restore_revision_0019(session: Session, *, encrypted: bool) -> None:
 
 
 def find_keys(session: Session) -> dict[str, list[str]]:
-    """Return the primary keys that contain a source, without those of partitions and of ``ops.sources``."""
+    """Return the primary keys that contain a source, of the tables that revision 0027 changed."""
     rows = select(
         session,
         """
@@ -185,7 +186,7 @@ def find_keys(session: Session) -> dict[str, list[str]]:
         WHERE i.indisprimary AND NOT c.relispartition AND c.relnamespace IN ('fhir'::regnamespace, 'ops'::regnamespace)
         """,
     )
-    return {table: columns for table, columns in rows if "source" in columns and table != "ops.sources"}
+    return {table: columns for table, columns in rows if "source" in columns and table in KEYS_WITHOUT_SOURCE}
 
 
 def test_a_database_at_revision_0019_reads_and_loads_after_the_upgrade(database: str, session: Session) -> None:

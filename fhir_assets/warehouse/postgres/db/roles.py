@@ -2,7 +2,7 @@
 
 ``fhir_reader`` reads the tables of views and ``fhir.deleted``, but neither ``ops`` nor ``fhir.resource``.
 ``fhir_operator`` manages runs and dead letters, and has no right to schema ``fhir``. ``fhir_loader`` loads data. It may
-add to the audit log, but not change it, and may not migrate. The owner of the schemas runs migrations and key rotations.
+add to the audit log, but not change it, and may not migrate. The owner of the schemas runs migrations and rotates keys.
 """
 
 from collections.abc import Iterable, Sequence
