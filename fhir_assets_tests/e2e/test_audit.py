@@ -152,7 +152,7 @@ class Hospital:
 
 STATE = {
     "fhir.resource": "resource_type, id, run_id, resource",
-    "fhir.patient_name": "patient_key, family",
+    "fhir.patient_name": "_resource_key, family",
     "ops.received": "origin, resource_type",
     "ops.corrections": "fingerprint, resource",
     "ops.dead_letters": "id, status IN ('resolved', 'discarded'),"

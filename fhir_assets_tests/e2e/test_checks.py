@@ -209,6 +209,7 @@ def test_each_table_check_fails_for_its_own_reason(server: SandboxServer, deploy
     assert rows(missing, "by_target") == [{"target": "Patient", "references": 3, "missing": 1, "share": "33.33%"}]
 
     with connect(deployment.url) as conn:
+        conn.execute("ALTER TABLE fhir.patient DROP CONSTRAINT patient_pkey")
         conn.execute("INSERT INTO fhir.patient SELECT * FROM fhir.patient WHERE id = 'p0-1'")
         conn.execute("ALTER TABLE fhir.patient_name DROP COLUMN family")
     evaluations = evaluate_tables(deployment)
