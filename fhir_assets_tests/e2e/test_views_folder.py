@@ -27,6 +27,8 @@ TYPES = (
     " WHERE table_schema = 'fhir' AND table_name = 'patient_birth' AND column_name NOT LIKE '\\_%%' ORDER BY 1"
 )
 
+LOADED_AT = ("loaded_at", "timestamp with time zone")
+
 Column = dict[str, str]
 ID: Column = {"name": "id", "path": "getResourceKey()", "type": "string", "description": "Key of the patient"}
 BORN: Column = {"name": "born", "path": "birthDate", "type": "date", "description": "Day of birth"}
@@ -107,9 +109,13 @@ def test_a_dropped_view_is_an_asset_with_its_columns_and_a_table_with_its_commen
     columns = {c.name: (c.type, c.description) for c in asset.metadata["dagster/column_schema"].columns}
     message = "Precision of born: year, month or day"
     assert columns == {
-        "id": ("text", "Key of the patient"),
+        "id": ("text", "Key of the patient (-> fhir.patient.id)"),
         "born": ("date", "Day of birth"),
         "born_precision": ("text", message),
+        "loaded_at": (
+            "timestamp with time zone",
+            "Start of the transaction that wrote the row, which readers see when it ends",
+        ),
     }
     assert (asset.metadata["view_url"], asset.metadata["view_version"]) == ("https://example.org/births", "7")
     assert load(deployment) == (True, "")
@@ -149,7 +155,7 @@ def test_a_changed_description_does_not_make_an_asset_stale(deployment: Deployme
         pytest.param(
             (ID, BORN | {"path": "birthDate.toString()", "type": "string"}),
             "column born is date in the table but text in the view",
-            [("born", "text"), ("id", "text")],
+            [("born", "text"), ("id", "text"), LOADED_AT],
             marks=pytest.mark.slow,
         ),
     ],
