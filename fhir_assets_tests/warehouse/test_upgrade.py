@@ -130,7 +130,6 @@ def restore_revision_0019(session: Session, *, encrypted: bool) -> None:
 
     Remove the columns that were added later.
     """
-    session.execute("DROP TABLE ops.window_verdicts, ops.held_windows")
     session.execute("DROP VIEW fhir.deleted")
     session.execute("DROP INDEX fhir.resource_deleted")
     for table, key in KEYS_WITHOUT_SOURCE.items():
