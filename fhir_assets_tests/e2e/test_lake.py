@@ -82,7 +82,8 @@ def test_columns_are_typed_and_described(deployment: Deployment) -> None:
     described = {column.name: column.description for column in view.columns if column.description}
     assert described
     for name, text in described.items():
-        assert schema.field(name).metadata[b"comment"].decode() == text
+        assert schema.field(name).metadata[b"comment"].decode().startswith(text)
+    assert schema.field("patient_key").metadata[b"comment"] == b"The patient (-> fhir.patient.id)"
     assert pyarrow.parquet.ParquetFile(file).metadata.row_group(0).column(0).compression == "ZSTD"
 
 

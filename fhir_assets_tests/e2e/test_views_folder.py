@@ -151,7 +151,7 @@ def test_a_changed_description_does_not_make_an_asset_stale(deployment: Deployme
 @pytest.mark.parametrize(
     ("columns", "message", "types"),
     [
-        ((ID,), "column born is in the table but not in the view", [("id", "text")]),
+        ((ID,), "column born is in the table but not in the view", [("id", "text"), LOADED_AT]),
         pytest.param(
             (ID, BORN | {"path": "birthDate.toString()", "type": "string"}),
             "column born is date in the table but text in the view",
@@ -207,7 +207,7 @@ WITHOUT_TABLE = {
     "own_unicode": ([ID | {"name": "größe"}], "must consist of"),
     "own_key": ([ID | {"name": "_resource_key"}], "not begin with a digit or _"),
     "own_twice": ([ID, ID], "two columns"),
-    "resource": ([ID], "belongs to fhir.resource"),
+    "resource": ([ID], "belongs to a relation"),
 }
 """Views that can have no table: their columns, and words of the reason."""
 

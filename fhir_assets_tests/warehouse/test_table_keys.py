@@ -117,6 +117,18 @@ def test_no_two_rows_of_a_resource_can_have_the_same_key(conn: Session) -> None:
     assert select(conn, "SELECT id, gender FROM fhir.patient") == [("a", "female")]
 
 
+def test_rows_of_a_resource_that_fhir_resource_lost_are_replaced(conn: Session) -> None:
+    load(conn, patient("a", gender="male"), patient("b"), views=(MAIN,))
+    conn.execute("DELETE FROM fhir.resource WHERE id = 'a'")
+    counts, unloadable = load(conn, patient("a", gender="female"), patient("c"), views=(MAIN,))
+    assert (counts.inserted, unloadable) == (2, [])
+    assert select(conn, "SELECT id, gender FROM fhir.patient ORDER BY id") == [
+        ("a", "female"),
+        ("b", None),
+        ("c", None),
+    ]
+
+
 def test_a_table_of_a_former_version_gets_its_key_and_loses_the_columns_that_it_replaces(conn: Session) -> None:
     load(conn, patient("a", gender="male"), views=(MAIN,))
     conn.execute("ALTER TABLE fhir.patient DROP CONSTRAINT patient_pkey, DROP COLUMN loaded_at")

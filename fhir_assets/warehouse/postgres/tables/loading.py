@@ -295,8 +295,15 @@ class Loader:
     def _write_or_split(self, chunk: CopyChunk, result: _ChunkResult) -> None:
         """Write a chunk. If Postgres rejects it, split it in halves until the rejected resources are isolated."""
         try:
-            with self._conn.transaction():
-                updated, written, withheld = self._copy_new(chunk) or self._merge(chunk)
+            try:
+                with self._conn.transaction():
+                    updated, written, withheld = self._copy_new(chunk) or self._merge(
+                        chunk, restore_rows=self._restore_rows
+                    )
+            except psycopg.errors.UniqueViolation:
+                # A table of a view has rows of a resource that fhir.resource does not have.
+                with self._conn.transaction():
+                    updated, written, withheld = self._merge(chunk, restore_rows=True)
         except (psycopg.DataError, psycopg.errors.ProgramLimitExceeded, psycopg.errors.StatementTooComplex) as error:
             if len(chunk) > 1:
                 for half in chunk.split():
@@ -341,7 +348,7 @@ class Loader:
             self._copy_rows(cursor, chunk)
         return 0, chunk, EMPTY_CHUNK
 
-    def _merge(self, chunk: CopyChunk) -> _Written:
+    def _merge(self, chunk: CopyChunk, *, restore_rows: bool) -> _Written:
         """Write a chunk through the stage, so that the newest version of each resource is kept."""
         statements = self._statements
         with self._conn.cursor() as cursor:
@@ -353,7 +360,7 @@ class Loader:
             cursor.execute(statements.clear_stage)
             written = chunk.select_ids(is_new)
             updated = [resource_id for resource_id, new in is_new.items() if not new]
-            outdated = (list(is_new) if self._restore_rows else updated) + removed
+            outdated = (list(is_new) if restore_rows else updated) + removed
             if outdated:
                 for view in statements.views:
                     cursor.execute(view.delete, [outdated])
