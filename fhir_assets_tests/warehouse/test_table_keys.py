@@ -11,7 +11,7 @@ from fhir_assets.fhir.record import Deletion
 from fhir_assets.fhir.views import View, load_views, parse_view
 from fhir_assets.fhir.views.row_identity import find_identity, find_key_column
 from fhir_assets.warehouse.postgres.db.connections import Session
-from fhir_assets.warehouse.postgres.db.migrations import sql_folder
+from fhir_assets.warehouse.postgres.db.schema_state import sql_folder
 from fhir_assets.warehouse.postgres.tables import deletions, view_tables
 from fhir_assets.warehouse.postgres.tables.layout import build_layout
 from fhir_assets_tests.support.views import column, load, patient, select, view
