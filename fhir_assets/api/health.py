@@ -16,12 +16,16 @@ router = APIRouter(tags=["health"])
 
 
 class Health(BaseModel):
-    """Readiness: `ready` if the database, the store and Dagster are available; `live` is always true."""
+    """Readiness: `ready` if the database, the store, the landing zone and Dagster are available; `live` is always true.
+
+    `landing` is true without a landing zone.
+    """
 
     live: bool = True
     ready: bool
     database: bool
     store: bool
+    landing: bool
     dagster: bool
 
 
@@ -44,7 +48,7 @@ def live() -> Response:
     summary="Readiness",
 )
 def health(context: Context) -> Response:
-    """The status is 503 while the database, the store or Dagster is not available."""
+    """The status is 503 while the database, the store, the landing zone or Dagster is not available."""
     return _health(context)
 
 
@@ -84,9 +88,15 @@ def _health(context: Context) -> Response:
         context.store.blobs.get("health")
         return True
 
+    def landing() -> bool:
+        if context.settings.fhir_landing_url:
+            next(iter(context.zone.files()), None)
+        return True
+
     available = {
         "database": _passes(database),
         "store": _passes(store),
+        "landing": _passes(landing),
         "dagster": _passes(context.dagster.is_ready),
     }
     ready = all(available.values())

@@ -28,6 +28,12 @@ COMMANDS = {
         "reconcile",
         "Compare what the source has with the store and the tables, and name what is missing. Nothing is changed.",
     ),
+    "status": CommandSource(
+        "fhir_assets.cli.status",
+        "status",
+        "Print what runs, the last ticks, the last load of each type, what is behind, open incidents and free disk "
+        "space.",
+    ),
     "sources": CommandSource(
         "fhir_assets.cli.sources",
         "app",

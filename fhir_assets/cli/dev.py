@@ -1,15 +1,18 @@
 """`fhir-assets dev`: the Dagster UI and daemon, on the embedded Postgres or on DB_URL."""
 
-import os
 import signal
 import socket
-import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import monotonic, sleep
 from typing import Annotated
 
 import typer
 
 from fhir_assets.cli.output import console, warn_of_clear_data
+from fhir_assets.cli.supervisor import Service, Supervisor
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.orchestration.instance import config
@@ -18,8 +21,18 @@ from fhir_assets.warehouse.postgres.db import embedded
 
 DEFAULT_PORT = 3000
 
-_SUPERSEDED = "ignore:Function `dev_command`"
-"""Filter for the warning in which `dagster dev` recommends `dg dev`, which this project does not use."""
+CODE_LOCATION = "fhir_assets"
+
+START_SECONDS = 180.0
+"""Seconds in which the code server must accept connections before the UI is started without it."""
+
+_WORKSPACE = """\
+load_from:
+  - grpc_server:
+      host: 127.0.0.1
+      port: {port}
+      location_name: {name}
+"""
 
 
 def dev(
@@ -40,28 +53,71 @@ def dev(
 
 
 def serve_ui(settings: Settings, port: int | None) -> None:
-    """Run ``dagster dev`` until it ends or is interrupted, then stop all of its processes.
+    """Run the code server, the UI and the daemon until interrupted; one that ends is started again with a sentence.
 
-    ``port`` is DEFAULT_PORT if None. Raises ConfigurationError if ``dagster dev`` fails.
+    The embedded Postgres, if it is used, is started again too. ``port`` is DEFAULT_PORT if None. Raises
+    ConfigurationError if a process does not stay up.
     """
     Warehouse(settings).url()
-    environment = {**config.build_environment(settings), "PYTHONWARNINGS": _SUPERSEDED}
+    environment = {**config.build_environment(settings), "DAGSTER_IS_DEV_CLI": "1"}
     port = free_port(port or DEFAULT_PORT)
-    console.print(f"Dagster UI: [bold]http://127.0.0.1:{port}[/bold]  (Ctrl-C stops it)")
-    command = [sys.executable, "-m", "dagster", "dev", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--workspace", str(config.find_workspace_yaml()), "--log-level", "error"]
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    supervisor = Supervisor(environment, _report)
     previous = {sign: signal.signal(sign, _interrupt) for sign in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        code = 0
-    finally:
-        for sign, handler in previous.items():
-            signal.signal(sign, handler)
-        _stop(process)
-    if code:
-        raise ConfigurationError(f"dagster dev ended with exit code {code}: its messages are above")
+    with TemporaryDirectory(prefix="fhir_assets_dev_") as folder:
+        try:
+            _start_services(supervisor, Path(folder), port)
+            console.print(f"Dagster UI: [bold]http://127.0.0.1:{port}[/bold]  (Ctrl-C stops it)")
+            supervisor.run(*([] if settings.db_url else [lambda: _keep_postgres(settings)]))
+        except KeyboardInterrupt:
+            pass
+        finally:
+            for sign in previous:
+                signal.signal(sign, signal.SIG_IGN)
+            supervisor.stop()
+            for sign, handler in previous.items():
+                signal.signal(sign, handler)
+
+
+def _start_services(supervisor: Supervisor, folder: Path, port: int) -> None:
+    """Start the processes of `dagster dev`, with a code server that ends only if it is stopped.
+
+    The one of `dagster dev` ends itself when the machine is too busy to send it a heartbeat, and nothing starts it
+    again.
+    """
+    code_port = free_port(0)
+    workspace = folder / "workspace.yaml"
+    workspace.write_text(_WORKSPACE.format(port=code_port, name=CODE_LOCATION))
+    python, quiet = [sys.executable, "-m"], ["--log-level", "error"]
+    where = ["--host", "127.0.0.1", "--port"]
+    code = [*python, "dagster", "code-server", "start", *where, str(code_port), *quiet, "--heartbeat-ttl", "600"]
+    code += ["--module-name", "fhir_assets.definitions", "--location-name", CODE_LOCATION]
+    supervisor.start(Service("The code server", code, needs_child=True))
+    _wait_for_port(supervisor, code_port)
+    webserver = [*python, "dagster_webserver", *where, str(port), "--workspace", str(workspace)]
+    supervisor.start(Service("The UI", [*webserver, "--dagster-log-level", "error", "--live-data-poll-rate", "2000"]))
+    daemon = [*python, "dagster._daemon", "run", "--workspace", str(workspace), *quiet]
+    supervisor.start(Service("The daemon", daemon))
+
+
+def _wait_for_port(supervisor: Supervisor, port: int) -> None:
+    """Wait until a process accepts connections at the port, at most START_SECONDS, which a busy machine may need."""
+    deadline = monotonic() + START_SECONDS
+    while monotonic() < deadline:
+        supervisor.check()
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        sleep(0.2)
+
+
+def _keep_postgres(settings: Settings) -> None:
+    """Start the embedded Postgres again if it has ended."""
+    if not (embedded.is_running(settings.home) or embedded.is_running(settings.home)):
+        _report("The embedded Postgres does not answer: it is started again")
+        embedded.ensure(settings.home)
+
+
+def _report(sentence: str) -> None:
+    console.print(sentence, markup=False, soft_wrap=True)
 
 
 def free_port(wanted: int) -> int:
@@ -79,16 +135,3 @@ def free_port(wanted: int) -> int:
 
 def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Stop the process and its children: with SIGINT, then SIGTERM, then SIGKILL."""
-    for sign, seconds in ((signal.SIGINT, 15), (signal.SIGTERM, 5), (signal.SIGKILL, 5)):
-        try:
-            os.killpg(process.pid, sign)
-        except ProcessLookupError:
-            return
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            continue

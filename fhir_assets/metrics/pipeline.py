@@ -271,7 +271,7 @@ class DatabaseCollector(Collector):
 
 def build_collector(settings: Settings, connect: OpenConnection) -> DatabaseCollector:
     """Return a collector of the database's metrics, without registering it."""
-    return DatabaseCollector(connect, lambda: connections.connect(_dagster_url(settings)), settings.window_scheme)
+    return DatabaseCollector(connect, lambda: connections.connect(dagster_url(settings)), settings.window_scheme)
 
 
 @contextmanager
@@ -285,7 +285,8 @@ def register_database_metrics(settings: Settings, connect: OpenConnection) -> It
         REGISTRY.unregister(collector)
 
 
-def _dagster_url(settings: Settings) -> str:
+def dagster_url(settings: Settings) -> str:
+    """Return the URL of Dagster's own database. Raises DatabaseUnavailable."""
     if url := os.environ.get("DAGSTER_POSTGRES_URL"):
         return connections.normalise_url(url)
     if settings.db_url is None:

@@ -77,6 +77,7 @@ def test_without_the_store_no_record_is_accepted(api: Api, tmp_path: Path) -> No
         "ready": False,
         "database": True,
         "store": True,
+        "landing": True,
         "dagster": False,
     }
     store = tmp_path / "home" / "store"
@@ -89,6 +90,19 @@ def test_without_the_store_no_record_is_accepted(api: Api, tmp_path: Path) -> No
     store.unlink()
     assert api.get("/health/ready", role=None).json()["store"] is True
     assert api.post("/api/v1/ingest", json=RECORD).status_code == 202
+
+
+def test_a_missing_landing_zone_is_not_ready(database: str, tmp_path: Path) -> None:
+    zone = tmp_path / "landing"
+    zone.mkdir()
+    settings = load_settings(
+        fhir_assets_home=tmp_path / "home", db_url=database, api_tokens=TOKENS, fhir_landing_url=str(zone)
+    )
+    with api_in_threads(settings) as api:
+        assert api.get("/health/ready", role=None).json()["landing"] is True
+        zone.rmdir()
+        answer = api.get("/health/ready", role=None)
+        assert (answer.status_code, answer.json()["landing"]) == (503, False)
 
 
 def test_metrics_are_for_operators(api: Api) -> None:

@@ -81,6 +81,19 @@ def list_types_of_run(conn: Connection, run_id: str) -> list[dict[str, Any]]:
     return sorted(by_type, key=lambda row: LOAD_ORDER.get(row["resource_type"], len(LOAD_ORDER)))
 
 
+def find_last_loads(conn: Connection) -> list[dict[str, Any]]:
+    """Return the row of ``ops.run_types`` of the latest run of each resource type, in load order."""
+    with conn.cursor(row_factory=dict_row) as cursor:
+        rows = cursor.execute(
+            """
+            SELECT DISTINCT ON (resource_type) *
+            FROM ops.run_types
+            ORDER BY resource_type, started_at DESC
+            """
+        ).fetchall()
+    return sorted(rows, key=lambda row: LOAD_ORDER.get(row["resource_type"], len(LOAD_ORDER)))
+
+
 def find_failed_windows(conn: Connection, resource_type: str) -> list[FailedWindow]:
     """Return the windows of a type whose last run failed, in order."""
     rows = conn.execute(

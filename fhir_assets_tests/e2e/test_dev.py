@@ -1,0 +1,93 @@
+"""`fhir-assets dev` goes on if any of its processes is killed."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+QUERY = """
+{
+  workspaceOrError { ... on Workspace { locationEntries { name locationOrLoadError { __typename } } } }
+  instance { daemonHealth { allDaemonStatuses { healthy required } } }
+}
+"""
+PARTS = {
+    "The code server": r"code-server start",
+    "The work of the code server": r"dagster api grpc",
+    "The UI": r"dagster_webserver",
+    "The daemon": r"dagster\._daemon",
+    "The embedded Postgres": r"bin/postgres",
+}
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.5)
+
+
+def is_up(url: str) -> bool:
+    """Return whether the UI has the code location and all daemons are healthy."""
+    with suppress(requests.RequestException, KeyError, TypeError, ValueError):
+        data = requests.post(f"{url}/graphql", json={"query": QUERY}, timeout=30).json()["data"]
+        (location,) = data["workspaceOrError"]["locationEntries"]
+        daemons = data["instance"]["daemonHealth"]["allDaemonStatuses"]
+        return (
+            location["name"] == "fhir_assets"
+            and location["locationOrLoadError"]["__typename"] == "RepositoryLocation"
+            and all(daemon["healthy"] for daemon in daemons if daemon["required"])
+        )
+    return False
+
+
+def find(dev: psutil.Process, home: Path, pattern: str) -> psutil.Process | None:
+    """Return the first process of ``fhir-assets dev`` whose command line matches."""
+    candidates = dev.children(recursive=True)
+    pid_file = (home / "postgres").resolve() / "postmaster.pid"
+    if pid_file.exists():
+        candidates.append(psutil.Process(int(pid_file.read_text().split()[0])))
+    for process in candidates:
+        with suppress(psutil.NoSuchProcess):
+            if re.search(pattern, " ".join(process.cmdline())) and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+    return None
+
+
+@pytest.mark.slow
+def test_each_process_of_dev_comes_back_after_sigkill(tmp_path: Path) -> None:
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("DAGSTER_HOME", "DAGSTER_POSTGRES_URL", "DB_URL")
+    }
+    environment |= {"FHIR_ASSETS_HOME": str(tmp_path / "home"), "FHIR_RESOURCE_TYPES": "Patient"}
+    command = [sys.executable, "-c", "from fhir_assets.cli import main; main()", "dev"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    text = (tmp_path / "log").read_text
+    try:
+        wait_until(lambda: "Dagster UI: " in text(), text())
+        url = re.findall(r"http://127\.0\.0\.1:\d+", text())[0]
+        wait_until(lambda: is_up(url), text())
+        dev = psutil.Process(process.pid)
+        for name, pattern in PARTS.items():
+            wait_until(lambda pattern=pattern: find(dev, tmp_path / "home", pattern), f"{name}: {text()}")  # type: ignore[misc]
+            victim = find(dev, tmp_path / "home", pattern)
+            assert victim is not None, name
+            told = text().count("started again")
+            victim.kill()
+            wait_until(lambda told=told: text().count("started again") > told, f"{name}: {text()}")  # type: ignore[misc]
+            wait_until(lambda: is_up(url), f"{name}: {text()}")
+            assert process.poll() is None, name
+    finally:
+        process.terminate()
+        assert process.wait(90) == 0

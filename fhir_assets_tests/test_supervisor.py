@@ -1,0 +1,101 @@
+"""A supervised process that ends is started again with a sentence; one that never stays up ends the command."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fhir_assets.cli.supervisor import MAX_SHORT_LIVES, Service, Supervisor
+from fhir_assets.errors import ConfigurationError
+
+SLEEP = "import time; time.sleep(600)"
+PARENT = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {SLEEP!r}]).wait(); {SLEEP}"
+
+
+@pytest.fixture
+def sentences() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def supervisor(sentences: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
+    monkeypatch.setattr("fhir_assets.cli.supervisor._LOOKS_WITHOUT_CHILD", 2)
+    supervisor = Supervisor(os.environ, sentences.append)
+    yield supervisor
+    supervisor.stop()
+
+
+def children() -> list[psutil.Process]:
+    alive = psutil.Process().children(recursive=True)
+    return [child for child in alive if child.status() != psutil.STATUS_ZOMBIE and "time.sleep" in str(child.cmdline())]
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_killed_process_is_started_again(supervisor: Supervisor, sentences: list[str]) -> None:
+    supervisor.start(Service("The UI", [sys.executable, "-c", SLEEP]))
+    (process,) = children()
+    supervisor.check()
+    assert sentences == []
+    process.kill()
+    wait_until(lambda: process.status() == psutil.STATUS_ZOMBIE)
+    supervisor.check()
+    assert sentences == [f"The UI (process {process.pid}) was ended by SIGKILL: it is started again"]
+    (second,) = children()
+    assert second.pid != process.pid
+
+
+def test_a_process_whose_child_is_killed_is_started_again(supervisor: Supervisor, sentences: list[str]) -> None:
+    supervisor.start(Service("The code server", [sys.executable, "-c", PARENT], needs_child=True))
+    wait_until(lambda: len(children()) == 2)
+    parent, child = children()
+    supervisor.check()
+    child.kill()
+    wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    for _ in range(2):
+        supervisor.check()
+    expected = f"The code server (process {parent.pid}) lost the process that does its work: it is started again"
+    assert sentences == [expected]
+    wait_until(lambda: len(children()) == 2)
+    assert {parent.pid, child.pid} & {process.pid for process in children()} == set()
+
+
+def test_the_children_of_a_killed_process_end_with_it(supervisor: Supervisor, sentences: list[str]) -> None:
+    supervisor.start(Service("The code server", [sys.executable, "-c", PARENT]))
+    wait_until(lambda: len(children()) == 2)
+    before = {process.pid for process in children()}
+    os.kill(min(before), signal.SIGKILL)
+    while not sentences:
+        supervisor.check()
+    wait_until(lambda: len(children()) == 2)
+    assert before & {process.pid for process in children()} == set()
+
+
+def test_a_process_that_never_stays_up_ends_the_command(supervisor: Supervisor, sentences: list[str]) -> None:
+    supervisor.start(Service("The daemon", [sys.executable, "-c", "raise SystemExit(3)"]))
+
+    def check_for_ever() -> None:
+        while True:
+            supervisor.check()
+
+    with pytest.raises(ConfigurationError, match=r"The daemon ended with exit code 3 5 times .*: its messages"):
+        check_for_ever()
+    assert len(sentences) == MAX_SHORT_LIVES - 1
+
+
+def test_stop_ends_all_processes(supervisor: Supervisor, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        supervisor.start(Service(name, [sys.executable, "-c", PARENT]))
+    wait_until(lambda: len(children()) == 4)
+    supervisor.stop()
+    assert children() == []
