@@ -9,7 +9,7 @@ PIP := $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir cases search-steps second-server hapi hapi-story rules lock clean
+.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir cases search-steps second-server hapi hapi-story rules lock build up down logs start clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -132,5 +132,30 @@ RESOURCES ?= 100000
 scale: $(VENV)/.installed-dev ## The costs of RESOURCES resources, as in docs/scale.md
 	$(BIN)/python -m benchmarks.scale $(RESOURCES)
 
-clean: ## Remove .venv, the state of the embedded parts and what was built
-	rm -rf $(VENV) .fhir_assets build dist
+# What is deployed with Docker; the file .env has its settings.
+build: ## Build the image of docker-compose.yml
+	docker compose build
+
+up: ## Start the services of docker-compose.yml, PROFILES="api monitoring" too
+	docker compose $(foreach profile,$(PROFILES),--profile $(profile)) up --detach
+
+down: ## Stop the services of docker-compose.yml; their data stays
+	docker compose $(foreach profile,$(PROFILES),--profile $(profile)) down
+
+logs: ## Follow the logs of the services
+	docker compose logs --follow --tail 100
+
+start: up ## Start the services and print their addresses
+	@echo "Dagster UI   http://127.0.0.1:3000"
+	@echo "HTTP API     http://127.0.0.1:8080/docs   (PROFILES=api)"
+	@echo "Grafana      http://127.0.0.1:3001        (PROFILES=monitoring)"
+
+clean: ## Remove .venv and what was built; asks before it removes the data of the embedded parts (FORCE=1 does not ask)
+	rm -rf $(VENV) build dist
+	@if [ -d .fhir_assets ]; then \
+	  if [ "$(FORCE)" != 1 ]; then \
+	    printf 'Delete .fhir_assets, the database and the store with all loaded data? Type yes: '; read answer || true; \
+	    [ "$$answer" = yes ] || { echo "Kept: .fhir_assets"; exit 0; }; \
+	  fi; \
+	  rm -rf .fhir_assets; \
+	fi

@@ -1,6 +1,7 @@
 """The files of the project itself: lock files, workflow, documentation links."""
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -72,3 +73,23 @@ def test_the_stories_that_ci_leaves_out_exist() -> None:
     for story in left_out[1].split():
         file, _, test = story.partition("::")
         assert f"def {test}" in (ROOT / "fhir_assets_tests" / file).read_text()
+
+
+@pytest.mark.parametrize(
+    ("answer", "options", "kept"),
+    [("no\n", [], True), ("", [], True), ("yes\n", [], False), ("", ["FORCE=1"], False)],
+)
+def test_make_clean_asks_before_it_deletes_data(tmp_path: Path, answer: str, options: list[str], kept: bool) -> None:
+    (tmp_path / "Makefile").write_bytes((ROOT / "Makefile").read_bytes())
+    for folder in (".fhir_assets", ".venv", "build"):
+        (tmp_path / folder).mkdir()
+    done = subprocess.run(["make", "clean", *options], cwd=tmp_path, input=answer, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / ".fhir_assets").exists() is kept
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_make_help_lists_every_target_that_a_user_calls() -> None:
+    text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = {line.split()[0] for line in text.splitlines()}
+    assert {"demo", "test", "build", "up", "down", "logs", "start", "clean"} <= listed

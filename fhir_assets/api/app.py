@@ -41,7 +41,7 @@ def create_app(settings: Settings, *, workers: int = 1) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
-        dependencies=[Depends(_require_role)],
+        dependencies=[Depends(_require_role), Depends(_require_known_parameters)],
         redirect_slashes=False,
     )
     app.state.context = context
@@ -77,6 +77,17 @@ def _require_role(request: Request) -> None:
     if token.role not in allowed:
         roles = " or ".join(sorted(allowed))
         raise Problem(403, f"a token of role {token.role} may not call this operation: it needs the role {roles}")
+
+
+def _require_known_parameters(request: Request) -> None:
+    """Raise Problem if the query has a parameter that the operation does not know, such as a misspelt search.
+
+    The problem does not repeat its name, which may be any text.
+    """
+    known = sorted(parameter.alias for parameter in request.scope["route"].dependant.query_params)
+    if any(name not in known for name in request.query_params):
+        knows = f"it knows {', '.join(known)}" if known else "it knows none"
+        raise Problem(422, f"the query has a parameter that this operation does not know: {knows}")
 
 
 def _require_roles_of_all_routes(app: FastAPI) -> None:

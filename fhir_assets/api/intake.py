@@ -29,13 +29,24 @@ router = APIRouter(tags=["intake"])
     "/api/v1/ingest",
     status_code=202,
     response_model=IntakeResult,
-    responses=problem_responses(400, 415),
+    responses={
+        **problem_responses(400, 415),
+        422: {
+            "description": "Every record was rejected; a problem document if the request itself is not valid",
+            "content": {
+                **problem_responses()[422]["content"],
+                "application/json": {"schema": {"$ref": "#/components/schemas/IntakeResult"}},
+            },
+        },
+    },
     openapi_extra=RECORDS_BODY,
     summary="Post patient records and FHIR resources",
 )
 def ingest_records(context: Context, caller: CurrentCaller, body: RawBody, key: IdempotencyKey = None) -> Response:
     """Each record is validated at once and accepted or rejected independently of the others; the answer lists the
-    issues of each record. Accepted records are stored in `raw` before the answer; the sensor `load_received` starts the
+    issues of each record. If every record is rejected, the status is 422.
+
+    Accepted records are stored in `raw` before the answer; the sensor `load_received` starts the
     run that loads them into the tables.
     """
 
@@ -67,7 +78,8 @@ def ingest_records(context: Context, caller: CurrentCaller, body: RawBody, key: 
             "rejected": len(validated) - accepted,
             "results": results,
         }
-        return Response(orjson.dumps(content), 202, media_type="application/json")
+        status = 422 if validated and not accepted else 202
+        return Response(orjson.dumps(content), status, media_type="application/json")
 
     return answer_once(context, caller, "/api/v1/ingest", key, body, work)
 

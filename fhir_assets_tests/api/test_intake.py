@@ -267,3 +267,18 @@ def test_a_byte_order_mark_and_odd_media_types_are_accepted(api: Api) -> None:
     body = b'\xef\xbb\xbf{\n"resourceType": "Patient", "id": "a"}\n'
     for media_type in ("application/fhir+json", "application/json; charset=utf-8", "application/x-www-form-urlencoded"):
         assert api.post("/fhir", data=body, headers={"Content-Type": media_type}).status_code == 200
+
+
+def test_a_post_of_which_every_record_is_rejected_is_422_with_the_reasons(api: Api) -> None:
+    answer = api.post("/api/v1/ingest", json={"records": [{"resourceType": "Patient", "gender": "x"}, {}]})
+    assert (answer.status_code, answer.headers["Content-Type"]) == (422, "application/json")
+    assert (answer.json()["accepted"], answer.json()["rejected"]) == (0, 2)
+    assert all(result["issues"] for result in answer.json()["results"])
+
+
+def test_an_unknown_query_parameter_is_422_and_not_repeated(api: Api) -> None:
+    answer = api.get("/patients?SECRETNAME=1", role="reader")
+    assert (answer.status_code, answer.headers["Content-Type"]) == (422, "application/problem+json")
+    assert "it knows after, first_name, last_name, mrn, page, page_size" in answer.json()["detail"]
+    assert "SECRETNAME" not in answer.text
+    assert "it knows none" in api.get("/health/live?x=1", role=None).json()["detail"]
