@@ -35,7 +35,30 @@ router = APIRouter(tags=["intake"])
             "description": "Every record was rejected; a problem document if the request itself is not valid",
             "content": {
                 **problem_responses()[422]["content"],
-                "application/json": {"schema": {"$ref": "#/components/schemas/IntakeResult"}},
+                "application/json": {
+                    "schema": {"$ref": "#/components/schemas/IntakeResult"},
+                    "example": {
+                        "request_id": "4a9d0c3c1b6f1f7d11",
+                        "accepted": 0,
+                        "rejected": 1,
+                        "results": [
+                            {
+                                "index": 0,
+                                "status": "rejected",
+                                "resource_type": "Patient",
+                                "id": None,
+                                "issues": [
+                                    {
+                                        "severity": "error",
+                                        "rule": "required-binding",
+                                        "path": "Patient.gender",
+                                        "message": "is not a code of administrative-gender",
+                                    }
+                                ],
+                            }
+                        ],
+                    },
+                },
             },
         },
     },
