@@ -285,6 +285,39 @@ def test_a_type_for_which_the_server_gives_no_clear_answer_is_loaded(
         assert requested_types(deployment) == expected
 
 
+def test_parts_that_another_process_adds_during_a_tick_are_kept_and_loaded(deploy: Deploy) -> None:
+    with SearchServer([resource("Patient", "p1", instant(today()))], types=TYPES) as server:
+        deployment = deploy_two_types(deploy, server)
+        until = read_checkpoints(deployment)
+        store, key = deployment.store, f"{datetime.now(UTC):%Y-%m-%d}"
+
+        def receive_during_the_search(request: object, path: str) -> None:
+            (manifest,) = store.manifests("raw", "Patient", [key])
+            if path == "Patient" and not any(part.origin for part in manifest.parts):
+                part = msgspec.structs.replace(manifest.parts[0], name="received", origin="landing:1")
+                store.commit([msgspec.structs.replace(manifest, parts=(*manifest.parts, part))])
+
+        server.answer = receive_during_the_search
+        assert requested_types(deployment) == {"patient"}
+        (manifest,) = store.manifests("raw", "Patient", [key])
+        assert [part.origin for part in manifest.parts] == [None, "landing:1"]
+        assert read_checkpoints(deployment)["Patient"] == until["Patient"]
+        assert read_checkpoints(deployment)["Encounter"] > until["Encounter"]
+
+
+def test_a_type_with_something_to_deliver_is_loaded(deploy: Deploy) -> None:
+    with SearchServer([resource("Patient", "p1", instant(today()))], types=TYPES) as server:
+        deployment = deploy_two_types(deploy, server)
+        deployment.settings = deployment.settings.model_copy(update={"fhir_delivery_url": server.url})
+        assert requested_types(deployment) == {"patient"}
+        deployment.query(
+            "INSERT INTO ops.held_windows (destination, resource_type, partition_key, run_id)"
+            " VALUES ('delivered ' || %s, 'Encounter', '2024-01-05', 'r') RETURNING 1",
+            server.url,
+        )
+        assert requested_types(deployment) == {"patient", "encounter"}
+
+
 def test_a_type_that_the_server_does_not_offer_causes_no_run(deploy: Deploy) -> None:
     with SearchServer([resource("Patient", "p1", instant(today()))], types=TYPES[:1]) as server:
         deployment = deploy_two_types(deploy, server)

@@ -25,8 +25,8 @@ from fhir_assets.pipeline.reconcile.window_counts import find_main_view, reconci
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.storage.manifest import Fetch, Manifest
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.ops import checkpoints, received, run_history
-from fhir_assets.warehouse.postgres.db.connections import OpenSession
+from fhir_assets.warehouse.ops import checkpoints, held_windows, received, run_history
+from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
 from fhir_assets.warehouse.postgres.tables import deletions
 from fhir_assets.windows import Interval, Window, WindowRange, merge_intervals
 
@@ -139,7 +139,8 @@ class ExtendStep:
             fetches |= found
         if not self._has_no_deletions(name):
             return False
-        self._commit(name, begun, raw, planned, fetches)
+        if not self._commit(name, begun, raw, planned, fetches):
+            return False
         return not self._verified or self._reconciles(name, keys)
 
     def _is_loaded(self, name: str, raw: Mapping[str, Manifest]) -> bool:
@@ -166,7 +167,7 @@ class ExtendStep:
                 and not received.find_pending_windows(conn, name, keys)
                 and not run_history.has_unsuccessful_window(conn, name, keys)
                 and not (deleted and deletions.find_unapplied_parts(conn, [part.name for part in deleted.parts]))
-                and self._is_delivered(validated)
+                and self._is_delivered(conn, name, validated)
             )
 
     def _reconciles(self, name: str, partition_keys: Sequence[str]) -> bool:
@@ -175,9 +176,12 @@ class ExtendStep:
             counts = reconcile(conn, self._store, name, partition_keys, main_view=main_view)
             return not any(window.faults for window in counts)
 
-    def _is_delivered(self, validated: Sequence[Manifest]) -> bool:
+    def _is_delivered(self, conn: Connection, name: str, validated: Sequence[Manifest]) -> bool:
+        """Return whether nothing of a type waits for a delivery: parts of these windows, or windows held back."""
         if not self._rules.delivery_url:
             return True
+        if any(held == name and target.startswith("delivered ") for target, held, _ in held_windows.list_held(conn)):
+            return False
         for manifest in validated:
             delivery = self._store.manifest("delivered", manifest.resource_type, manifest.partition_key)
             state = delivery.delivered if delivery else None
@@ -266,16 +270,22 @@ class ExtendStep:
         raw: Mapping[str, Manifest],
         planned: Sequence[PlannedFetch],
         fetches: Mapping[str, Fetch],
-    ) -> None:
-        """Commit the extended partitions and move the checkpoint."""
+    ) -> bool:
+        """Commit the extended partitions and move the checkpoint.
+
+        Return False, and leave the checkpoint, if another process has added parts to a partition in the meantime.
+        """
         extended = {plan.window.key: _extend_manifest(plan, fetches[plan.window.key], self._now) for plan in planned}
         update = RawUpdate(name, tuple(extended.values()), fetches, {plan.window.key: plan.base for plan in planned})
-        commit_update(self._connect, self._store, update)
+        committed = commit_update(self._connect, self._store, update)
+        if any(manifest.parts != raw[manifest.partition_key].parts for manifest in committed):
+            return False
         current = {**raw, **extended}
         fetched = [(window, current[window.key].fetched) for window in windows]
         with self._connect() as conn:
             for span in merge_intervals(Interval(window.start, state.until) for window, state in fetched if state):
                 checkpoints.advance(conn, name, span.start, span.end, _ACTOR)
+        return True
 
 
 def _extend_manifest(plan: PlannedFetch, fetch: Fetch, now: datetime) -> Manifest:
