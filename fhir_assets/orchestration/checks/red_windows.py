@@ -15,7 +15,7 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops.incidents import Incident
 from fhir_assets.warehouse.postgres.db.connections import Session
 
-_MAX_WINDOWS = 20
+_MAX_WINDOWS = 5
 _MAX_SECONDS = 10
 
 
@@ -57,4 +57,4 @@ def evaluate_red_windows(
                 instance.report_runless_asset_event(evaluation)
         conn.commit()
         evaluated += 1
-    return start + evaluated
+    return (start + evaluated) % len(windows) if windows else 0
