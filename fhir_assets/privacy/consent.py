@@ -85,6 +85,9 @@ _SCOPES: Mapping[str, frozenset[Purpose]] = {
     "treatment": frozenset(),
     "adr": frozenset(),
 }
+_DECIDING_NOTHING = ("draft", "proposed", "rejected", "inactive", "entered-in-error")
+"""The values of Consent.status but ``active``."""
+
 _NARROWING = ("actor", "action", "securityLabel", "class", "code", "data", "dataPeriod")
 _POLICY_RULES: Mapping[str, Verdict] = {"optin": "permit", "optinr": "permit", "optout": "deny", "optoute": "deny"}
 _UNREADABLE = datetime.max.replace(tzinfo=UTC)
@@ -152,6 +155,24 @@ def read_consent(resource: Mapping[str, Any], patient: str | None, *, may_permit
             return None
     reader = _ProvisionReader(may_permit and is_known_scope and not resource.get("modifierExtension"))
     return Consent(str(resource.get("id")), patient, reader.read(root, "Consent.provision", purposes, base))
+
+
+def may_deny(resource: Mapping[str, Any]) -> bool:
+    """Return whether a Consent that is invalid may be a denial. What cannot be read may be one."""
+    if resource.get("status") in _DECIDING_NOTHING or not _read_scope(resource.get("scope"))[0]:
+        return False
+    provision = resource.get("provision")
+    if provision is None:
+        return _read_policy_rule(resource.get("policyRule")) == "deny"
+    return not _is_permit(provision)
+
+
+def _is_permit(provision: Any) -> bool:
+    """Return whether a provision and its exceptions are readable and permit. An exception without a type denies."""
+    if not isinstance(provision, dict) or provision.get("type") != "permit":
+        return False
+    nested = provision.get("provision", [])
+    return isinstance(nested, list) and all(_is_permit(each) for each in nested)
 
 
 def decide(consents: Iterable[Consent], purpose: Purpose, at: datetime) -> Decision | None:

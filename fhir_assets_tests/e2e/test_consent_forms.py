@@ -5,6 +5,7 @@ table, export, lake, API answer or message afterwards.
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from fhir_assets.cli.main import app
 from fhir_assets.definitions import build_definitions
 from fhir_assets.fhir.intake.resources import MRN_SYSTEM
+from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.storage.blobs import LocalBlobs
 from fhir_assets_tests.support.api import TOKENS, api_in_threads
 from fhir_assets_tests.support.channels import BUNDLE_CHANNELS, CHANNELS, deploy_landing, encode, name
@@ -32,6 +34,8 @@ from fhir_assets_tests.support.consent_forms import (
 )
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.landing import land
+from fhir_assets_tests.support.leak_scan import tables
+from fhir_assets_tests.support.uploads import read_back
 from fhir_assets_tests.support.visits import visit
 from fhir_assets_tests.support.written_files import write_files
 
@@ -154,15 +158,25 @@ def build_bundle_entries() -> list[dict[str, Any]]:
     ["files", *(pytest.param(each, marks=pytest.mark.slow) for each in ("landing zone", "search", "bulk", "post"))],
 )
 def test_a_denial_counts_in_every_form_and_withholds_by_every_form_of_subject(
-    deploy: Deploy, tmp_path: Path, channel: str, policy: str
+    deploy: Deploy, tmp_path: Path, channel: str, policy: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     resources = [*build_withheld(), *build_loaded(), *build_permits()]
     values = {**build_settings(TYPES, policy), "api_tokens": TOKENS}
     if channel in BUNDLE_CHANNELS:
         resources += build_bundle_entries()
-    deployment, faults = CHANNELS[channel](deploy, resources, tmp_path, values)
+    else:
+        resources.append(build("Observation", "dead", code={"text": MARKER}, subject={"reference": "Patient/literal"}))
+    with SandboxServer() as target, caplog.at_level(logging.INFO):
+        values["fhir_delivery_url"] = target.url
+        deployment, faults = CHANNELS[channel](deploy, resources, tmp_path, values)
+        delivered = read_back(target.url, TYPES.split(","))
     assert faults == []
-    assert deployment.count_dead_letters() == {}
+    assert sum(deployment.count_dead_letters().values()) == (channel not in BUNDLE_CHANNELS)
+    assert not [key for key, body in delivered.items() if MARKER.encode() in body]
+    if channel not in BUNDLE_CHANNELS:  # what was received is delivered by a run of its own
+        assert "Patient/ok" in delivered
+    assert MARKER not in caplog.text
+    require_no_marker_in_records(deployment)
     loaded = {f"{kind}/{key}" for kind, key in deployment.query("SELECT resource_type, id FROM fhir.resource")}
     expected = {*map(name, build_loaded()), "Consent/permit-ok"}
     if policy == "opt-in":
@@ -184,6 +198,24 @@ def require_no_marker(deployment: Deployment, folder: Path) -> None:
     files = [path for path in (folder / "left").rglob("*") if path.is_file()]
     assert files
     assert not [path.name for path in files if MARKER.encode() in path.read_bytes()]
+
+
+def require_no_marker_in_records(deployment: Deployment) -> None:
+    """Require that no text of a withheld resource is in an event of Dagster, or in a record that operators may read."""
+    marker = MARKER.encode()
+    assert not {place for place, content in tables(deployment.url, "public") if marker in content}
+    hidden = ("ops.withheld.", "ops.consent_records.", "ops.dead_letters.resource")
+    found = {place for place, content in tables(deployment.url, "ops") if marker in content}
+    assert not {place for place in found if not place.startswith(hidden)}
+    with api_in_threads(deployment.settings) as api:
+        for path in ("/runs", "/resource-types", "/health/ready"):
+            assert MARKER not in api.get(path).text
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in deployment.environment().items():
+            patch.setenv(variable, value)
+        listed = CliRunner().invoke(app, ["dead-letters", "list", "--json"])
+    assert listed.exit_code == 0
+    assert MARKER not in listed.output
 
 
 def require_that_denied_patients_are_refused(deployment: Deployment) -> None:

@@ -43,7 +43,8 @@ def evaluate_known_patients(conn: Connection, consent_gate: ConsentGate, resourc
             faults.append(describe_unknown_denials(denials))
         if dead:
             faults.append(
-                f"{dead} Consents are dead letters, so that what they deny does not count. Correct them "
+                f"{dead} Consents are dead letters. Those that may deny withhold the resources of their patients, or "
+                "of the same file or request if their patient is not known. Correct or discard them "
                 "(`fhir-assets dead-letters list --type Consent`)"
             )
     return KnownPatients(

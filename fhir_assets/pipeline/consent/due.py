@@ -3,7 +3,7 @@
 from datetime import datetime
 
 from fhir_assets.privacy.consent import ConsentGate
-from fhir_assets.warehouse.ops import consents, withheld_changes
+from fhir_assets.warehouse.ops import consents, dead_consents, withheld_changes
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 
@@ -15,4 +15,6 @@ def has_due_decisions(conn: Connection, consent_gate: ConsentGate, now: datetime
     applied = consents.get_applied_policy(conn).consent_gate
     if applied != consent_gate:
         return True
-    return applied.withholds and bool(consents.find_due_patients(conn, now, 1) or withheld_changes.find_due(conn, 1))
+    return applied.withholds and bool(
+        consents.find_due_patients(conn, now, 1) or withheld_changes.find_due(conn, 1) or dead_consents.is_changed(conn)
+    )

@@ -1,5 +1,6 @@
 """Apply consent: resources of patients whose decision changed leave the tables or return to them."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,18 @@ from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.load.row_builder import Batch, RowBuilder
 from fhir_assets.pipeline.load.step import build_unloadable_dead_letter
 from fhir_assets.privacy.audit import AuditRecord
-from fhir_assets.privacy.consent import ConsentGate
+from fhir_assets.privacy.consent import ConsentGate, may_deny
 from fhir_assets.storage.manifest import Arrival
-from fhir_assets.warehouse.ops import audit_log, consent_records, consents, dead_letters, withheld_changes
+from fhir_assets.warehouse.ops import (
+    audit_log,
+    consent_records,
+    consents,
+    dead_consents,
+    dead_letters,
+    withheld_changes,
+)
 from fhir_assets.warehouse.ops.consents import AppliedPolicy
+from fhir_assets.warehouse.ops.dead_consents import DeadConsent, PossibleDenial
 from fhir_assets.warehouse.ops.withheld_changes import ResourceKey
 from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session, cipher_of
 from fhir_assets.warehouse.postgres.queries import compartments, identifiers
@@ -31,6 +40,9 @@ _PATIENTS_PER_TRANSACTION = 50
 
 _RESOURCES_PER_TRANSACTION = 2000
 
+_find_patient_references = re.compile(
+    rb'"reference"\s*:\s*"(?:[^"\\]*/)?Patient/([A-Za-z0-9\-.]{1,64})(?=["/])'
+).findall
 _parse = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
 
 
@@ -59,7 +71,7 @@ class ConsentResult:
 class ConsentStep:
     """Makes the tables match the patients' current consents: withholds resources, and releases withheld ones.
 
-    A run without changes sends three queries. Each batch is committed separately, so that a run continues where a
+    A run without changes sends four queries. Each batch is committed separately, so that a run continues where a
     stopped run ended.
     """
 
@@ -89,11 +101,44 @@ class ConsentStep:
                 view_tables.ensure_tables(conn, self._views)
                 if gate.withholds and (applied.subjects != wanted.subjects or not applied.consent_gate.withholds):
                     self._assign_subjects(conn, reset=applied.subjects not in (None, wanted.subjects))
+            if gate.withholds:
+                self._record_dead_consents(conn)
             total += self._apply_all(conn, now)
             if applied != wanted:
                 total += self._apply_policy(conn, wanted)
                 total += self._apply_all(conn, now)
         return total
+
+    def _record_dead_consents(self, conn: Session) -> None:
+        """Record what Consents that are dead letters may deny, and forget those that are none any more."""
+        if dead_consents.is_changed(conn):
+            conn.commit()
+            with conn.transaction():
+                dead_consents.remove_resolved(conn)
+            while found := dead_consents.find_unrecorded(conn, _RESOURCES_PER_TRANSACTION):
+                conn.commit()
+                with conn.transaction():
+                    for consent in found:
+                        denial = self._read_dead_consent(conn, consent)
+                        dead_consents.record(conn, denial, by_file=self._consent_gate.by_file)
+        conn.commit()
+
+    def _read_dead_consent(self, conn: Session, consent: DeadConsent) -> PossibleDenial:
+        """Return what a dead letter may deny. Of one that is no JSON, all references to Patients count."""
+        body = consent.body or b""
+        try:
+            resource = _parse(body)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            named = sorted({reference.decode() for reference in _find_patient_references(body)})
+            return PossibleDenial(consent, True, named, ())
+        if not may_deny(resource):
+            return PossibleDenial(consent, False, (), ())
+        found = subjects.find_subjects(
+            {**resource, "resourceType": "Consent"}, self._reference_bases, cipher_of(conn).fingerprint
+        )
+        ids = [patient for patient in found.patients if patient[0] not in "?#"]
+        tokens = [mention[1:] for mention in found.mentions if mention.startswith("!")]
+        return PossibleDenial(consent, True, ids, tokens)
 
     def _apply_all(self, conn: Session, now: datetime) -> ConsentResult:
         """Apply all decisions that are due, and then look at all withheld resources that are marked."""

@@ -273,7 +273,7 @@ class AppliedPolicy:
 def get_applied_policy(conn: Connection) -> AppliedPolicy:
     """Return the policy that the tables follow, the default if none was recorded."""
     row = conn.execute(
-        "SELECT policy, purpose, subjects::jsonb ->> ops.current_source() FROM ops.consent_policy"
+        "SELECT policy, purpose, subjects FROM ops.consent_policy WHERE source = ops.current_source()"
     ).fetchone()
     return AppliedPolicy(ConsentGate(Policy(row[0]), Purpose(row[1])), row[2]) if row else AppliedPolicy(ConsentGate())
 
@@ -282,12 +282,12 @@ def set_applied_policy(conn: Connection, policy: AppliedPolicy) -> None:
     """Record that the tables follow a policy."""
     conn.execute(
         """
-        INSERT INTO ops.consent_policy AS known (policy, purpose, subjects)
-        VALUES (%s, %s, jsonb_build_object(ops.current_source(), %s::text)::text)
-        ON CONFLICT (one) DO UPDATE SET
+        INSERT INTO ops.consent_policy (policy, purpose, subjects)
+        VALUES (%s, %s, %s)
+        ON CONFLICT (source) DO UPDATE SET
             policy = excluded.policy,
             purpose = excluded.purpose,
-            subjects = (coalesce(known.subjects, '{}')::jsonb || excluded.subjects::jsonb)::text
+            subjects = excluded.subjects
         """,
         [policy.consent_gate.policy.value, policy.consent_gate.purpose.value, policy.subjects],
     )

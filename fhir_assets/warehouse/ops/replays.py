@@ -337,8 +337,12 @@ def resolve_by_ids(conn: Connection, run_id: str, ids: Sequence[int]) -> None:
     )
 
 
+_WITHHELD = sql.SQL("(SELECT *, NULL::timestamptz AS deleted_at FROM ops.withheld)")
+
+
 def resolve_superseded(conn: Connection, run_id: str, resource_type: str, partition_keys: Sequence[str]) -> set[str]:
-    """Resolve dead letters whose resource has a newer version in the tables, and return their partition keys.
+    """Resolve dead letters whose resource has a newer version in the tables, or one that consent withholds, and return
+    their partition keys.
 
     A dead letter is considered if its own partition, or the partition of the newer version, is in ``partition_keys``.
     """
@@ -365,7 +369,7 @@ def resolve_superseded(conn: Connection, run_id: str, resource_type: str, partit
             resolution = %(superseded)s,
             replay_requested_at = NULL,
             claimed_by = NULL
-        FROM fhir.resource r
+        FROM {relation} r
         WHERE d.source = ops.current_source()
             AND d.resource_type = %(type)s
             AND d.status IN ('open', 'replaying')
@@ -387,8 +391,11 @@ def resolve_superseded(conn: Connection, run_id: str, resource_type: str, partit
     is_newer = version_order.is_newer_than_failed("r", "d")
     return {
         key
+        for relation in (sql.Identifier("fhir", "resource"), _WITHHELD)
         for column in (sql.SQL("r.partition_key"), sql.SQL("d.partition_key"))
-        for (key,) in conn.execute(statement.format(partition_key=column, is_newer=is_newer), params).fetchall()
+        for (key,) in conn.execute(
+            statement.format(relation=relation, partition_key=column, is_newer=is_newer), params
+        ).fetchall()
     }
 
 
