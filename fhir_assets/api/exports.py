@@ -41,15 +41,15 @@ def export_type(
 ) -> Response:
     """Files are written to FHIR_EXPORT_URL: the valid resources, and the raw resources and tables on request. Resources
     that consent withholds are left out. Windows that do not reconcile are exported as they are; the response and the
-    manifest name them.
+    manifest name them. The response also names the ViewDefinitions that are not valid: their tables are left out.
     """
     name = find_resource_type(context.settings.fhir_resource_types, resource_type)
     if not context.settings.fhir_export_url:
         raise Problem(
             409, "FHIR_EXPORT_URL is not set: set it to the folder or s3://bucket/prefix that exports are written to"
         )
-    all_views = build_views(context.settings).views
-    views = [view for view in all_views if view.resource_type == name]
+    view_set = build_views(context.settings)
+    views = [view for view in view_set.views if view.resource_type == name]
     target = build_blobs(context.settings, context.settings.fhir_export_url)
     with context.connection() as conn:
         keys: list[str] | None = None
@@ -60,7 +60,7 @@ def export_type(
             keys, folder = keys_by_type.get(name, []), build_run_folder(full_run_id, datetime.now(UTC))
         consent_gate = build_consent_gate(context.settings)
         step = ConsentStep(
-            context.warehouse.connect, all_views, consent_gate, run_id=caller.request_id, actor=caller.actor
+            context.warehouse.connect, view_set.views, consent_gate, run_id=caller.request_id, actor=caller.actor
         )
         step.run(datetime.now(UTC))
         view_tables.ensure_tables(conn, views)
@@ -89,5 +89,11 @@ def export_type(
                 files += [type_export.write_table(view, "parquet") for view in views]
             unreconciled = window_verdicts.find_faults(conn, name, keys)
             written_folder = export.finish(unreconciled={name: unreconciled})
-    content = {"folder": written_folder, "files": [asdict(file) for file in files], "unreconciled": unreconciled}
+    broken = view_set.broken if include_normalized else ()
+    content = {
+        "folder": written_folder,
+        "files": [asdict(file) for file in files],
+        "unreconciled": unreconciled,
+        "broken_views": [{"file": view.path.name, "error": view.message} for view in broken],
+    }
     return Response(orjson.dumps(content, default=str), media_type="application/json")

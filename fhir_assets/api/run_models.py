@@ -125,6 +125,13 @@ class File(BaseModel):
     sha256: str
 
 
+class BrokenViewFile(BaseModel):
+    """A file that contains no valid ViewDefinition, and the reason. It may be of any resource type."""
+
+    file: str
+    error: str
+
+
 class Exported(BaseModel):
     """The folder of an export, with its files. The folder also contains a manifest that lists them."""
 
@@ -132,6 +139,9 @@ class Exported(BaseModel):
     files: list[File]
     unreconciled: dict[str, str] = Field(
         default_factory=dict, description="Exported windows that do not reconcile, each with the reason"
+    )
+    broken_views: list[BrokenViewFile] = Field(
+        default_factory=list, description="ViewDefinitions that are not valid, so that their tables are left out"
     )
 
 

@@ -158,6 +158,8 @@ def test_what_was_loaded_before_the_upgrade_is_looked_at(hospital: SmallHospital
     with hospital.connect() as conn:
         conn.execute("ALTER TABLE fhir.resource DROP COLUMN identifiers")
         conn.execute("DROP TABLE ops.identifier_types")
+        conn.execute("ALTER TABLE ops.consent_policy DROP COLUMN source")
+        conn.execute("ALTER TABLE ops.consent_policy ADD COLUMN one boolean PRIMARY KEY DEFAULT true")
         conn.execute("UPDATE ops.alembic_version SET version_num = '0031'")
     migrations.upgrade(hospital.url)
     assert hospital.resolve_references()

@@ -3,6 +3,7 @@
 The pairs share one deployment; each has a window of its own. ``docs/concurrency.md`` lists them.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,16 +11,20 @@ from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
 
+import psycopg
 import pytest
 
-from fhir_assets.errors import CorrectionRefused, Overtaken
+from fhir_assets.errors import CorrectionRefused, DatabaseUnavailable, Overtaken
 from fhir_assets.pipeline import partition_commit
 from fhir_assets.pipeline.load.step import LoadStep
 from fhir_assets.pipeline.receive import receiver
 from fhir_assets.privacy.consent import ConsentGate, Policy
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
+from fhir_assets.storage.blobs import LocalBlobs
 from fhir_assets.storage.orphans import find_unreferenced_parts
+from fhir_assets.warehouse.exports.export import Export
+from fhir_assets.warehouse.lake import writer
 from fhir_assets.warehouse.ops import (
     audit_log,
     consent_records,
@@ -28,12 +33,15 @@ from fhir_assets.warehouse.ops import (
     encryption_secret,
     replays,
     retention,
+    window_verdicts,
 )
+from fhir_assets.warehouse.postgres.db import migrations, schema_state
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets.warehouse.postgres.tables import deletions, reencryption_batches, view_tables
 from fhir_assets_tests.support.consent_records import consent, record
 from fhir_assets_tests.support.databases import fresh_database
 from fhir_assets_tests.support.interleaving import Killed, Point, interleave
+from fhir_assets_tests.support.lake_rows import in_lake, in_table
 from fhir_assets_tests.support.small_hospital import DAY, NotDone, SmallHospital, build_patient
 from fhir_assets_tests.support.views import column, load, view
 
@@ -41,6 +49,9 @@ OLD_KEY, NEW_KEY = new_key(), new_key()
 OPT_OUT = ConsentGate(Policy.OPT_OUT)
 REFUSALS = (Overtaken, CorrectionRefused, NotDone)
 """The errors of an operation that did nothing and must be started again."""
+
+MIGRATION_REFUSALS = (psycopg.errors.DeadlockDetected, DatabaseUnavailable)
+"""A migration locks the tables that it changes, with all of their partitions: Postgres may end it, or the other one."""
 
 _numbers = count()
 
@@ -51,6 +62,7 @@ class Case:
 
     hospital: SmallHospital
     number: int
+    folder: Path
 
     def name(self, patient: str) -> str:
         """Return the id of a patient of this window."""
@@ -96,6 +108,40 @@ def change_views(case: Case) -> None:
         view_tables.ensure_tables(conn, hospital.views)
 
 
+def export(case: Case) -> None:
+    """Export the Patients, and require that the file has each of them once."""
+    hospital = case.hospital
+    patients = next(each for each in hospital.views if each.name == "patient")
+    folder = f"export-{case.number}"
+    with (
+        hospital.connect() as conn,
+        Export(conn, hospital.store, LocalBlobs(case.folder), folder, actor="test", withholding=True) as files,
+    ):
+        of_type = files.for_type("Patient", [hospital.key])
+        of_type.write_valid()
+        of_type.write_table(patients, "csv")
+        files.finish()
+    lines = (case.folder / folder / "Patient.valid.ndjson").read_bytes().splitlines()
+    ids = [json.loads(line)["id"] for line in lines]
+    assert len(ids) == len(set(ids))
+
+
+def update_lake(case: Case) -> None:
+    """Update the folder of the table of Patients."""
+    hospital = case.hospital
+    patients = next(each for each in hospital.views if each.name == "patient")
+    with hospital.connect() as conn:
+        writer.update(conn, LocalBlobs(case.folder / "lake"), patients, [], run_id="lake", actor="test")
+
+
+def migrate(case: Case) -> None:
+    """Remove the table of a type without resources, and migrate, as an upgrade to a version with a new type does."""
+    with case.hospital.connect() as conn, conn.transaction():
+        schema_state.lock_schema(conn)
+        conn.execute("DROP TABLE IF EXISTS fhir.resource_immunization")
+    migrations.upgrade(case.hospital.url)
+
+
 @dataclass(frozen=True)
 class Operation:
     """An operation and the points at which it stops while the other one runs."""
@@ -138,9 +184,12 @@ OPERATIONS = {
         (Point(receiver, "rewrite_partitions"), Point(receiver, "rewrite_partitions", after=True)),
     ),
     "reading": Operation(lambda case: case.hospital.find_loaded()),
+    "export": Operation(export, (Point(Export, "finish"),)),
+    "lake": Operation(update_lake, (Point(writer.LakeFolder, "update", after=True),)),
+    "migration": Operation(migrate, (Point(migrations, "_create_partitions", after=True),)),
     "new view": Operation(change_views, (Point(view_tables, "remove_loaded_parts", after=True),)),
 }
-MAIN_POINTS = {"load": 2, "replay": 1, "consent": 0, "deletion": 0}
+MAIN_POINTS = {"load": 2, "replay": 1, "consent": 0, "deletion": 0, "migration": 0}
 """The operations that run first in the quick tests, each with one of its points."""
 
 PAIRS = [
@@ -183,7 +232,7 @@ def case(deployment: tuple[str, Path]) -> Case:
     with connect(url) as conn:
         old = encryption_secret.unlock(conn, Cipher(parse_keys([OLD_KEY, NEW_KEY])))
     hospital = SmallHospital(url, folder, cipher=old, gate=OPT_OUT, day=DAY + timedelta(days=number))
-    case = Case(hospital, number)
+    case = Case(hospital, number, folder)
     valid = [case.build(name) for name in ("plain", "updated", "deleted", "denied")]
     invalid = [case.build(name, gender="wrong") for name in ("corrected", "edited", "discarded", "invalid")]
     hospital.receive(*valid, *invalid, origin=f"first:{number}")
@@ -228,6 +277,14 @@ def assert_nothing_is_lost(case: Case, operations: set[str]) -> None:
     assert (counts.faults, counts.dead) == ([], len(unresolved))
     if "rotation" in operations:
         assert hospital.rotate() == 0
+    if "lake" in operations:
+        update_lake(case)
+        with hospital.connect() as conn:
+            held = window_verdicts.find_faults(conn, "Patient", [hospital.key])
+            stored = in_table(conn, "patient")
+        assert held or in_lake(str(case.folder / "lake"), "patient") == stored
+    if "migration" in operations:
+        schema_state.require_current(hospital.url)
     if "new view" in operations:
         with hospital.connect() as conn:
             rows = conn.execute(
@@ -245,8 +302,9 @@ def test_two_operations_at_once(
     outcome = interleave(
         case.hospital.url, monkeypatch, lambda: one.run(case), one.points[number], lambda: other.run(case)
     )
+    refusals = (*REFUSALS, *MIGRATION_REFUSALS) if "migration" in (first, second) else REFUSALS
     for error, operation in zip(outcome.errors, (one, other), strict=True):
-        if isinstance(error, REFUSALS):
+        if isinstance(error, refusals):
             operation.run(case)
         elif error is not None:
             raise error
