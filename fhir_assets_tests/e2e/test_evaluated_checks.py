@@ -14,7 +14,7 @@ from fhir_assets_tests.support.content import add, encounter, patient
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 
 TYPES = ("patient", "encounter")
-QUICK = {"schema_matches", "volume"}
+QUICK = {"volume"}
 
 
 def just_now() -> datetime:
