@@ -11,6 +11,7 @@ import requests
 from fhir_assets.delivery.connector import outbox, settle
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets_tests.support.hospital import Hospital
 
 LONG = 600.0
@@ -129,6 +130,17 @@ def test_a_crash_after_the_update_does_not_send_the_update_twice(hospital: Hospi
     hospital.deliver()
     assert hospital.server.stats()["requests"]["create"] == 1
     assert hospital.execute("SELECT outcome FROM health.fhir_processed_event") == [("found",)]
+
+
+def test_a_delivery_does_not_wait_for_loads_replays_and_prunes(hospital: Hospital) -> None:
+    with hospital.connect() as conn, conn.transaction():
+        for lock in (advisory_locks.SCHEMA, advisory_locks.CONSENT_DECISIONS):
+            conn.execute("SELECT pg_advisory_xact_lock(%s)", [lock])
+        conn.execute("LOCK TABLE fhir.resource, ops.dead_letters, ops.loaded_parts IN ACCESS EXCLUSIVE MODE")
+        hospital.admit("1")
+        hospital.deliver()
+        assert set(hospital.patients()) == {"1"}
+    assert hospital.dead() == []
 
 
 def test_sigterm_completes_claimed_changes_and_leaves_the_others(hospital: Hospital) -> None:
