@@ -1,8 +1,10 @@
 """Conditional references get keys, keep them, and lose them, whatever happens to the resources that they lead to."""
 
 import json
+import runpy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +15,8 @@ from fhir_assets.privacy.consent import ConsentGate, Policy
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.ops import checkpoints, encryption_secret
-from fhir_assets.warehouse.postgres.db import migrations
-from fhir_assets.warehouse.postgres.db.connections import connect
+from fhir_assets.warehouse.postgres.db.connections import Session, connect
+from fhir_assets.warehouse.postgres.db.schema_state import sql_folder
 from fhir_assets_tests.support.consent_records import VIEWS
 from fhir_assets_tests.support.consent_resources import DAY, consent
 from fhir_assets_tests.support.small_hospital import SmallHospital, build_patient
@@ -158,10 +160,7 @@ def test_what_was_loaded_before_the_upgrade_is_looked_at(hospital: SmallHospital
     with hospital.connect() as conn:
         conn.execute("ALTER TABLE fhir.resource DROP COLUMN identifiers")
         conn.execute("DROP TABLE ops.identifier_types")
-        conn.execute("ALTER TABLE ops.consent_policy DROP COLUMN source")
-        conn.execute("ALTER TABLE ops.consent_policy ADD COLUMN one boolean PRIMARY KEY DEFAULT true")
-        conn.execute("UPDATE ops.alembic_version SET version_num = '0031'")
-    migrations.upgrade(hospital.url)
+        run_revision(conn, "0032_identifiers")
     assert hospital.resolve_references()
     assert find_keys(hospital) == {"o": "p", "other": "p"}
 
@@ -214,6 +213,15 @@ def test_a_load_at_the_moment_of_the_first_reference_is_not_missed(
     assert find_keys(hospital) == {"o": None}
     hospital.resolve_references()
     assert find_keys(hospital) == {"o": "p"}
+
+
+def run_revision(conn: Session, name: str) -> None:
+    """Execute the statements of one revision."""
+    path = sql_folder() / "migrations" / "versions" / f"{name}.py"
+    variables = runpy.run_path(str(path))
+    operations = SimpleNamespace(execute=lambda statement: conn.execute(statement.encode()))
+    variables["upgrade"].__globals__["op"] = operations
+    variables["upgrade"]()
 
 
 def run_before(function: Callable[..., Any], first: Callable[..., object]) -> Callable[..., Any]:
