@@ -20,11 +20,13 @@ _OPENED_TITLES = {
     "run": "Run of {name} failed",
     "check": "Check {name} failed",
     "behind": "{name} is behind schedule",
+    "tick": "The last tick of {name} failed, so that it may start no run",
 }
 _CLOSED_TITLES = {
     "run": "Run of {name} succeeded again",
     "check": "Check {name} passes again",
     "behind": "{name} is up to date again",
+    "tick": "{name} ticks again",
 }
 
 
@@ -134,6 +136,8 @@ def _link(incident: Incident, ui_url: str) -> str:
     if incident.kind == "check":
         asset, _, check = incident.name.rpartition(":")
         return f"{ui_url}/assets/{quote(asset)}?view=checks&checkDetail={quote(check)}"
+    if incident.kind == "tick":
+        return f"{ui_url}/automation"
     return f"{ui_url}/runs/{incident.run_id}" if incident.run_id else f"{ui_url}/runs"
 
 

@@ -9,6 +9,8 @@ import dagster as dg
 import pytest
 
 from fhir_assets.delivery.webhook import build_message
+from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.orchestration.sensors import alerts
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.ops import checkpoints, incidents
@@ -16,6 +18,7 @@ from fhir_assets.warehouse.ops.incidents import Incident
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.alerts import AlertsSensor, WebhookReceiver, receive_webhooks
 from fhir_assets_tests.support.content import add, materialize, patient
+from fhir_assets_tests.support.dagster_internals import record_tick
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
@@ -216,6 +219,59 @@ def test_an_incident_closes_when_its_check_or_type_no_longer_exists_or_its_check
     lenient.ingest(first=DAY, last=DAY, refresh=Refresh.WINDOW)
     AlertsSensor(lenient).tick()
     assert list_open(deployment) == []
+
+
+def test_a_failed_tick_is_an_incident_until_the_next_tick_ends_well(deploy: Deploy, server: SandboxServer) -> None:
+    with receive_webhooks() as hook:
+        deployment = deploy_with_webhook(deploy, server, hook)
+        sensor = AlertsSensor(deployment)
+        record_tick(deployment.instance, "load_received", "SKIPPED")
+        sensor.tick()
+        assert hook.messages == []
+        record_tick(deployment.instance, "load_received", "FAILURE")
+        record_tick(deployment.instance, "load_received", "STARTED")
+        sensor.tick()
+        sensor.tick()
+        (message,) = hook.messages
+        assert "The last tick of load_received failed, so that it may start no run" in message["text"]
+        record_tick(deployment.instance, "load_received", "SUCCESS")
+        sensor.tick()
+        assert "load_received ticks again" in hook.messages[1]["text"]
+    assert list_open(deployment) == []
+
+
+def test_a_tick_that_is_ended_early_neither_loses_nor_repeats_an_event(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with unwritable_store(deployment):
+        deployment.ingest()
+    deployment.ingest()
+
+    class Ended(BaseException):
+        """Dagster ends a tick after 60 s."""
+
+    def end(*_: object, **__: object) -> None:
+        raise Ended
+
+    sensor = AlertsSensor(deployment)
+    monkeypatch.setattr(alerts, "_record_types_behind", end)
+    with pytest.raises(Ended):
+        sensor.tick()
+    with Warehouse(deployment.settings).connect() as conn:
+        stored = incidents.get_cursor(conn)
+    assert stored is not None
+    assert stored.runs > 0
+    monkeypatch.undo()
+    opened = deployment.query("SELECT count(*) FROM ops.incidents")
+    assert "Read 0 ended runs and 0 evaluations" in sensor.tick()  # although Dagster has no cursor
+    assert deployment.query("SELECT count(*) FROM ops.incidents") == opened
+
+
+def test_the_events_of_a_new_database_of_dagster_are_read_from_the_first_one(deployment: Deployment) -> None:
+    with Warehouse(deployment.settings).connect() as conn:
+        incidents.set_cursor(conn, incidents.Cursor(10**12, 10**12))
+    deployment.ingest()
+    assert "Read 0 ended runs" not in AlertsSensor(deployment).tick()
 
 
 def test_a_long_message_names_some_incidents_and_counts_the_others() -> None:

@@ -99,3 +99,38 @@ def open_workspace(instance: dg.DagsterInstance) -> Iterator[Any]:
         warnings.simplefilter("ignore", DeprecationWarning)
         with WorkspaceProcessContext(instance, InProcessWorkspaceLoadTarget(origin)) as context:
             yield context
+
+
+def record_tick(instance: dg.DagsterInstance, name: str, status: str) -> None:
+    """Record a tick of a running sensor that ended with a status, as the daemon does."""
+    from dagster._core.remote_origin import (
+        InProcessCodeLocationOrigin,
+        RemoteInstigatorOrigin,
+        RemoteRepositoryOrigin,
+    )
+    from dagster._core.scheduler.instigation import (
+        InstigatorState,
+        InstigatorStatus,
+        SensorInstigatorData,
+        TickData,
+    )
+    from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
+    from dagster_shared.error import SerializableErrorInfo
+
+    location = InProcessCodeLocationOrigin(LoadableTargetOrigin(module_name="fhir_assets.definitions"))
+    origin = RemoteInstigatorOrigin(RemoteRepositoryOrigin(location, "__repository__"), name)
+    state = InstigatorState(origin, InstigatorType.SENSOR, InstigatorStatus.RUNNING, SensorInstigatorData())
+    if instance.get_instigator_state(state.instigator_origin_id, state.selector_id) is None:
+        instance.add_instigator_state(state)
+    instance.create_tick(
+        TickData(
+            state.instigator_origin_id,
+            name,
+            InstigatorType.SENSOR,
+            TickStatus(status),
+            time.time(),
+            selector_id=state.selector_id,
+            run_ids=["a run"] if status == "SUCCESS" else None,
+            error=SerializableErrorInfo("refused", [], None) if status == "FAILURE" else None,
+        )
+    )

@@ -140,7 +140,7 @@ def restore_revision_0019(session: Session, *, encrypted: bool) -> None:
     session.execute("ALTER TABLE IF EXISTS fhir.patient DROP COLUMN _source")
     session.execute("ALTER TABLE ops.consent_policy DROP COLUMN source")
     session.execute("ALTER TABLE ops.consent_policy ADD COLUMN one boolean PRIMARY KEY DEFAULT true")
-    session.execute("DROP TABLE ops.identifier_types, ops.window_verdicts, ops.held_windows")
+    session.execute("DROP TABLE ops.identifier_types, ops.window_verdicts, ops.held_windows, ops.alert_cursor")
     session.execute("DROP FUNCTION ops.current_source()")
     session.execute("ALTER TABLE ops.dead_letters DROP COLUMN recorded")
     session.execute("DROP SEQUENCE ops.dead_letter_records")

@@ -1,13 +1,15 @@
 """The sensor ``alerts``: records incidents in ``ops.incidents`` and sends each once to ALERT_WEBHOOK_URL.
 
-An incident is a failed run, a failed check of severity ERROR (its run succeeds nevertheless), or a resource type whose
-windows are behind schedule. An incident closes when its cause is gone: see ``recoveries.py`` and
-``checks/red_windows.py``. When it opens and closes, the assets that it concerns get an observation.
+An incident is a failed run, a failed check of severity ERROR (its run succeeds nevertheless), a resource type whose
+windows are behind schedule, or a schedule or sensor whose last tick failed, so that it may start no run. An incident
+closes when its cause is gone: see ``recoveries.py`` and ``checks/red_windows.py``. When it opens and closes, the assets
+that it concerns get an observation.
 """
 
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from time import monotonic
 from typing import Literal
 
 import dagster as dg
@@ -31,6 +33,9 @@ PAGE_SIZE = 1000
 
 _MAX_PAGES = 20
 _INTERVAL_SECONDS = 30
+_READ_SECONDS = 20.0
+"""Seconds after which a tick reads no further page of events: Dagster ends a tick after 60 s."""
+
 _MAX_NAMED_ASSETS = 3
 _MAX_OBSERVED_ASSETS = 10
 _MAX_NAMED_INCIDENTS = 3
@@ -46,7 +51,8 @@ def build_alerts_sensor(
 ) -> dg.SensorDefinition:
     """Return the sensor that opens, closes and reports incidents.
 
-    The cursor holds the ids of the last events that were read, so that no event is missed after a restart.
+    ``ops.alert_cursor`` holds the ids of the last events that were read. It moves in the transaction of their
+    incidents, so that a tick that is ended early neither loses nor repeats an event.
     """
     url = settings.alert_webhook_url
     webhook = Webhook(url.get_secret_value(), ui_url=settings.dagster_ui_url) if url else None
@@ -65,17 +71,11 @@ def build_alerts_sensor(
             cursor["red_windows"] = evaluate_red_windows(
                 context.instance, conn, store, views, settings, before, after=cursor["red_windows"]
             )
-            runs = checks = 0
+            conn.commit()
+            runs, checks = _record_events(conn, context.instance, context.repository_def, settings, cursor)
             with conn.transaction():
-                for _ in range(_MAX_PAGES):
-                    cursor["runs"], read_runs = _record_runs(conn, context.instance, settings, cursor["runs"])
-                    cursor["checks"], read_checks = _record_checks(
-                        conn, context.instance, context.repository_def, cursor["checks"]
-                    )
-                    runs, checks = runs + read_runs, checks + read_checks
-                    if not read_runs and not read_checks:
-                        break
                 _record_types_behind(conn, settings)
+                _record_ticks(conn, context.instance)
                 if context.repository_def is not None:
                     record_recoveries(conn, context.instance, context.repository_def, look_at_runs=bool(runs or checks))
             delivered = webhook is None or _report(conn, webhook)
@@ -90,6 +90,51 @@ def build_alerts_sensor(
         )
 
     return alerts
+
+
+def _record_events(
+    conn: Connection,
+    instance: dg.DagsterInstance,
+    repository: dg.RepositoryDefinition | None,
+    settings: Settings,
+    cursor: dict[str, int],
+) -> tuple[int, int]:
+    """Record the runs that ended and the checks that were evaluated since the last tick, page by page.
+
+    ``cursor`` is the one that Dagster has; the stored one counts, unless Dagster's events are fewer, as in a new
+    database. It is changed to the new one. Return the numbers of runs and evaluations.
+    """
+    if stored := incidents.get_cursor(conn):
+        last = instance.event_log_storage.get_maximum_record_id() or 0
+        cursor |= {"runs": stored.runs, "checks": stored.checks} if stored.runs <= last >= stored.checks else {}
+    conn.commit()
+    runs = checks = 0
+    deadline = monotonic() + _READ_SECONDS
+    for _ in range(_MAX_PAGES):
+        with conn.transaction():
+            cursor["runs"], read_runs = _record_runs(conn, instance, settings, cursor["runs"])
+            cursor["checks"], read_checks = _record_checks(conn, instance, repository, cursor["checks"])
+            incidents.set_cursor(conn, incidents.Cursor(cursor["runs"], cursor["checks"]))
+        runs, checks = runs + read_runs, checks + read_checks
+        if not (read_runs or read_checks) or monotonic() > deadline:
+            break
+    return runs, checks
+
+
+def _record_ticks(conn: Connection, instance: dg.DagsterInstance) -> None:
+    """Record the schedules and sensors whose last finished tick failed, and those whose last one did not."""
+    failing = set()
+    for state in instance.all_instigator_state():
+        if state.is_running:
+            ticks = instance.get_ticks(state.instigator_origin_id, state.selector_id, limit=2)
+            finished = [tick.status.value for tick in ticks if tick.status.value != "STARTED"]
+            if finished and finished[0] == "FAILURE":
+                failing.add(state.instigator_name)
+    for name in sorted(failing):
+        incidents.record_failure(conn, "tick", name, [UNPARTITIONED], counts={})
+    for incident in incidents.list_open(conn):
+        if incident.kind == "tick" and incident.name not in failing:
+            incidents.record_recovery(conn, "tick", incident.name, incident.partitions)
 
 
 def _describe_open(open_incidents: Sequence[incidents.Incident]) -> str:
@@ -132,6 +177,8 @@ def _observe(
 def _find_assets(
     instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, incident: incidents.Incident
 ) -> list[dg.AssetKey]:
+    if incident.kind == "tick":
+        return []
     if incident.kind == "behind":
         return [dg.AssetKey(["raw", BY_NAME[name].key]) for name in incident.partitions if name in BY_NAME]
     return find_assets(instance, repository, incident)

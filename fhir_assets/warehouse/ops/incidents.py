@@ -11,16 +11,16 @@ from psycopg.types.json import Jsonb
 
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
-Kind = Literal["run", "check", "behind"]
+Kind = Literal["run", "check", "behind", "tick"]
 
 
 @dataclass(frozen=True, slots=True)
 class Incident:
     """A failure that lasts until all of its partitions recover.
 
-    ``name`` is the job, the check (``asset:check``) or the schedule. ``partitions`` are the windows or resource types
-    that still fail: ``[""]`` for a failure without partitions, ``[]`` once the incident is closed. ``counts`` are the
-    numbers of the last failure.
+    ``name`` is the job, the check (``asset:check``), the schedule or the sensor. ``partitions`` are the windows or
+    resource types that still fail: ``[""]`` for a failure without partitions, ``[]`` once the incident is closed.
+    ``counts`` are the numbers of the last failure.
     """
 
     id: int
@@ -122,3 +122,29 @@ def list_open(conn: Connection) -> list[Incident]:
     )
     with conn.cursor(row_factory=class_row(Incident)) as cursor:
         return cursor.execute(query).fetchall()
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """The ids of the last events of runs and of checks that are recorded as incidents."""
+
+    runs: int = 0
+    checks: int = 0
+
+
+def get_cursor(conn: Connection) -> Cursor | None:
+    """Return the cursor, or None if none was stored."""
+    row = conn.execute("SELECT runs, checks FROM ops.alert_cursor").fetchone()
+    return Cursor(*row) if row else None
+
+
+def set_cursor(conn: Connection, cursor: Cursor) -> None:
+    """Store the cursor, in the transaction of the incidents of the events up to it."""
+    conn.execute(
+        """
+        INSERT INTO ops.alert_cursor (runs, checks)
+        VALUES (%s, %s)
+        ON CONFLICT (one) DO UPDATE SET runs = excluded.runs, checks = excluded.checks
+        """,
+        [cursor.runs, cursor.checks],
+    )
