@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fhir_assets.pipeline.load import conditional_references
+from fhir_assets.pipeline.rebuild.step import RebuildStep
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.privacy.consent import ConsentGate, Policy
 from fhir_assets.privacy.encryption import Cipher
@@ -152,6 +153,17 @@ def test_a_rotation_of_keys_keeps_the_keys_of_references(database: str, tmp_path
     assert find_keys(rotated) == {"o": "p", "waits": None}
     load(rotated, identified("q", "8"))
     assert find_keys(rotated) == {"o": "p", "waits": "q"}
+
+
+def test_a_rebuild_of_changed_tables_keeps_the_keys_of_references(hospital: SmallHospital) -> None:
+    load(hospital, identified("p", "7"), observation(), observation("waits", "Patient?identifier=8"))
+    code = column("code", "code.text", "string")
+    wider = view("observation", "Observation", *OBSERVATION.definition["select"][0]["column"], code)
+    hospital.views = [wider if each is OBSERVATION else each for each in hospital.views]
+    assert RebuildStep(hospital.connect, hospital.views).run().rebuilt == {"Observation": 2}
+    assert find_keys(hospital) == {"o": "p", "waits": None}
+    load(hospital, identified("q", "8"))
+    assert find_keys(hospital) == {"o": "p", "waits": "q"}
 
 
 def test_what_was_loaded_before_the_upgrade_is_looked_at(hospital: SmallHospital) -> None:

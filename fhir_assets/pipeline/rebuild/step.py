@@ -8,19 +8,17 @@ next load of each window writes its rows, or a dead letter.
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 import psycopg
 
 from fhir_assets.errors import EncryptionError
 from fhir_assets.fhir.views import View
-from fhir_assets.pipeline.load.row_builder import Batch, RowBuilder
+from fhir_assets.pipeline.load.row_builder import RowBuilder
+from fhir_assets.pipeline.load.stored_rows import build_stored_rows
 from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import decrypt_text
 from fhir_assets.warehouse.postgres.tables import rebuilding, view_tables
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +104,15 @@ class RebuildStep:
         """Rebuild the rows of a batch of resources. Return the number of those whose rows stay as they are."""
         refused = 0
         with conn.transaction():
-            bodies = []
-            for _, key_id, text in rebuilding.lock_bodies(conn, resource_type, ids):
+            readable, bodies = [], []
+            for resource_id, key_id, text in rebuilding.lock_bodies(conn, resource_type, ids):
                 try:
                     bodies.append(decrypt_text(text, key_id, cipher_of(conn)))
                 except EncryptionError:
                     refused += 1
-            built = row_builder(Batch(bodies, "", _EPOCH))
+                    continue
+                readable.append(resource_id)
+            built = build_stored_rows(conn, resource_type, row_builder, readable, bodies)
             try:
                 with conn.transaction():
                     rebuilding.replace_rows(conn, self._views_by_type[resource_type], built.block)

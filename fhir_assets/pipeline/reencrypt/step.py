@@ -8,17 +8,16 @@ transaction of its own. Reencrypted data is recognized by its key id, so that a 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from time import monotonic, sleep
 
 import psycopg
 
 from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, EncryptionError
-from fhir_assets.fhir.conditional_references import find_unmet
 from fhir_assets.fhir.views import View
-from fhir_assets.pipeline.load.row_builder import Batch, RowBuilder
+from fhir_assets.pipeline.load.row_builder import RowBuilder
+from fhir_assets.pipeline.load.stored_rows import build_stored_rows
 from fhir_assets.pipeline.reencrypt.key_usage import PARTS, SECRET, KeyUsage, count_key_usage
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.privacy.encryption import Cipher
@@ -27,7 +26,6 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, encryption_secret, key_rotations
 from fhir_assets.warehouse.postgres.db import session_settings
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session, cipher_of
-from fhir_assets.warehouse.postgres.queries import identifiers
 from fhir_assets.warehouse.postgres.resources import decrypt_text
 from fhir_assets.warehouse.postgres.tables import reencryption_batches, view_tables
 from fhir_assets.warehouse.postgres.tables.loading import Loader
@@ -42,7 +40,6 @@ BUSY_TIMEOUT_SECONDS = 60.0
 
 RESOURCES = "resources"
 ROWS = "rows"
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,13 +227,10 @@ class ReencryptStep:
                 result.refused[str(error)] += 1
                 continue
             key_ids[resource_id] = key_id
-        conditions = identifiers.find_conditions(conn, resource_type, list(key_ids))
-        targets = identifiers.find_targets(conn, chain.from_iterable(conditions.values())) if conditions else None
-        built = row_builder(Batch(bodies, "", _EPOCH, targets=targets))
+        built = build_stored_rows(conn, resource_type, row_builder, list(key_ids), bodies)
         loader = Loader(conn, resource_type, self._views_by_type[resource_type], run_id="", reencrypt=True)
         unloadable = loader.add_block(built.block, bodies, "")
         result.encrypted = loader.finish().updated
-        identifiers.mark_waiting(conn, resource_type, find_unmet(conditions, targets or {}))
         unloadable += loader.take_unloadable()
         ids = list(key_ids)
         without_rows = {ids[line.position]: f"{line.path}: {line.message}" for line in built.rejected}
