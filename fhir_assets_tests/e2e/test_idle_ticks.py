@@ -229,7 +229,7 @@ def test_a_change_of_the_consent_policy_is_applied_by_a_run(deployment: Deployme
 
 
 def test_a_deletion_at_the_source_is_applied_by_a_run(deploy: Deploy, server: SandboxServer) -> None:
-    deployment = deploy_two_types(deploy, server, fhir_deletes="history", fhir_overlap_seconds=0)
+    deployment = deploy_two_types(deploy, server, fhir_deletes="history")
     assert not tick(deployment).run_requests
     with FhirClient(server.url) as client:
         client.send("DELETE", "Patient/p1")

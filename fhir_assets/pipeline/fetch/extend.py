@@ -33,6 +33,9 @@ from fhir_assets.windows import Interval, Window, WindowRange, merge_intervals
 _ACTOR = "extension"
 """The run id of checkpoints that an extension moved."""
 
+_MAX_DELETIONS = 1000
+"""A history with this many deletions since the checkpoint gets a run, even if all of them are applied."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerRules:
@@ -243,9 +246,9 @@ class ExtendStep:
         }
 
     def _has_no_deletions(self, name: str) -> bool:
-        """Return whether the source's history has no deletion since the last one that was applied.
+        """Return whether all deletions in the source's history are applied. The checkpoint of deletions is then moved.
 
-        The checkpoint of deletions is then moved.
+        The history is read from before the checkpoint, so that it has deletions that were applied.
         """
         history = self._history
         if history is None:
@@ -255,8 +258,14 @@ class ExtendStep:
             return True
         with self._connect() as conn:
             start = deletions.read_checkpoint(conn, name)
-        if start is None or any(True for _ in islice(history.fetch_since(name, start - self._overlap), 1)):
+        if start is None:
             return False
+        found = list(islice(history.fetch_since(name, start - self._overlap), _MAX_DELETIONS))
+        if len(found) == _MAX_DELETIONS:
+            return False
+        with self._connect() as conn:
+            if not deletions.are_applied(conn, found):
+                return False
         if history.drain_notices():
             return False
         with self._connect() as conn, conn.transaction():

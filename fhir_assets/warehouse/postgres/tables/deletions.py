@@ -132,6 +132,25 @@ def advance_checkpoint(conn: Connection, resource_type: str, until: datetime, ru
     )
 
 
+def are_applied(conn: Connection, deletions: Sequence[Deletion]) -> bool:
+    """Return whether every one of these deletions is applied already, or overtaken by a later version."""
+    latest = _keep_latest(deletions).values()
+    row = conn.execute(
+        """
+        SELECT bool_and(EXISTS (
+            SELECT FROM fhir.resource r
+            WHERE r.source = ops.current_source()
+                AND r.resource_type = d.type
+                AND r.id = d.id
+                AND r.as_of >= d.at
+        ))
+        FROM unnest(%s::text[], %s::text[], %s::timestamptz[]) AS d (type, id, at)
+        """,
+        [[d.resource_type for d in latest], [d.id for d in latest], [d.at for d in latest]],
+    ).fetchone()
+    return row is None or row[0] is not False
+
+
 def find_unapplied_parts(conn: Connection, names: Sequence[str]) -> list[str]:
     """Return those of the parts ``names`` of the store whose deletions are not applied to this database yet."""
     rows = conn.execute(
