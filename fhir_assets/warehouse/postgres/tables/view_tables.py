@@ -168,6 +168,11 @@ def _update_tables(
                     f"table {SCHEMA}.{layout.name} differs from its view: {'; '.join(map(str, lossy))}. "
                     "Run `fhir-assets migrate --apply-view-changes`, which drops these columns and fills those of the "
                     "view from fhir.resource"
+                    + (
+                        ", then `fhir-assets keys rotate`, which encrypts what was stored before keys were set"
+                        if cipher_of(conn).encrypts
+                        else ""
+                    )
                 )
             try:
                 complete = apply_layout(conn, layout, differences, cascade=cascade)
