@@ -1,6 +1,6 @@
 """The statements that create and change the tables of views."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import LiteralString
 
@@ -25,15 +25,34 @@ def apply_layout(conn: Connection, layout: TableLayout, changes: Sequence[Drift]
 
     ``cascade`` drops what depends on dropped columns. Returns False if existing rows prevent the primary key.
     """
+    if any(change.kind == "table" for change in changes):
+        conn.execute(_build_table(layout))
+        roles.grant_view_rights(conn, [layout.name])
+        has_key = True
+    else:
+        _change_columns(conn, layout, changes, cascade=cascade)
+        has_key = _create_primary_key(conn, layout)
+    indexes = _build_indexes(layout, find_indexed_columns(conn, layout), key_index=not has_key)
+    conn.execute(sql.SQL("; ").join([*indexes, *_build_comments(layout)]))
+    return has_key
+
+
+def _build_table(layout: TableLayout) -> sql.Composed:
+    """Return the statement that creates a table with its primary key."""
+    parts = [*map(_build_column_definition, list_columns(layout))]
+    if layout.identity:
+        parts.append(sql.SQL("PRIMARY KEY ({})").format(_build_primary_key(layout)))
+    return sql.SQL("CREATE TABLE {} ({})").format(sql.Identifier(SCHEMA, layout.name), sql.SQL(", ").join(parts))
+
+
+def _build_primary_key(layout: TableLayout) -> sql.Composed:
+    return sql.SQL(", ").join(map(sql.Identifier, (*layout.identity, SOURCE_COLUMN)))
+
+
+def _change_columns(conn: Connection, layout: TableLayout, changes: Sequence[Drift], *, cascade: bool) -> None:
+    """Drop, add and rename the columns of a table."""
     table = sql.Identifier(SCHEMA, layout.name)
     columns = {column.name: column for column in list_columns(layout)}
-    if any(change.kind == "table" for change in changes):
-        conn.execute(
-            sql.SQL("CREATE TABLE {} ({})").format(
-                table, sql.SQL(", ").join(map(_build_column_definition, list_columns(layout)))
-            )
-        )
-        roles.grant_view_rights(conn, [layout.name])
     if layout.key != KEY_COLUMN and {change.name for change in changes} >= {KEY_COLUMN, layout.key}:
         # The view got a column of its own with the key.
         conn.execute(
@@ -53,49 +72,52 @@ def apply_layout(conn: Connection, layout: TableLayout, changes: Sequence[Drift]
             # Existing rows have no value yet.
             column = replace(columns[change.name], required=change.name in DEFAULTS)
             conn.execute(sql.SQL("ALTER TABLE {} ADD COLUMN {}").format(table, _build_column_definition(column)))
-    has_key = _create_primary_key(conn, layout)
-    _create_indexes(conn, layout, key_index=not has_key)
-    conn.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(table, sql.Literal(layout.description)))
-    for column in list_columns(layout):
-        conn.execute(
-            sql.SQL("COMMENT ON COLUMN {} IS {}").format(
-                sql.Identifier(SCHEMA, layout.name, column.name), sql.Literal(column.description)
-            )
-        )
-    return has_key
 
 
 def _create_primary_key(conn: Connection, layout: TableLayout) -> bool:
     """Create the primary key of a table. Return False if rows prevent it that were written without its columns."""
     if not layout.identity or has_primary_key(conn, layout):
         return True
-    key = sql.SQL(", ").join(map(sql.Identifier, (*layout.identity, SOURCE_COLUMN)))
     table = sql.Identifier(SCHEMA, layout.name)
     try:
         with conn.transaction():
-            conn.execute(sql.SQL("ALTER TABLE {} ADD PRIMARY KEY ({})").format(table, key))
+            conn.execute(sql.SQL("ALTER TABLE {} ADD PRIMARY KEY ({})").format(table, _build_primary_key(layout)))
     except (psycopg.errors.NotNullViolation, psycopg.errors.UniqueViolation):
         return False
     _drop_replaced_indexes(conn, layout)
     return True
 
 
-def _create_indexes(conn: Connection, layout: TableLayout, *, key_index: bool) -> None:
-    """Create the missing indexes, and one on the key with ``key_index``. They leave out rows without a value."""
+def _build_indexes(layout: TableLayout, indexed: Collection[str], *, key_index: bool) -> list[sql.Composed]:
+    """Return the statements for the indexes on other columns than ``indexed``, and on the key with ``key_index``.
+
+    An index leaves out rows without a value.
+    """
     table = sql.Identifier(SCHEMA, layout.name)
-    indexed = find_indexed_columns(conn, layout)
     columns = [replace(c, index="btree") if key_index and c.name == layout.key else c for c in layout.columns]
-    for column in columns:
-        if not column.index or column.name in indexed:
-            continue
-        conn.execute(
-            sql.SQL("CREATE INDEX ON {table} USING {method} ({column}) {where}").format(
-                table=table,
-                method=sql.Identifier(column.index),
-                column=sql.Identifier(column.name),
-                where=sql.SQL("" if column.required else "WHERE {} IS NOT NULL").format(sql.Identifier(column.name)),
-            )
+    return [
+        sql.SQL("CREATE INDEX ON {table} USING {method} ({column}) {where}").format(
+            table=table,
+            method=sql.Identifier(column.index),
+            column=sql.Identifier(column.name),
+            where=sql.SQL("" if column.required else "WHERE {} IS NOT NULL").format(sql.Identifier(column.name)),
         )
+        for column in columns
+        if column.index and column.name not in indexed
+    ]
+
+
+def _build_comments(layout: TableLayout) -> list[sql.Composed]:
+    table = sql.Identifier(SCHEMA, layout.name)
+    return [
+        sql.SQL("COMMENT ON TABLE {} IS {}").format(table, sql.Literal(layout.description)),
+        *(
+            sql.SQL("COMMENT ON COLUMN {} IS {}").format(
+                sql.Identifier(SCHEMA, layout.name, column.name), sql.Literal(column.description)
+            )
+            for column in list_columns(layout)
+        ),
+    ]
 
 
 def _build_column_definition(column: TableColumn) -> sql.Composed:
