@@ -15,9 +15,11 @@ Intercept = Callable[[ReceivedRequest], Reply | None]
 class PatientServer(ScriptedServer):
     """Patients by id, with versions, conditional create, update and delete, and If-Match.
 
-    ``intercept`` may answer a request instead of the server. ``lose`` is how many writes are executed, but answered
-    with status 500.
+    ``intercept`` may answer a request instead of the server, except the CapabilityStatement. ``lose`` is how many
+    writes are executed, but answered with status 500. A server that does not ``create_conditionally`` refuses POST.
     """
+
+    creates_conditionally = True
 
     def __init__(self, intercept: Intercept = lambda request: None) -> None:
         self.patients: dict[str, Patient] = {}
@@ -51,7 +53,11 @@ class PatientServer(ScriptedServer):
 
     def count(self, method: str) -> int:
         """Return the number of requests with this method."""
-        return sum(request.method == method for request in self.requests)
+        return self.methods().count(method)
+
+    def methods(self) -> list[str]:
+        """Return the methods of the requests, without those of the CapabilityStatement."""
+        return [request.method for request in self.requests if request.path != "/fhir/metadata"]
 
     def _store(self, resource_id: str, resource: Patient) -> Patient:
         self.versions[resource_id] = self.versions.get(resource_id, 0) + 1
@@ -60,6 +66,9 @@ class PatientServer(ScriptedServer):
         return self.patients[resource_id]
 
     def _answer(self, request: ReceivedRequest) -> Reply:
+        if request.path == "/fhir/metadata":
+            types = [{"type": "Patient", "conditionalCreate": self.creates_conditionally}]
+            return reply({"resourceType": "CapabilityStatement", "rest": [{"mode": "server", "resource": types}]})
         answer = self.intercept(request)
         return self.execute(request) if answer is None else answer
 
@@ -97,6 +106,8 @@ class PatientServer(ScriptedServer):
 
     def _post(self, request: ReceivedRequest, resource_id: str) -> Reply:
         assert not resource_id
+        if not self.creates_conditionally:
+            return reply(b"", 405)
         matches = self._find(request, request.headers.get("If-None-Exist"))
         if len(matches) > 1:
             return reply(b"", 412)

@@ -1,10 +1,10 @@
 """Sends the requests that a change needs. Delivery is idempotent: a repetition, also after a crash, changes nothing.
 
-A record is created on the server if no resource has its identifier (conditional create,
-https://hl7.org/fhir/R4/http.html#ccreate), and from then on addressed by the id that this delivery returned. A resource
-with the identifier that was not delivered for a record is foreign: it is not updated unless it may be taken over, and
-never deleted. A conditional update would overwrite a foreign resource that appears after the search, and is used only
-where it may be taken over; a server that does not know If-None-Exist keeps both resources at worst.
+A record is created on the server if no resource has its identifier, and from then on addressed by the id that this
+delivery returned. A resource with the identifier that was not delivered for a record is foreign: it is not updated
+unless it may be taken over, and never deleted. Where the server's CapabilityStatement offers conditional create
+(https://hl7.org/fhir/R4/http.html#ccreate), a foreign resource that appears after the search is not overwritten either;
+elsewhere, and where it may be taken over, the creation is a conditional update (#cond-update).
 """
 
 from collections.abc import Sequence
@@ -135,7 +135,7 @@ class Delivery:
             held = self._find(source, change, outgoing.identifier)
             if held is not None:
                 return self._update_found(source, change, outgoing, held)
-        if not self._take_over:
+        if not self._take_over and self._server.creates_conditionally(source.resource_type):
             return self._post(source, change, outgoing)
         reply = self._send(
             "PUT",

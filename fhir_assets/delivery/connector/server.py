@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import quote, urlsplit
 
+import msgspec
 import orjson
 import urllib3
 from requests import PreparedRequest
@@ -70,6 +71,7 @@ class FhirServer:
             raise ConfigurationError("FHIR_BASE_URL must be an address that begins with http:// or https://")
         self.base_url = base_url.rstrip("/")
         self._credentials = credentials
+        self._conditional_creates: frozenset[str] | None = None
         self._pool = urllib3.PoolManager(
             maxsize=connections, block=True, timeout=urllib3.Timeout(connect=min(10.0, timeout), read=timeout)
         )
@@ -77,6 +79,16 @@ class FhirServer:
     def close(self) -> None:
         """Close the connections."""
         self._pool.clear()
+
+    def creates_conditionally(self, resource_type: str) -> bool:
+        """Return whether the server says that it supports conditional create. False if it does not answer."""
+        if self._conditional_creates is None:
+            try:
+                statement = self.call("GET", "metadata").body
+            except (TransientFailure, PermanentFailure):
+                return False
+            self._conditional_creates = _read_conditional_creates(statement)
+        return resource_type in self._conditional_creates
 
     def call(
         self,
@@ -165,6 +177,28 @@ class FhirServer:
             )
         issues = ", ".join(summarize_issues(response.data))
         raise PermanentFailure("refused", f"the FHIR server answered {status}{f': {issues}' if issues else ''}", status)
+
+
+def _read_conditional_creates(statement: object) -> frozenset[str]:
+    """Return the resource types for which a CapabilityStatement offers conditional create."""
+    try:
+        rests = msgspec.convert(statement, _CapabilityStatement).rest
+    except msgspec.ValidationError:
+        return frozenset()
+    return frozenset(each.type for rest in rests for each in rest.resource if each.conditional_create)
+
+
+class _Resource(msgspec.Struct, rename="camel"):
+    type: str
+    conditional_create: bool = False
+
+
+class _Rest(msgspec.Struct):
+    resource: list[_Resource] = []
+
+
+class _CapabilityStatement(msgspec.Struct):
+    rest: list[_Rest] = []
 
 
 def _code(error: urllib3.exceptions.HTTPError) -> str:

@@ -136,7 +136,7 @@ def test_an_empty_answer_with_a_location_is_a_success(doubtful: Doubtful, body: 
     doubtful.server.intercept = locate
     doubtful.admit("1")
     doubtful.deliver()
-    assert [request.method for request in doubtful.server.requests] == ["GET", "POST"]
+    assert doubtful.server.methods() == ["GET", "POST"]
     [delivered] = doubtful.hospital.execute("SELECT resource_id, version_id FROM health.fhir_delivered")
     assert delivered == (*doubtful.server.patients, "1")
 
@@ -157,4 +157,4 @@ def test_an_empty_answer_with_an_etag_is_a_success_whose_id_is_looked_up(doubtfu
     doubtful.rename()
     doubtful.deliver()
     assert list(doubtful.server.families().values()) == ["Changed"]
-    assert [request.method for request in doubtful.server.requests] == ["GET", "POST", "GET", "PUT"]
+    assert doubtful.server.methods() == ["GET", "POST", "GET", "PUT"]

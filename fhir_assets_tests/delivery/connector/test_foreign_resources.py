@@ -292,6 +292,19 @@ def test_a_foreign_resource_that_appears_after_the_search_is_not_overwritten(war
     assert ward.server.families() == {"f": "Foreign"}
 
 
+def test_a_server_without_conditional_create_gets_conditional_updates(ward: Ward) -> None:
+    ward.server.creates_conditionally = False
+    ward.admit("1")
+    ward.deliver()
+    ward.rename()
+    ward.deliver()
+    assert (len(ward.server.families()), ward.reasons()) == (1, [])
+    assert (ward.server.count("POST"), ward.server.count("PUT")) == (0, 2)
+    ward.discharge()
+    ward.deliver()
+    assert ward.server.families() == {}
+
+
 def test_a_server_that_does_not_know_if_none_exist_keeps_both_resources(ward: Ward) -> None:
     def forget_the_condition(request: ReceivedRequest) -> Reply | None:
         if request.method != "POST":
