@@ -83,7 +83,7 @@ def test_the_schedule_loads_new_resources_and_requests_nothing_twice(deploy: Dep
         wait_until(lambda: len(ticks()) >= before + 2, seconds=180)
     assert {tick.status for tick in ticks()} == {TickStatus.SUCCESS, TickStatus.SKIPPED}
     assert [tick.status for tick in ticks()].count(TickStatus.SUCCESS) == 2
-    runs = deployment.instance.get_runs()
+    runs = deployment.instance.get_runs(dg.RunsFilter(tags={"dagster/schedule_name": "incremental_load"}))
     assert [run.status for run in runs] == [dg.DagsterRunStatus.SUCCESS] * 2
     triggers = deployment.query("SELECT DISTINCT triggered_by FROM ops.ingestion_runs")
     assert triggers == [("schedule_name:incremental_load",)]
