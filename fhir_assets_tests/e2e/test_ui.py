@@ -188,7 +188,7 @@ def watch_a_scheduled_tick(browser: Browser, demo: Demo) -> None:
     browser.wait_for(r"Every minute")
     browser.wait_for(r"1 run requested", seconds=150, reload_every=15)
     end = datetime.now(UTC) + timedelta(seconds=_RUN_SECONDS)
-    while not demo.query("SELECT FROM fhir.patient WHERE _resource_key = 'scheduled'"):
+    while not demo.query("SELECT FROM fhir.patient WHERE id = 'scheduled'"):
         assert datetime.now(UTC) < end, "the scheduled run did not load the new patient"
         time.sleep(0.5)
     browser.open(f"{demo.url}/locations/fhir_assets/sensors/alerts")
