@@ -80,7 +80,7 @@ def saturated_records(resource_type: str) -> Iterator[Record]:
 
 @pytest.mark.slow
 def test_duckdb_reads_the_rows_of_every_shipped_view(session: Session, tmp_path: Path) -> None:
-    different, filled = [], 0
+    different, empty = [], []
     for resource_type in (catalog_type.name for catalog_type in CATALOG):
         views = tuple(views_of_type(resource_type))
         records = list(saturated_records(resource_type))
@@ -89,11 +89,13 @@ def test_duckdb_reads_the_rows_of_every_shipped_view(session: Session, tmp_path:
         for view in views:
             update(session, str(tmp_path), view)
             expected = in_table(session, view.name)
-            filled += bool(expected)
+            if not expected:
+                empty.append(view.name)
             if in_lake(str(tmp_path), view.name) != expected:
                 different.append(view.name)
     assert different == []
-    assert filled == sum(len(views_of_type(catalog_type.name)) for catalog_type in CATALOG)
+    # Their rows are extensions, which saturated resources do not have.
+    assert empty == ["patient_ethnicity", "patient_race"]
 
 
 def test_the_treatments_of_patient_data_apply_to_the_lake(database: str, tmp_path: Path) -> None:
