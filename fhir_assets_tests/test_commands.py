@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from typer.main import get_command
@@ -65,9 +67,9 @@ def test_a_command_imports_what_it_needs(
 
 
 @pytest.mark.parametrize("app", [main_app, dead_letters.app])
-def test_the_list_of_commands_says_what_each_command_says_of_itself(app: object) -> None:
-    commands = get_command(app).commands.items()  # type: ignore[arg-type, attr-defined]
-    lazy = {name: command for name, command in commands if isinstance(command, LazyCommand)}
+def test_the_list_of_commands_says_what_each_command_says_of_itself(app: typer.Typer) -> None:
+    group: Any = get_command(app)
+    lazy = {name: command for name, command in group.commands.items() if isinstance(command, LazyCommand)}
     assert lazy
     own = {name: " ".join((command.load().help or "").split("\n\n")[0].split()) for name, command in lazy.items()}
     assert {name: command.help for name, command in lazy.items()} == own

@@ -41,7 +41,8 @@ class LazyCommand(TyperCommand):
     @property
     def commands(self) -> Mapping[str, Any]:
         """The commands of a group. Raises AttributeError for a command that is no group."""
-        return self.load().commands  # type: ignore[no-any-return]  # typer's own copy of click has no public types
+        commands: Mapping[str, Any] = self.load().commands
+        return commands
 
 
 def build_group(sources: Mapping[str, CommandSource]) -> type[TyperGroup]:

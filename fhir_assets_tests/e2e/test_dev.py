@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -62,6 +63,10 @@ def find(dev: psutil.Process, home: Path, pattern: str) -> psutil.Process | None
     return None
 
 
+def says_more_often(read: Callable[[], str], words: str, times: int) -> bool:
+    return read().count(words) > times
+
+
 @pytest.mark.slow
 def test_each_process_of_dev_comes_back_after_sigkill(tmp_path: Path) -> None:
     environment = {
@@ -80,12 +85,12 @@ def test_each_process_of_dev_comes_back_after_sigkill(tmp_path: Path) -> None:
         wait_until(lambda: is_up(url), text())
         dev = psutil.Process(process.pid)
         for name, pattern in PARTS.items():
-            wait_until(lambda pattern=pattern: find(dev, tmp_path / "home", pattern), f"{name}: {text()}")  # type: ignore[misc]
+            wait_until(partial(find, dev, tmp_path / "home", pattern), f"{name}: {text()}")
             victim = find(dev, tmp_path / "home", pattern)
             assert victim is not None, name
             told = text().count("started again")
             victim.kill()
-            wait_until(lambda told=told: text().count("started again") > told, f"{name}: {text()}")  # type: ignore[misc]
+            wait_until(partial(says_more_often, text, "started again", told), f"{name}: {text()}")
             wait_until(lambda: is_up(url), f"{name}: {text()}")
             assert process.poll() is None, name
     finally:

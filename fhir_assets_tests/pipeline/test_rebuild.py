@@ -4,13 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.rebuild.step import RebuildProgress, RebuildResult, RebuildStep
-from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
-from fhir_assets.privacy.keys import new_key, parse_keys
-from fhir_assets.warehouse.ops import checkpoints, encryption_secret
+from fhir_assets.privacy.keys import new_key
+from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.warehouse.postgres.db.connections import Session, connect
 from fhir_assets.warehouse.postgres.tables import rebuilding
+from fhir_assets_tests.support.key_rotation import open_session
 from fhir_assets_tests.support.views import column, load, patient, select, view
 
 ID = column("id", "getResourceKey()", "string")
@@ -22,11 +23,7 @@ FAMILIES = {"p0": "F0", "p1": "F1", "p2": "F2", "p3": "F3", "p4": "F4"}
 
 @pytest.fixture(params=["without keys", "with keys"])
 def session(request: pytest.FixtureRequest, database: str) -> Iterator[Session]:
-    cipher = NO_ENCRYPTION
-    if request.param == "with keys":
-        with connect(database) as conn:
-            cipher = encryption_secret.unlock(conn, Cipher(parse_keys([new_key()])))
-    with connect(database, cipher=cipher) as session:
+    with open_session(database, *([new_key()] if request.param == "with keys" else [])) as session:
         people = [patient(key, gender="male", name=[{"family": family}]) for key, family in FAMILIES.items()]
         load(session, *people, views=(SMALL,))
         for part in ("a", "b"):
@@ -125,3 +122,22 @@ def test_a_version_that_is_loaded_meanwhile_stays(
     step = RebuildStep(lambda: connect(database, cipher=session.cipher), [WIDE], on_progress=load_newer)
     step.run()
     assert read_families(session) == {**FAMILIES, "p0": "New", "p4": "New"}
+
+
+def test_a_lost_connection_is_an_error_that_says_what_is_left(
+    database: str, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rebuilding, "BATCH_RESOURCES", 2)
+
+    def end_the_connection(progress: RebuildProgress) -> None:
+        with connect(database) as conn:
+            conn.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid NOT IN (pg_backend_pid(), %s)",
+                [session.info.backend_pid],
+            )
+
+    step = RebuildStep(lambda: connect(database, cipher=session.cipher), [WIDE], on_progress=end_the_connection)
+    with pytest.raises(DatabaseUnavailable, match="next load of each window"):
+        step.run()
+    assert checkpoints.get_loaded_parts(session, "Patient", ["w"]) == {}

@@ -9,15 +9,16 @@ from types import SimpleNamespace
 import pytest
 
 from fhir_assets.fhir.views import parse_view
-from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
-from fhir_assets.privacy.keys import new_key, parse_keys
-from fhir_assets.warehouse.ops import bulk_exports, checkpoints, dead_letters, encryption_secret, replays
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
+from fhir_assets.privacy.keys import new_key
+from fhir_assets.warehouse.ops import bulk_exports, checkpoints, dead_letters, replays
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Selection
 from fhir_assets.warehouse.postgres import resources
 from fhir_assets.warehouse.postgres.db import migrations, schema_state
 from fhir_assets.warehouse.postgres.db.connections import Session, connect
 from fhir_assets.warehouse.postgres.tables.layout import KEY_ID_COLUMN, build_layout
 from fhir_assets.warehouse.postgres.tables.view_tables import ensure_tables, find_drift
+from fhir_assets_tests.support.key_rotation import open_session
 from fhir_assets_tests.support.views import load, patient, select
 
 ORDER_COLUMNS = ("arrived", "replaced_last_updated")
@@ -105,11 +106,7 @@ DEAD_LETTER = DeadLetter(
 
 @pytest.fixture(params=["without keys", "with keys"])
 def session(request: pytest.FixtureRequest, database: str) -> Iterator[Session]:
-    cipher = NO_ENCRYPTION
-    if request.param == "with keys":
-        with connect(database) as conn:
-            cipher = encryption_secret.unlock(conn, Cipher(parse_keys([new_key()])))
-    with connect(database, cipher=cipher) as session:
+    with open_session(database, *([new_key()] if request.param == "with keys" else [])) as session:
         yield session
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import psycopg
 
-from fhir_assets.errors import EncryptionError
+from fhir_assets.errors import DatabaseUnavailable, EncryptionError
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.load.row_builder import RowBuilder
 from fhir_assets.pipeline.load.stored_rows import build_stored_rows
@@ -69,18 +69,30 @@ class RebuildStep:
             else:
                 changes = view_tables.ensure_tables(conn, self._views)
             conn.commit()
-            for resource_type in changes.outdated_types:
-                refused = 0
-                for done, total, refused_in_batch in self._rebuild(conn, resource_type):
-                    refused += refused_in_batch
-                    result.rebuilt[resource_type] = done - refused
-                    self._on_progress(RebuildProgress(resource_type, done, total))
-                if refused:
-                    result.refused[resource_type] = refused
-                else:
-                    checkpoints.restore_loaded_parts(conn, parts.get(resource_type, []))
-                    conn.commit()
+            try:
+                for resource_type in changes.outdated_types:
+                    self._rebuild_type(conn, resource_type, parts.get(resource_type, []), result)
+            except psycopg.OperationalError as error:
+                raise DatabaseUnavailable(
+                    f"Postgres ended the rebuild of changed tables ({type(error).__name__}): the tables are changed; "
+                    "the next load of each window writes the rows that are left"
+                ) from None
         return result
+
+    def _rebuild_type(
+        self, conn: Session, resource_type: str, parts: Sequence[checkpoints.LoadedPartRow], result: RebuildResult
+    ) -> None:
+        """Rebuild the rows of a type, and mark its parts as loaded again if none is missing."""
+        refused = 0
+        for done, total, refused_in_batch in self._rebuild(conn, resource_type):
+            refused += refused_in_batch
+            result.rebuilt[resource_type] = done - refused
+            self._on_progress(RebuildProgress(resource_type, done, total))
+        if refused:
+            result.refused[resource_type] = refused
+            return
+        checkpoints.restore_loaded_parts(conn, parts)
+        conn.commit()
 
     def _rebuild(self, conn: Session, resource_type: str) -> Iterator[tuple[int, int, int]]:
         """Rebuild the rows of a type. Yields after each batch: resources so far, in all, and refused of the batch."""

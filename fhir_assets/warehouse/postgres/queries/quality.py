@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from psycopg import sql
 
 from fhir_assets.fhir.views import View
-from fhir_assets.fhir.views.row_identity import find_key_column
 from fhir_assets.warehouse.postgres.db.connections import Connection
-from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN
+from fhir_assets.warehouse.postgres.tables.layout import get_key_column
 
 MAX_RULES = 10
 """The number of combinations of stage, rule and path of a window that are counted separately."""
@@ -98,6 +97,6 @@ def count_duplicates(conn: Connection, view: View) -> int:
     query = sql.SQL("""
         SELECT count(*)
         FROM (SELECT FROM fhir.{view} GROUP BY {key} HAVING count(*) > 1) duplicates
-    """).format(view=sql.Identifier(view.name), key=sql.Identifier(find_key_column(view) or KEY_COLUMN))
+    """).format(view=sql.Identifier(view.name), key=sql.Identifier(get_key_column(view)))
     row = conn.execute(query).fetchone()
     return int(row[0]) if row else 0

@@ -7,11 +7,10 @@ from typing import LiteralString
 from psycopg import sql
 
 from fhir_assets.fhir.views import View
-from fhir_assets.fhir.views.row_identity import find_key_column
 from fhir_assets.warehouse.postgres import version_order
 from fhir_assets.warehouse.postgres.db.connections import Connection
 from fhir_assets.warehouse.postgres.queries.temporary_lines import temporary_lines
-from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN
+from fhir_assets.warehouse.postgres.tables.layout import get_key_column
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ def count_absent(
             )
         """).format(
             table=sql.Identifier("fhir", main_view.name),
-            key=sql.Identifier(find_key_column(main_view) or KEY_COLUMN),
+            key=sql.Identifier(get_key_column(main_view)),
         )
     query = _COUNT_ABSENT.format(
         without_row=without_row,

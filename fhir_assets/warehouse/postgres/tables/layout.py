@@ -38,6 +38,11 @@ BLIND_INDEX_SUFFIX = "_index"
 _INDEX_METHODS = frozenset({"btree", "hash", "gin", "brin"})
 
 
+def get_key_column(view: View) -> str:
+    """Return the column of a view's table with the id of the row's resource."""
+    return find_key_column(view) or KEY_COLUMN
+
+
 class Kind(StrEnum):
     """The kind of values of a column, which determines its Postgres type and its encoding."""
 
