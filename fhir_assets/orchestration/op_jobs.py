@@ -118,12 +118,15 @@ def build_request_replay(settings: Settings) -> dg.JobDefinition:
 
     The sensor ``replay_dead_letters`` starts the runs that replay them.
     """
+    # Dagster keeps one config schema per process for equal names and descriptions, whatever the values of an enum are.
+    # The types in the description keep the schemas of two deployments apart.
+    types = ", ".join(settings.fhir_resource_types)
     schema = {
         "resource_type": dg.Field(
             dg.Enum("ResourceType", [dg.EnumValue(name) for name in (_ANY, *settings.fhir_resource_types)]),
             default_value=_ANY,
             is_required=False,
-            description="Replay only dead letters of this resource type.",
+            description=f"Replay only dead letters of this resource type: {types}.",
         ),
         "rule": dg.Field(
             str,

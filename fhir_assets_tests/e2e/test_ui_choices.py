@@ -39,6 +39,8 @@ def list_marked(deployment: Deployment) -> list[tuple[object, ...]]:
 
 
 def test_a_replay_is_chosen_by_type_rule_and_window(deploy: Deploy, server: SandboxServer) -> None:
+    # Another deployment in this process: Dagster keeps config schemas for the whole process.
+    build_definitions(deploy(fhir_resource_types="Encounter").settings).resolve_job_def("request_replay")
     deployment = deploy(fhir_base_url=server.url, **SETTINGS)
     deployment.ingest(first=DAY, last=DAY)
     [(rule,)] = deployment.query("SELECT rule FROM ops.dead_letters WHERE resource_id = 'gender'")
