@@ -29,8 +29,8 @@ from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, FhirAsse
 from fhir_assets.fhir import bundles
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.settings import Settings, load_settings
-from fhir_assets.warehouse.ops import dead_letters, settlements
-from fhir_assets.warehouse.ops.settlements import Settlement
+from fhir_assets.warehouse.ops import dead_letter_resolution, dead_letters
+from fhir_assets.warehouse.ops.dead_letter_resolution import DeadLetterResolution
 
 Steps = dict[str, dict[str, int]]
 """The number of resources of each file, by resource type, in the order of the upload."""
@@ -202,7 +202,7 @@ def _record_dead_letters(settings: Settings, journal: Journal, steps: Steps, cou
     partition = f"upload:{journal.path.stem if journal.path else ''}"
     try:
         warehouse = Warehouse(settings)
-        began = settlements.begin(warehouse.connect)
+        recorded_before = dead_letter_resolution.next_record_number(warehouse.connect)
         with warehouse.connect() as conn:
             run_id = journal.read_facts()["run_id"]
             dead_letters.record(
@@ -211,7 +211,9 @@ def _record_dead_letters(settings: Settings, journal: Journal, steps: Steps, cou
                 (build_dead_letter(failure, partition, unknown_type=_UNKNOWN) for failure in journal.failures()),
             )
             for name in (*steps, _UNKNOWN):
-                settlements.settle(conn, Settlement(run_id, name, "deliver", [partition], began))
+                dead_letter_resolution.resolve_dead_letters(
+                    conn, DeadLetterResolution(run_id, name, "deliver", [partition], recorded_before)
+                )
     except (DatabaseUnavailable, psycopg.Error):
         return False
     return True

@@ -20,9 +20,9 @@ from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.storage.manifest import Delivered, Manifest, Part
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.ops import audit_log, dead_letters, settlements
+from fhir_assets.warehouse.ops import audit_log, dead_letter_resolution, dead_letters
+from fhir_assets.warehouse.ops.dead_letter_resolution import DeadLetterResolution
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
-from fhir_assets.warehouse.ops.settlements import Settlement
 from fhir_assets.warehouse.postgres import resources
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
 
@@ -85,7 +85,7 @@ class DeliverStep:
         if not steps:
             return counts
         self._client.capabilities()
-        began = settlements.begin(self._connect)
+        recorded_before = dead_letter_resolution.next_record_number(self._connect)
         with self._connect() as conn, Journal(cipher=self._store.cipher) as journal:
             conn.autocommit = True
 
@@ -104,7 +104,9 @@ class DeliverStep:
                 for result, count in total.items():
                     setattr(counts[name], result, count)
             self._record_failures(journal, {name: manifest.partition_key for name, (_, manifest) in pending.items()})
-        self._record_delivery([manifest for manifest in manifests if manifest.resource_type in steps], counts, began)
+        self._record_delivery(
+            [manifest for manifest in manifests if manifest.resource_type in steps], counts, recorded_before
+        )
         return counts
 
     def _pending_parts(self, manifest: Manifest) -> Sequence[Part]:
@@ -148,7 +150,7 @@ class DeliverStep:
         buffer.flush()
 
     def _record_delivery(
-        self, manifests: Sequence[Manifest], counts: Mapping[str, DeliveredCounts], began: int
+        self, manifests: Sequence[Manifest], counts: Mapping[str, DeliveredCounts], recorded_before: int
     ) -> None:
         """Record the delivered parts in the store and the delivered counts in the audit log."""
         now = datetime.now(UTC)
@@ -171,7 +173,9 @@ class DeliverStep:
         with self._connect() as conn, conn.transaction():
             if self._refresh is not Refresh.MISSING:
                 for name, partition_keys in keys.items():
-                    settlements.settle(conn, Settlement(self._run_id, name, "deliver", partition_keys, began))
+                    dead_letter_resolution.resolve_dead_letters(
+                        conn, DeadLetterResolution(self._run_id, name, "deliver", partition_keys, recorded_before)
+                    )
             audit_log.record(
                 conn,
                 *(

@@ -21,7 +21,7 @@ from fhir_assets.sources import DEFAULT_SOURCE
 from fhir_assets.storage.manifest import REPLAY, Manifest, Part
 from fhir_assets.storage.store import Store, partition_folder
 from fhir_assets.warehouse.ops import window_verdicts
-from fhir_assets.warehouse.ops.settlements import Settlement, settle
+from fhir_assets.warehouse.ops.dead_letter_resolution import DeadLetterResolution, resolve_dead_letters
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
 from fhir_assets.warehouse.postgres.db.partition_locks import lock_partitions
 
@@ -48,7 +48,7 @@ class PartitionUpdate(Protocol):
         ...
 
     @property
-    def settlement(self) -> Settlement | None:
+    def resolution(self) -> DeadLetterResolution | None:
         """The dead letters to resolve in the partitions that were processed completely, if there are any."""
         ...
 
@@ -63,7 +63,7 @@ def commit_update(connect: OpenSession, store: Store, update: PartitionUpdate) -
     def merge(new: Manifest, current: Manifest | None) -> Manifest:
         return merge_manifests(new, base_manifests.get(new.partition_key), current)
 
-    return rewrite_partitions(connect, store, update.manifests, merge, settlement=update.settlement)
+    return rewrite_partitions(connect, store, update.manifests, merge, resolution=update.resolution)
 
 
 def rewrite_partitions(
@@ -72,12 +72,12 @@ def rewrite_partitions(
     manifests: Sequence[Manifest],
     merge: Callable[[Manifest, Manifest | None], Manifest],
     *,
-    settlement: Settlement | None = None,
+    resolution: DeadLetterResolution | None = None,
 ) -> list[Manifest]:
     """Replace partitions while their locks are held, and return the manifests as committed.
 
     ``merge`` receives each new manifest and the current one (None for a new partition) and returns the one to commit.
-    The ``settlement`` is applied to the partitions whose committed manifest is from the run of the new one.
+    The ``resolution`` is applied to the partitions whose committed manifest is from the run of the new one.
     """
     written: list[Manifest] = []
     with connect() as conn:
@@ -94,9 +94,9 @@ def rewrite_partitions(
                         other.commit()
                 store.commit(merged)
                 _invalidate_verdicts(conn, changed)
-                if settlement is not None:
+                if resolution is not None:
                     own = [m.partition_key for new, m in zip(group, merged, strict=True) if m.run_id == new.run_id]
-                    settle(conn, settlement.restrict(own))
+                    resolve_dead_letters(conn, resolution.restrict(own))
             written += merged
     return written
 

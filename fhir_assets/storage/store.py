@@ -33,7 +33,7 @@ SOURCES_FOLDER = "sources"
 BATCH_BYTES = 1 << 20
 """The size of one read. A batch of lines is the unit of work of validation and loading."""
 
-_CALLS_AT_ONCE = 8
+_CONCURRENT_CALLS = 8
 """The number of manifests that are read or written concurrently, each of which waits for the bucket or the disk."""
 
 _REMEDY = {
@@ -51,7 +51,7 @@ _decoder = msgspec.json.Decoder(Manifest)
 
 
 def map_concurrently(
-    function: Callable[[Item], Result], items: Iterable[Item], *, calls: int = _CALLS_AT_ONCE
+    function: Callable[[Item], Result], items: Iterable[Item], *, calls: int = _CONCURRENT_CALLS
 ) -> list[Result]:
     """Return the results of ``function`` for all items, in their order, with up to ``calls`` concurrent threads."""
     inputs = list(items)
@@ -116,7 +116,7 @@ class Store:
 
     def _manifests(self, partitions: Iterable[tuple[str, str, str]]) -> list[Manifest | None]:
         # Reading a small local file takes less time than starting a thread.
-        calls = 1 if isinstance(self.blobs, LocalBlobs) else _CALLS_AT_ONCE
+        calls = 1 if isinstance(self.blobs, LocalBlobs) else _CONCURRENT_CALLS
         return map_concurrently(lambda partition: self.manifest(*partition), partitions, calls=calls)
 
     def commit(self, manifests: Iterable[Manifest]) -> None:

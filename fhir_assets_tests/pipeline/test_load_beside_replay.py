@@ -11,7 +11,7 @@ from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.pipeline import partition_commit
 from fhir_assets.pipeline.load.step import LoadStep
 from fhir_assets.pipeline.receive import receiver
-from fhir_assets.warehouse.ops import audit_log, dead_letters, received, replays, retention, settlements
+from fhir_assets.warehouse.ops import audit_log, dead_letter_resolution, dead_letters, received, replays, retention
 from fhir_assets.warehouse.ops.dead_letters import Selection
 from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets_tests.support.interleaving import Point, interleave
@@ -23,7 +23,7 @@ INVALID = {"bad0", "bad1"}
 LOAD_POINTS = {
     "before it records dead letters": Point(dead_letters, "record_now"),
     "after it recorded dead letters": Point(partition_commit, "rewrite_partitions"),
-    "when it has written the manifest": Point(partition_commit, "settle"),
+    "when it has written the manifest": Point(partition_commit, "resolve_dead_letters"),
     "before it loads": Point(LoadStep, "run"),
     "before its load is committed": Point(audit_log, "record"),
 }
@@ -48,7 +48,7 @@ def hospital(database: str, tmp_path: Path) -> SmallHospital:
 
 
 def assert_nothing_is_lost(hospital: SmallHospital) -> None:
-    """Assert that every patient is loaded or an unresolved dead letter, and that a further replay settles the rest."""
+    """Assert that every patient is loaded or an unresolved dead letter, and that a further replay resolves the rest."""
     loaded, unresolved = hospital.find_loaded(), hospital.find_unresolved()
     assert loaded.keys() | unresolved == VALID | INVALID
     assert "bad1" in unresolved
@@ -104,7 +104,7 @@ def test_two_replays_of_the_same_dead_letters_store_no_resource_twice(
     run(hospital, monkeypatch, hospital.replay, REPLAY_POINTS[point], lambda: hospital.replay("other"), kill=False)
 
 
-def test_a_replay_whose_sign_of_life_is_lost_is_settled_by_the_next_one(
+def test_a_replay_whose_sign_of_life_is_lost_is_resolved_by_the_next_one(
     hospital: SmallHospital, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another run takes over its dead letters while it still works on them, and both add them to the partition."""
@@ -191,7 +191,7 @@ def test_a_dead_letter_without_an_id_is_counted_itself(database: str, tmp_path: 
 def test_a_superseded_dead_letter_accounts_for_its_resource_also_when_it_is_pruned(hospital: SmallHospital) -> None:
     hospital.receive(build_patient("bad1", version=2, gender="other"), origin="test:3")
     hospital.extend()
-    assert hospital.find_dead_letter("bad1").resolution == settlements.SUPERSEDED
+    assert hospital.find_dead_letter("bad1").resolution == dead_letter_resolution.SUPERSEDED
     assert (hospital.count_window().faults, hospital.count_window().dead) == ([], 2)
     with hospital.connect() as conn:
         assert retention.delete_expired_rows(conn, "dead_letters", datetime.now(UTC)) == 1

@@ -154,7 +154,7 @@ COMMITS = Point(partition_commit, "rewrite_partitions")
 OPERATIONS = {
     "load": Operation(
         lambda case: case.hospital.load(f"load-{case.number}"),
-        (COMMITS, Point(partition_commit, "settle"), Point(LoadStep, "run"), Point(audit_log, "record")),
+        (COMMITS, Point(partition_commit, "resolve_dead_letters"), Point(LoadStep, "run"), Point(audit_log, "record")),
     ),
     "replay": Operation(
         lambda case: case.hospital.replay(f"replay-{case.number}"),

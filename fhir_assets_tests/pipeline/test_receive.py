@@ -16,8 +16,8 @@ from fhir_assets.pipeline.receive.receiver import Receiver
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.storage.manifest import Fetch, Fetched, Manifest, Part, Validated
 from fhir_assets.storage.store import Store, open_store
-from fhir_assets.warehouse.ops import received, settlements
-from fhir_assets.warehouse.ops.settlements import Settlement
+from fhir_assets.warehouse.ops import dead_letter_resolution, received
+from fhir_assets.warehouse.ops.dead_letter_resolution import DeadLetterResolution
 from fhir_assets.warehouse.postgres.db.connections import Connection, connect
 from fhir_assets.windows import Granularity, WindowScheme
 
@@ -118,7 +118,9 @@ def test_rejected_lines_become_dead_letters_that_a_fetch_of_the_window_does_not_
     result = receiver.receive([bad], "landing:x")
     assert result.rejected == 1
     assert received.find_pending(conn) == []
-    settlements.settle(conn, Settlement("run", "Patient", "fetch", [KEY], began=1000))
+    dead_letter_resolution.resolve_dead_letters(
+        conn, DeadLetterResolution("run", "Patient", "fetch", [KEY], recorded_before=1000)
+    )
     rows = conn.execute("SELECT stage, status, origin, partition_key FROM ops.dead_letters").fetchall()
     assert rows == [("fetch", "open", "landing:x", KEY)]
 

@@ -7,9 +7,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
-from fhir_assets.warehouse.ops import dead_letters, replays, runs, settlements
+from fhir_assets.warehouse.ops import dead_letter_resolution, dead_letters, replays, runs
+from fhir_assets.warehouse.ops.dead_letter_resolution import DeadLetterResolution
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Selection, StoredDeadLetter
-from fhir_assets.warehouse.ops.settlements import Settlement
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, connect
 
 DEAD_LETTER = DeadLetter(
@@ -29,10 +29,10 @@ def stored(conn: Connection, selection: Selection | None = None) -> list[StoredD
     return dead_letters.find(conn, selection or Selection())
 
 
-def begin(conn: Session, run_id: str) -> Settlement:
-    """Return the settlement of a run that begins to validate the partition of DEAD_LETTER."""
-    began = settlements.begin(lambda: nullcontext(conn))
-    return Settlement(run_id, "Patient", "validate", ["2024-01-01"], began)
+def begin(conn: Session, run_id: str) -> DeadLetterResolution:
+    """Return the resolution of a run that begins to validate the partition of DEAD_LETTER."""
+    recorded_before = dead_letter_resolution.next_record_number(lambda: nullcontext(conn))
+    return DeadLetterResolution(run_id, "Patient", "validate", ["2024-01-01"], recorded_before)
 
 
 def test_a_failure_repeated_in_a_later_run_adds_an_attempt_to_its_dead_letter(conn: Session) -> None:
@@ -77,9 +77,9 @@ def test_dead_letters_that_did_not_fail_again_are_resolved_in_their_partitions_o
     elsewhere = [replace(DEAD_LETTER, stage="load"), replace(DEAD_LETTER, partition_key="w")]
     elsewhere.append(replace(DEAD_LETTER, resource_type="Encounter"))
     dead_letters.record(conn, "one", failed + elsewhere)
-    settlement = begin(conn, "two")
+    resolution = begin(conn, "two")
     dead_letters.record(conn, "two", failed[:1])
-    assert settlements.settle(conn, settlement) == 2
+    assert dead_letter_resolution.resolve_dead_letters(conn, resolution) == 2
     assert len(stored(conn, Selection(status="open"))) == 4
     assert {dead_letter.resolved_run_id for dead_letter in stored(conn, Selection(status="resolved"))} == {"two"}
     dead_letters.record(conn, "three", failed)
@@ -87,15 +87,15 @@ def test_dead_letters_that_did_not_fail_again_are_resolved_in_their_partitions_o
     assert all(dead_letter.resolved_at is None for dead_letter in stored(conn))
 
 
-def test_a_dead_letter_that_another_run_recorded_since_the_begin_is_not_settled(conn: Session) -> None:
+def test_a_dead_letter_that_another_run_recorded_since_the_begin_is_not_resolved(conn: Session) -> None:
     failed = [replace(DEAD_LETTER, resource=bytes([n])) for n in range(3)]
     dead_letters.record(conn, "one", failed)
-    settlement = begin(conn, "load")
+    resolution = begin(conn, "load")
     dead_letters.record(conn, "load", failed[:1])
     dead_letters.record(conn, "replay", failed[:2])
-    assert settlements.settle(conn, settlement) == 1
+    assert dead_letter_resolution.resolve_dead_letters(conn, resolution) == 1
     assert sorted(letter.status for letter in stored(conn)) == ["open", "open", "resolved"]
-    assert settlements.count_dead(conn, "Patient", ["2024-01-01"]) == {"2024-01-01": 2}
+    assert dead_letter_resolution.count_dead(conn, "Patient", ["2024-01-01"]) == {"2024-01-01": 2}
 
 
 def test_a_dead_letter_that_fails_again_keeps_the_claim_of_a_live_run_only(database: str, conn: Session) -> None:
@@ -116,7 +116,7 @@ def test_a_discarded_dead_letter_stays_discarded_if_it_fails_again(conn: Session
     dead_letters.record(conn, "one", [DEAD_LETTER])
     conn.execute("UPDATE ops.dead_letters SET status = 'discarded'")
     dead_letters.record(conn, "two", [DEAD_LETTER])
-    settlements.settle(conn, begin(conn, "three"))
+    dead_letter_resolution.resolve_dead_letters(conn, begin(conn, "three"))
     assert [(dead_letter.status, dead_letter.attempts) for dead_letter in stored(conn)] == [("discarded", 2)]
 
 

@@ -10,10 +10,10 @@ from fhir_assets.fhir.record import Deletion
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.store import Store, open_store
-from fhir_assets.warehouse.ops import audit_log, checkpoints, dead_letters, received, settlements
+from fhir_assets.warehouse.ops import audit_log, checkpoints, dead_letter_resolution, dead_letters, received
+from fhir_assets.warehouse.ops.dead_letter_resolution import DeadLetterResolution
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.warehouse.ops.received import ReceivedWindow
-from fhir_assets.warehouse.ops.settlements import Settlement
 from fhir_assets.warehouse.postgres import resources
 from fhir_assets.warehouse.postgres.db.connections import Session, borrow_session, connect
 from fhir_assets.warehouse.postgres.tables import deletions
@@ -81,8 +81,8 @@ def test_the_state_of_loads_belongs_to_one_source(conn: Session, other: Session)
     assert checkpoints.get(conn, ["Patient"])["Patient"].source_state is None
     rows = select(conn, "SELECT source, run_id FROM ops.dead_letters ORDER BY 1")
     assert rows == [("default", "one"), ("other", "two")]
-    settlement = Settlement("three", "Patient", "validate", ["2024-01-05"], began=1000)
-    assert settlements.settle(other, settlement) == 1
+    resolution = DeadLetterResolution("three", "Patient", "validate", ["2024-01-05"], recorded_before=1000)
+    assert dead_letter_resolution.resolve_dead_letters(other, resolution) == 1
     rows = select(other, "SELECT source, status FROM ops.dead_letters ORDER BY 1")
     assert rows == [("default", "open"), ("other", "resolved")]
 

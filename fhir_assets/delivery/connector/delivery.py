@@ -17,9 +17,9 @@ from fhir_assets.delivery.connector.changes import Change, Outgoing
 from fhir_assets.delivery.connector.confirmation import Confirmation, retrying_refusals
 from fhir_assets.delivery.connector.lookup import ABSENT, Held, Lookup
 from fhir_assets.delivery.connector.mapping import Identifier, Source
+from fhir_assets.delivery.connector.outcomes import Acknowledged
 from fhir_assets.delivery.connector.removal import Removal
 from fhir_assets.delivery.connector.server import FhirServer, PermanentFailure, Reply, TransientFailure
-from fhir_assets.delivery.connector.settle import Acknowledged
 from fhir_assets.fhir.outcome import is_error_outcome
 from fhir_assets.fhir.validation import Validator
 

@@ -9,8 +9,8 @@ from fhir_assets.delivery.connector.changes import Change, Delivered
 from fhir_assets.delivery.connector.confirmation import Confirmation
 from fhir_assets.delivery.connector.lookup import ABSENT, Held, Lookup
 from fhir_assets.delivery.connector.mapping import Identifier, Source
+from fhir_assets.delivery.connector.outcomes import Acknowledged
 from fhir_assets.delivery.connector.server import FhirServer, PermanentFailure
-from fhir_assets.delivery.connector.settle import Acknowledged
 
 
 class Removal:

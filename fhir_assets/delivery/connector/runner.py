@@ -17,20 +17,20 @@ from datetime import UTC, datetime, timedelta
 
 import psycopg
 
-from fhir_assets.delivery.connector import changes, outbox, settle
+from fhir_assets.delivery.connector import changes, outbox, outcomes
 from fhir_assets.delivery.connector.changes import Change
 from fhir_assets.delivery.connector.delivery import Delivery
 from fhir_assets.delivery.connector.mapping import Source
 from fhir_assets.delivery.connector.outbox import Claim
+from fhir_assets.delivery.connector.outcomes import Acknowledged, Refused
 from fhir_assets.delivery.connector.server import PermanentFailure, TransientFailure
-from fhir_assets.delivery.connector.settle import Acknowledged, Refused
 from fhir_assets.errors import DatabaseUnavailable, FhirAssetsError
 from fhir_assets.metrics import connector as metrics
 from fhir_assets.retries import RetryPolicy
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
 
 _JOBS_PER_WORKER = 16
-_SETTLE_SECONDS = 0.02
+_COLLECT_SECONDS = 0.02
 _COLLISION_WAIT = timedelta(milliseconds=25)
 _CONTESTED_WAIT = timedelta(milliseconds=250)
 _MAX_PAUSE_SECONDS = 5.0
@@ -116,7 +116,7 @@ class Connector:
                         session.run(until_empty=until_empty)
                         return
                 except (psycopg.OperationalError, DatabaseUnavailable) as error:
-                    lost = 1 if session and session.settled else lost + 1
+                    lost = 1 if session and session.delivered_count else lost + 1
                     wait = _RECONNECT.wait_seconds(lost)
                     _log.warning(
                         "the connection to the database was lost: reconnecting",
@@ -194,7 +194,7 @@ class _Session:
         self._poll_at = 0.0
         self._prune_at = time.monotonic() + random.random() * _PRUNE_SECONDS
         self._more = True
-        self.settled = 0
+        self.delivered_count = 0
 
     def run(self, *, until_empty: bool) -> None:
         self._number = outbox.register_connector(self._conn)
@@ -208,11 +208,11 @@ class _Session:
                 self._claim()
                 if until_empty and not self._in_progress and outbox.read_status(self._conn).unprocessed == 0:
                     break
-            self._settle(self._collect())
-        _log.info("connector stopped", extra={"connector": self._number, "records": self.settled})
+            self._record_outcomes(self._collect())
+        _log.info("connector stopped", extra={"connector": self._number, "records": self.delivered_count})
 
     def abandon(self) -> None:
-        """Wait for the changes in progress without settling them. The next session delivers them again."""
+        """Wait for the changes in progress without recording their outcomes. The next session delivers them again."""
         while self._in_progress:
             if self._channels.results.get() is not None:
                 self._in_progress -= 1
@@ -226,7 +226,7 @@ class _Session:
                 _log.warning("released the claims of a connector that has ended", extra={"records": orphans})
         if now >= self._prune_at:
             self._prune_at = now + _PRUNE_SECONDS
-            settle.prune(self._conn, self._options.keep)
+            outcomes.prune(self._conn, self._options.keep)
 
     def _claim(self) -> None:
         room = self._options.workers * _JOBS_PER_WORKER - self._in_progress
@@ -274,9 +274,9 @@ class _Session:
             self._unlock(list(held))
         self._start(started)
         if collided:
-            settle.defer(self._conn, collided, _COLLISION_WAIT)
+            outcomes.defer(self._conn, collided, _COLLISION_WAIT)
         if contested:
-            settle.defer(self._conn, contested, _CONTESTED_WAIT)
+            outcomes.defer(self._conn, contested, _CONTESTED_WAIT)
 
     def _start(self, started: Sequence[Change]) -> None:
         """Record what is about to be sent, and pass the changes to the workers.
@@ -284,7 +284,7 @@ class _Session:
         A connector that is killed between the request and its answer thus leaves a record of the resource behind.
         """
         if any(change.outgoing is not None for change in started):
-            settle.record_sent(self._conn, started)
+            outcomes.record_sent(self._conn, started)
         for change in started:
             self._in_progress += 1
             self._channels.changes.put(change)
@@ -309,11 +309,11 @@ class _Session:
                     until = time.monotonic()
             else:
                 if not results:
-                    until = time.monotonic() + (_SETTLE_SECONDS if self._in_progress > self._options.workers else 0)
+                    until = time.monotonic() + (_COLLECT_SECONDS if self._in_progress > self._options.workers else 0)
                 self._in_progress -= 1
                 results.append(result)
 
-    def _settle(self, results: Sequence[_Result]) -> None:
+    def _record_outcomes(self, results: Sequence[_Result]) -> None:
         if not results:
             return
         done = [r for r in results if isinstance(r, Acknowledged)]
@@ -321,17 +321,17 @@ class _Session:
         failed = [r for r in results if isinstance(r, _Failed)]
         with self._conn.pipeline(), self._conn.transaction():
             if done:
-                settle.acknowledge(self._conn, done)
+                outcomes.acknowledge(self._conn, done)
             if refused:
-                settle.record_dead_letters(self._conn, refused)
+                outcomes.record_dead_letters(self._conn, refused)
             if stopped := [f.change.claim for f in failed if f.failure.code == "stopped"]:
-                settle.defer(self._conn, stopped, timedelta(0))
+                outcomes.defer(self._conn, stopped, timedelta(0))
             if unacknowledged := [r.change for r in refused] + [f.change for f in failed]:
-                settle.forget_unsent(self._conn, unacknowledged)
+                outcomes.forget_unsent(self._conn, unacknowledged)
             if waits := [(f.change, self._wait(f)) for f in failed if f.failure.code != "stopped"]:
-                settle.retry(self._conn, waits)
+                outcomes.retry(self._conn, waits)
         self._unlock([lock for result in results for lock in result.change.locks])
-        self.settled += len(done)
+        self.delivered_count += len(done)
         self._more = True
         self._throttle(done, failed)
         self._report(done, refused, failed)

@@ -57,7 +57,7 @@ class BatchResult:
     created: int = 0
     updated: int = 0
     unchanged: int = 0
-    settled: list[BundleEntry] = field(default_factory=list)
+    acknowledged: list[BundleEntry] = field(default_factory=list)
     held: list[tuple[BundleEntry, EntryResult]] = field(default_factory=list)
     failed: list[tuple[BundleEntry, EntryResult]] = field(default_factory=list)
     seconds: float = 0.0
@@ -200,7 +200,7 @@ class Journal:
             )
             if self._any_open:
                 # An accepted line is the newest of its resource: an older line must not be sent after it.
-                names = [(entry.resource_type, entry.id) for entry in done.settled]
+                names = [(entry.resource_type, entry.id) for entry in done.acknowledged]
                 self._db.executemany("DELETE FROM held WHERE resource_type = ? AND id = ?", names)
                 self._db.executemany("DELETE FROM failures WHERE resource_type = ? AND id = ?", names)
         self._any_open = self._any_open or bool(done.held or done.failed)

@@ -187,7 +187,7 @@ class Uploader:
         """Deliver held entries. An entry that its first pass created counts as created, not as updated."""
         done = self._deliver([entry.entry for entry in held], held=True)
         first_created = {entry.entry.url for entry in held if entry.first_pass == 201}
-        created = sum(entry.url in first_created for entry in done.settled)
+        created = sum(entry.url in first_created for entry in done.acknowledged)
         done.created, done.updated = done.created + created, done.updated - created
         return done
 
@@ -219,7 +219,7 @@ class Uploader:
                 if result.accepted:
                     done.created += result.status == 201
                     done.updated += result.status != 201
-                    done.settled.append(entry)
+                    done.acknowledged.append(entry)
                 elif result.retryable and tried < _FEWER_ATTEMPTS.get(result.status, ENTRY_RETRIES.attempts):
                     retried.append(entry)
                 elif held or result.retryable or self._may_wait_for_others(entry):
@@ -244,7 +244,7 @@ class Uploader:
         for entry, stored in zip(batch, self._read_stored(batch), strict=True):
             if bundles.has_same_content(entry.body, stored):
                 done.unchanged += 1
-                done.settled.append(entry)
+                done.acknowledged.append(entry)
             else:
                 changed.append(entry)
         return changed

@@ -17,7 +17,7 @@ MAX_KNOWN_IDS = 3
 
 _GONE = 410
 _NOT_FOUND = 404
-_IDS_AT_ONCE = 1000
+_IDS_PER_BATCH = 1000
 
 
 class ExistenceReader:
@@ -47,7 +47,7 @@ class ExistenceReader:
         remaining = iter(ids)
         try:
             with ThreadPoolExecutor(self._connections, "existence") as threads:
-                while chunk := list(islice(remaining, _IDS_AT_ONCE)):
+                while chunk := list(islice(remaining, _IDS_PER_BATCH)):
                     answers = threads.map(lambda id_: self._read(resource_type, id_), chunk)
                     for id_, (status, version) in zip(chunk, answers, strict=True):
                         if status == _NOT_FOUND and can_read is None:

@@ -16,7 +16,7 @@ from fhir_assets.fhir.search.searches import Searches
 from fhir_assets.notices import Notice
 from fhir_assets.windows import Interval
 
-IDS_AT_ONCE = 50
+IDS_PER_REQUEST = 50
 _CAPABILITIES_VALID_FOR = timedelta(minutes=10)
 _FIRST_DATE = datetime(1900, 1, 1, tzinfo=UTC)
 _ID = re.compile(r"[A-Za-z0-9\-.]{1,64}")
@@ -96,8 +96,8 @@ class SearchSource:
     def fetch_ids(self, resource_type: str, ids: Sequence[str]) -> Iterator[Record | RejectedInput]:
         """Read the resources with these ids, in batches. Strings that cannot be an id are skipped."""
         valid_ids = [id_ for id_ in dict.fromkeys(ids) if _ID.fullmatch(id_)]
-        for start in range(0, len(valid_ids), IDS_AT_ONCE):
-            yield from self._pager(resource_type).read_ids(valid_ids[start : start + IDS_AT_ONCE])
+        for start in range(0, len(valid_ids), IDS_PER_REQUEST):
+            yield from self._pager(resource_type).read_ids(valid_ids[start : start + IDS_PER_REQUEST])
 
     def find_deleted(self, resource_type: str, ids: Sequence[str]) -> Iterator[Deletion]:
         """Yield a Deletion for each id whose read is answered with status 410 (gone)."""

@@ -28,7 +28,7 @@ from fhir_assets.pipeline.sources.binding import SourceBinding
 from fhir_assets.settings import Settings
 from fhir_assets.storage.manifest import Fetch
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.ops import dead_letters, runs, settlements
+from fhir_assets.warehouse.ops import dead_letter_resolution, dead_letters, runs
 
 _log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def _build_raw_step(
                 overlap=settings.overlap,
                 refresh=run.refresh,
                 write_dead_letters=lambda rejected: dead_letters.record_now(warehouse.connect, run.run_id, rejected),
-                began=settlements.begin(warehouse.connect),
+                recorded_before=dead_letter_resolution.next_record_number(warehouse.connect),
             )
             # The command line prints the progress of an export, and no other lines: it listens to observations.
             with progress.send_to(

@@ -139,7 +139,7 @@ def _replay(
         counts[key] = {"valid": replayed.resolved[key], "dead": replayed.failed[key]}
     manifests = update.manifests + replayed.update.manifests
     base_manifests = {**update.base_manifests, **replayed.update.base_manifests}
-    return ValidatedUpdate(name, manifests, base_manifests, settlement=update.settlement), counts
+    return ValidatedUpdate(name, manifests, base_manifests, resolution=update.resolution), counts
 
 
 def _counts(update: ValidatedUpdate) -> dict[str, dict[str, int | None]]:

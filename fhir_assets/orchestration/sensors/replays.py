@@ -40,7 +40,7 @@ def build_replay_sensor(
 
     A run removes the mark of each dead letter that it replays. Marks that remain after a failed or killed run are
     requested again, with the number of the attempt in the run key. The cursor holds the number of attempts
-    for each stretch of windows that is still marked.
+    for each range of windows that is still marked.
     """
 
     @dg.sensor(

@@ -1,8 +1,9 @@
-"""The source ``bulk``: choose bulk exports (FHIR Bulk Data Access, ``$export``) for a load, and read them in the store.
+"""The source ``bulk``: chooses bulk exports (FHIR Bulk Data Access, ``$export``) for a load, and reads their files.
 
-The first export of a type has all of its resources; later ones have what was updated since. An export that no load has
-read, or whose resources are not all in the tables, is used again however old it is: it has what the next one may lack,
-resources without ``lastUpdated`` and lines that are no resources.
+The first export of a type contains all of its resources; later exports contain those that were updated since. An export
+that no load has read to its end is used by the next load, because a newer export may lack some of its contents:
+resources without ``lastUpdated``, and lines that are not resources. Requesting exports is in ``bulk_export``,
+downloading them in ``bulk_download``.
 """
 
 import time
@@ -29,9 +30,9 @@ from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session
 from fhir_assets.windows import Interval
 
 _UNFINISHED_AGE = timedelta(days=1)
-"""How long after its download an export is used that no load has read to its end."""
+"""For how long after its download an export that no load has read to its end is used."""
 
-_KNOWN_AT_ONCE = 2000
+_VERSIONS_PER_QUERY = 2000
 
 
 class BulkSource:
@@ -39,8 +40,8 @@ class BulkSource:
 
     Runs use an export that was requested less than ``reuse_within`` ago, or that is not loaded yet. Otherwise they
     request a new export of the resources that were updated since the start of their interval. Resources that are older
-    than ``oldest`` are not loaded, also if an export gives them unasked. ``overlap`` is the time before the end of the
-    last load that the next load reads again. For the other options see ExportRunner.
+    than ``oldest`` are not loaded, even if an export contains them. ``overlap`` is the time before the end of the last
+    load that the next load reads again. For the other options see ExportRunner.
     """
 
     name = "bulk"
@@ -86,13 +87,13 @@ class BulkSource:
         )
 
     def list_types(self) -> None:
-        """Return None: an export has all types of the server, so that no type has to be left out."""
+        """Return None: an export contains every type that the server has."""
 
     def compute_state(self) -> None:
         """Return None: unlike files, a server has no state that shows whether everything must be read again."""
 
     def count(self, resource_type: str, interval: Interval) -> None:
-        """Return None: an export counts the resources of files, not of windows. The download checks these counts."""
+        """Return None: an export has a count for each file, not for each window. The download checks these counts."""
 
     def find_extent(self, resource_types: Sequence[str]) -> Interval:
         """Return the interval from the oldest resource to the transaction time of an export of all resources.
@@ -125,9 +126,9 @@ class BulkSource:
     def fetch(self, resource_types: Sequence[str], interval: Interval) -> Iterator[Record | RejectedInput]:
         """Yield the resources of the interval from the exports that ``complete_until`` chose.
 
-        The interval of the transaction time gets, as ``late``, what the server gave from outside of the time range that
-        was asked for: resources that were updated after the transaction time, and earlier ones, such as those of a
-        patient who joined a Group, unless the tables have them.
+        An export may contain resources outside of the requested time range. The interval that contains the transaction
+        time yields them, with ``late`` set: resources that were updated after the transaction time, and earlier ones
+        that the tables do not have, such as those of a patient who joined a Group.
         """
         chosen = self._chosen or self._choose(dict.fromkeys(resource_types, interval))
         for export in _distinct(chosen.values()):
@@ -152,10 +153,10 @@ class BulkSource:
         self, export: BulkExport, parts: Iterable[tuple[str, Part]], interval: Interval
     ) -> Iterator[Record | RejectedInput]:
         arrived = default_last_updated(export.until)
-        takes_late = arrived in interval
+        includes_late = arrived in interval
         covered = Interval(export.since, export.until)
         for resource_type, part in parts:
-            if not takes_late and not _may_contain(part, interval):
+            if not includes_late and not _may_contain(part, interval):
                 continue
             early: list[Record] = []
             for item in self._read(resource_type, part, arrived):
@@ -163,29 +164,29 @@ class BulkSource:
                 if moment is not None and moment in covered:
                     if moment in interval:
                         yield item
-                elif takes_late:
+                elif includes_late:
                     if isinstance(item, Record) and self._is_early(item, export):
                         early.append(item)
                     else:
                         yield _mark_late(item, export)
-                    if len(early) >= _KNOWN_AT_ONCE:
+                    if len(early) >= _VERSIONS_PER_QUERY:
                         yield from self._find_unknown(resource_type, early)
                         early.clear()
             yield from self._find_unknown(resource_type, early)
 
     def _is_early(self, record: Record, export: BulkExport) -> bool:
-        """Return whether a resource is from before the time range of the export, and not too old to be loaded."""
+        """Return whether a resource is older than the time range of the export, but not too old to be loaded."""
         moment = record.last_updated
         if moment is None or moment >= export.until:
             return False
         return self._oldest is None or moment >= self._oldest
 
     def _find_unknown(self, resource_type: str, early: Sequence[Record]) -> Iterator[Record]:
-        """Yield those records whose version the tables do not have, nor a newer one."""
+        """Yield the records of which the tables have neither this version nor a newer one."""
         if not early:
             return
         with self._connect() as conn:
-            # A resource whose id is none cannot be looked up: it is stored, and becomes a dead letter.
+            # A resource with an invalid id cannot be looked up: it is stored, and becomes a dead letter.
             stored = resources.find_versions(conn, resource_type, [record.id for record in early if is_id(record.id)])
         for record in early:
             known = stored.get(record.id)
@@ -210,7 +211,7 @@ class BulkSource:
                     yield RejectedInput(resource_type, None, error.rule, location, str(error), arrived, line)
 
     def _choose(self, intervals: Mapping[str, Interval]) -> dict[str, BulkExport]:
-        """Return for each type a complete export that has its interval. Continue or request exports where needed."""
+        """Return for each type a complete export of its interval. Exports are continued or requested where needed."""
         with self._connect() as conn, bulk_exports.lock_server(conn, self._scope.base_url):
             chosen: dict[str, BulkExport] = {}
             full = bulk_exports.find_fully_loaded_types(conn, self._scope, list(intervals))
@@ -218,7 +219,7 @@ class BulkSource:
             loaded = checkpoints.get(conn, list(intervals))
             conn.commit()
             starts = {
-                name: interval.start if name in full and not self._reads_again(interval, loaded[name]) else None
+                name: interval.start if name in full and not self._needs_full_export(interval, loaded[name]) else None
                 for name, interval in intervals.items()
             }
             for export in usable:
@@ -234,10 +235,10 @@ class BulkSource:
             self.refused = self._request_missing(conn, starts, chosen)
             return chosen
 
-    def _reads_again(self, interval: Interval, loaded: Checkpoint) -> bool:
-        """Return whether the window of the present is read from its start, although a part of it is loaded.
+    def _needs_full_export(self, interval: Interval, loaded: Checkpoint) -> bool:
+        """Return whether the current window is read from its start although a part of it is already loaded.
 
-        Only an export of everything has again what has no place in the range of a later one, such as resources without
+        Only a full export contains again the resources that belong to no time range, such as those without
         ``lastUpdated``.
         """
         return (
@@ -247,7 +248,7 @@ class BulkSource:
         )
 
     def _can_reuse(self, export: BulkExport, interval: Interval, loaded_until: datetime | None) -> bool:
-        """Return whether an export in the store serves a load of ``interval``."""
+        """Return whether a load of ``interval`` can use an export in the store."""
         now = self._now()
         if export.until >= min(interval.end, now) or now - export.requested_at < self._reuse_within:
             return True
@@ -257,7 +258,7 @@ class BulkSource:
     def _request_missing(
         self, conn: Session, starts: Mapping[str, datetime | None], chosen: dict[str, BulkExport]
     ) -> dict[str, ServerRefused]:
-        """Request one export for all types that need one from the same time on, and add them to ``chosen``.
+        """Request one export for all types whose export starts at the same time, and add the exports to ``chosen``.
 
         Return the types that the server refuses, with the reason of each. Raises ServerRefused if it refuses all.
         """
@@ -283,7 +284,7 @@ def _distinct(exports: Iterable[BulkExport]) -> list[BulkExport]:
 
 
 def _mark_late(item: Record | RejectedInput, export: BulkExport) -> Record | RejectedInput:
-    """Return a resource that was updated after the transaction time as ``late``, and any other item unchanged."""
+    """Set ``late`` of a resource that was updated after the transaction time. Return any other item unchanged."""
     if isinstance(item, Record) and item.last_updated is not None and item.last_updated >= export.until:
         return replace(item, late=True)
     return item

@@ -19,7 +19,7 @@ from fhir_assets.fhir.source import Source
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.fetch.plan import PlannedFetch, covering_interval, is_complete, plan_window, split_at_gaps
 from fhir_assets.pipeline.fetch.step import ROUNDING, RawUpdate
-from fhir_assets.pipeline.fetch.undated import FindsUndated, is_due
+from fhir_assets.pipeline.fetch.undated import UndatedSource, is_due
 from fhir_assets.pipeline.partition_commit import commit_update
 from fhir_assets.pipeline.reconcile.window_counts import find_main_view, reconcile
 from fhir_assets.pipeline.refresh import Refresh
@@ -132,7 +132,7 @@ class ExtendStep:
         ]
         if any(p.base is None or is_complete(p.window, now=now, overlap=self._overlap) for p in planned):
             return False
-        if self._asks_for_undated(planned):
+        if self._is_undated_due(planned):
             return False
         fetches: dict[str, Fetch] = {}
         for sequence in split_at_gaps(planned):
@@ -194,9 +194,9 @@ class ExtendStep:
                 return False
         return True
 
-    def _asks_for_undated(self, planned: Sequence[PlannedFetch]) -> bool:
-        """Return whether the window of the present has to be read for resources that no interval contains."""
-        return isinstance(self._source, FindsUndated) and any(
+    def _is_undated_due(self, planned: Sequence[PlannedFetch]) -> bool:
+        """Return whether the current window has to be read for resources without ``lastUpdated``."""
+        return isinstance(self._source, UndatedSource) and any(
             is_due(plan.base, self._now) for plan in planned if plan.window.end > self._now
         )
 

@@ -12,21 +12,21 @@ from fhir_assets.fhir.source import Source
 from fhir_assets.notices import Notice, log_notices
 from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer, WriteDeadLetters
 from fhir_assets.pipeline.fetch.plan import PlannedFetch, covering_interval, is_complete, plan_window, split_at_gaps
-from fhir_assets.pipeline.fetch.undated import FindsUndated, UndatedReader, is_due
+from fhir_assets.pipeline.fetch.undated import UndatedReader, UndatedSource, is_due
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
 from fhir_assets.storage.manifest import Fetch, Fetched, Manifest, Part
 from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store
+from fhir_assets.warehouse.ops.dead_letter_resolution import DeadLetterResolution
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
-from fhir_assets.warehouse.ops.settlements import Settlement
 from fhir_assets.windows import LATEST, Interval, Window, WindowRange
 
 ROUNDING = timedelta(seconds=1)
 """A source may round the start of an interval down and return resources from just before it."""
 
 _MAX_SNAPSHOT_AGE = timedelta(days=1)
-"""A snapshot that ended longer than this before the windows begin is an error, not a source without news."""
+"""A snapshot that ends longer than this before the windows begin is an error. It does not mean that nothing is new."""
 
 _Version = tuple[str, str | int | None, datetime | None]
 
@@ -55,14 +55,14 @@ class RawUpdate:
     before_first_window: int = 0
     """How many resources were skipped because they are older than FHIR_LAST_UPDATED_GTE."""
     refusal: str = ""
-    """Why the source refuses this type, if it refuses it alone."""
-    settlement: Settlement | None = None
-    """The dead letters of the windows that were read from their start, which the commit of the manifests resolves."""
+    """Why the source refuses this resource type; empty if it does not, or if it refuses all types (an error)."""
+    resolution: DeadLetterResolution | None = None
+    """The dead letters that the commit of the manifests resolves: those of windows that were read from their start."""
 
     @property
     def refetched_keys(self) -> tuple[str, ...]:
         """The keys of the windows that were read from their start."""
-        return tuple(self.settlement.partition_keys) if self.settlement else ()
+        return tuple(self.resolution.partition_keys) if self.resolution else ()
 
     @property
     def notices(self) -> tuple[Notice, ...]:
@@ -70,7 +70,7 @@ class RawUpdate:
         return tuple(dict.fromkeys(notice for fetch in self.fetches.values() for notice in fetch.notices))
 
     def add_notices(self, notices: Sequence[Notice]) -> "RawUpdate":
-        """Return the update with further notices on each of its windows, as far as they concern its type."""
+        """Return a copy in which each window also has those of the notices that concern its resource type."""
         own = tuple(notice for notice in notices if notice.resource_type in (None, self.resource_type))
         if not own:
             return self
@@ -88,8 +88,8 @@ class FetchStep:
     """Fetches windows from a source into the raw layer of a store.
 
     ``now`` is the end of the open window. An extension starts ``overlap`` before the end of the last fetch.
-    ``write_dead_letters`` records the entries that are not resources. ``began`` is the number at which the step began
-    (see ``warehouse.ops.settlements``); with 0 its commit resolves no dead letters.
+    ``write_dead_letters`` records the entries that are not resources. The commit resolves only dead letters whose
+    number is smaller than ``recorded_before`` (see ``warehouse.ops.dead_letter_resolution``), with 0 none.
     """
 
     def __init__(
@@ -102,33 +102,33 @@ class FetchStep:
         overlap: timedelta,
         refresh: Refresh,
         write_dead_letters: WriteDeadLetters,
-        began: int = 0,
+        recorded_before: int = 0,
     ) -> None:
         self._source = source
         self._store = store
         self._run_id = run_id
         self._started = self._now = now
-        self._until: dict[str, datetime] = {}
+        self._complete_until: dict[str, datetime] = {}
         self._overlap = overlap
         self._refresh = refresh
         self._dead_letters = DeadLetterBuffer(write_dead_letters)
-        self._began = began
+        self._recorded_before = recorded_before
 
     @infrequent_gc()
     def run(self, resource_types: Sequence[str], windows: WindowRange) -> list[RawUpdate]:
         """Fetch the missing intervals of the windows and write them as parts. The caller commits the manifests.
 
         Raises ServerUnavailable, ServerRefused, NotFhir or StoreError; the partitions are unchanged then. NotFhir is
-        also raised for a snapshot of a time long before the windows, which would leave all of them empty.
+        also raised for a snapshot that ends long before the windows begin, which would leave all of them empty.
         """
         state = self._source.compute_state()
         plans = {name: self._plan(name, windows, state) for name in resource_types}
         planned = {name: covering_interval(p.planned for p in plan.values()) for name, plan in plans.items() if plan}
         for name, until in (self._source.complete_until(planned) if planned else {}).items():
             if until < self._now or self._source.one_pass:
-                # The source knows resources up to `until` only; the rest of the interval stays due. A snapshot that was
-                # requested just now ends a moment after `now`, and is read to its end.
-                self._until[name] = until
+                # The source is complete up to `until` only: a later run fetches the rest of the interval. A snapshot
+                # that was requested just now ends shortly after `now`, and is read to its end.
+                self._complete_until[name] = until
                 plans[name] = self._plan(name, windows, state)
                 if not plans[name]:
                     _raise_if_long_before(until, planned[name])
@@ -164,14 +164,14 @@ class FetchStep:
                 {key: progress.planned.base for key, progress in plan.items()},
                 before_first_window[name],
                 refusal=str(self._source.refused.get(name, "")) if planned else "",
-                settlement=self._build_settlement(name, plan),
+                resolution=self._build_resolution(name, plan),
             )
             for name, plan in plans.items()
         ]
 
-    def _build_settlement(self, name: str, plan: Mapping[str, _Progress]) -> Settlement:
+    def _build_resolution(self, name: str, plan: Mapping[str, _Progress]) -> DeadLetterResolution:
         refetched = [key for key, progress in plan.items() if progress.planned.base is None]
-        return Settlement(self._run_id, name, "fetch", refetched, self._began)
+        return DeadLetterResolution(self._run_id, name, "fetch", refetched, self._recorded_before)
 
     def _fetch_undated(
         self,
@@ -181,14 +181,14 @@ class FetchStep:
         fetches: Mapping[str, Fetch],
         writer: PartWriter,
     ) -> dict[str, Fetch]:
-        """Read what no interval contains into the window of the present, if the range has it and the reading is due.
+        """Read the resources without ``lastUpdated`` into the current window, and return its fetch with their counts.
 
-        Return the fetch of the window with the counts.
+        Return nothing if the current window is not in the range, or was read for such resources recently.
         """
         window = windows.find(self._started)
         progress = plan.get(window.key) if window else None
         source = self._source
-        if window is None or progress is None or window.key not in fetches or not isinstance(source, FindsUndated):
+        if window is None or progress is None or window.key not in fetches or not isinstance(source, UndatedSource):
             return {}
         base = progress.planned.base
         if fetches[window.key].undated is not None or not is_due(base, self._started):
@@ -224,7 +224,7 @@ class FetchStep:
                     # Resources that are older than all windows belong to the first window.
                     interval = Interval(None, interval.end)
                 if windows.interval.end > self._started:
-                    # What a clock that is ahead has dated after now belongs to the last window.
+                    # Resources with a lastUpdated in the future (of a clock that is ahead) belong to the last window.
                     interval = Interval(interval.start, LATEST)
                 yield _Request(names, interval, None, None)
             return
@@ -242,7 +242,7 @@ class FetchStep:
             planned = plan_window(
                 window,
                 existing.get(window.key),
-                now=self._until.get(name, self._now),
+                now=self._complete_until.get(name, self._now),
                 overlap=self._overlap,
                 refresh=self._refresh,
                 source_state=state,
@@ -293,17 +293,17 @@ class FetchStep:
         if progress.stored_versions and item.version_key in progress.stored_versions:
             progress.repeated += 1
             return
-        # All answers of a server to one fetch count as one arrival; files have their own times.
+        # All answers of a server to one fetch have the same time of arrival; each file has its own.
         arrived = item.arrived if self._source.one_pass else self._started
         key = progress.planned.window.key
         writer.add(item.resource_type, key, item.body, item.last_updated, arrived=arrived, dated=item.dated)
 
     def _count_fetches(self, name: str, windows: list[_Progress], total_before: int | None) -> dict[str, Fetch]:
-        """Return the counts of each window by partition key, with the source's total if the source counts.
+        """Return the counts of each window by partition key, with the source's total if the source can count.
 
-        ``total_before`` is the source's total of all windows before the fetch. If it matches the fetched count, the
-        windows are not counted one by one. A resource that is updated during the fetch leaves its window, so that every
-        count between the totals before and after the fetch matches.
+        ``total_before`` is the source's total of all windows before the fetch. If it equals the number of fetched
+        resources, the source does not have to count each window. A resource that is updated during the fetch leaves
+        its window; therefore any number between the totals before and after the fetch is accepted as well.
         """
         matched = sum(progress.matched for progress in windows)
         matches = total_before == matched
@@ -337,7 +337,7 @@ class FetchStep:
     ) -> Manifest:
         base = planned.base
         earlier = base.fetched.fetches if base and base.fetched else ()
-        complete = is_complete(planned.window, now=self._until.get(name, self._now), overlap=self._overlap)
+        complete = is_complete(planned.window, now=self._complete_until.get(name, self._now), overlap=self._overlap)
         return Manifest(
             "raw",
             name,
@@ -370,7 +370,7 @@ def _replace_last_fetch(manifest: Manifest, fetches: Mapping[str, Fetch]) -> Man
 
 
 def _raise_if_long_before(until: datetime, interval: Interval) -> None:
-    """Raise NotFhir if a snapshot ends so long before the windows that its time must be wrong."""
+    """Raise NotFhir if a snapshot ends so long before the interval begins that its time must be wrong."""
     if interval.start is not None and until < interval.start - _MAX_SNAPSHOT_AGE:
         raise NotFhir(
             f"the source is complete up to {until:%Y-%m-%d %H:%M} only (the transactionTime of its export, or the time "
@@ -386,7 +386,7 @@ def _add_notices(name: str, fetches: Mapping[str, Fetch], notices: Sequence[Noti
 
 
 def _find_window(windows: WindowRange, item: Record | RejectedInput) -> Window | None:
-    """Return the window of what a source returned; None if it is older than all windows of the range."""
+    """Return the window to which an item of the source belongs; None if it is older than all windows of the range."""
     if isinstance(item, RejectedInput) or item.last_updated is None or item.late:
         return windows.nearest(item.arrived)
     start = windows.interval.start

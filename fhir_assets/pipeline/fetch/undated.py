@@ -1,6 +1,6 @@
-"""Resources that no search by ``_lastUpdated`` finds: how many a server has, and reading them without that filter.
+"""Counts and reads undated resources: those without ``meta.lastUpdated``.
 
-A server may hold resources without ``meta.lastUpdated`` that none of its filters matches, so that no window has them.
+A search by ``_lastUpdated`` does not find them on some servers, so that no window would contain them.
 """
 
 from collections.abc import Iterator
@@ -12,24 +12,27 @@ from fhir_assets.fhir.record import Record, RejectedInput
 from fhir_assets.storage.manifest import Manifest, Undated
 
 INTERVAL = timedelta(days=1)
-"""A window is asked for undated resources at its first fetch, and again after this time."""
+"""The current window is read for undated resources at its first fetch, and again after this time."""
 
 
 @runtime_checkable
-class FindsUndated(Protocol):
-    """A source that can be asked for the resources which no interval contains."""
+class UndatedSource(Protocol):
+    """A source that can count and read undated resources."""
 
     def count_undated(self, resource_type: str) -> int | None:
-        """Return how many resources no interval of ``lastUpdated`` contains; None if the source does not say."""
+        """Return the number of undated resources; None if the source does not report it."""
         ...
 
     def fetch_undated(self, resource_type: str, *, filtered: bool) -> Iterator[Record | RejectedInput]:
-        """Read the resources without ``lastUpdated``: by a filter of the source, or among all of its resources."""
+        """Yield the undated resources: with a filter of the server, or by reading all resources of the type."""
         ...
 
 
 def is_due(base: Manifest | None, now: datetime) -> bool:
-    """Return whether the window has not been asked for undated resources within INTERVAL. ``base`` is extended."""
+    """Return whether a window has not been read for undated resources within INTERVAL.
+
+    ``base`` is the manifest of its raw partition, if it has one.
+    """
     fetches = base.fetched.fetches if base and base.fetched else ()
     return all(fetch.undated is None or now - fetch.undated.at >= INTERVAL for fetch in fetches)
 
@@ -37,7 +40,7 @@ def is_due(base: Manifest | None, now: datetime) -> bool:
 class UndatedReader:
     """Reads the undated resources of one type, and accounts for those that the server counts but does not return."""
 
-    def __init__(self, source: FindsUndated, resource_type: str) -> None:
+    def __init__(self, source: UndatedSource, resource_type: str) -> None:
         self._source = source
         self._type = resource_type
         self._seen: set[int] = set()
@@ -75,5 +78,5 @@ class UndatedReader:
                 yield item
 
     def build_result(self, at: datetime, *, repeated: int, rejected: int) -> Undated:
-        """Return the counts for the manifest of the window that has the resources."""
+        """Return the counts for the manifest of the current window."""
         return Undated(at, self._expected, len(self._seen), repeated, rejected, self._missing)

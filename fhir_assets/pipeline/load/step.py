@@ -23,10 +23,18 @@ from fhir_assets.privacy.audit import Action, AuditRecord
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.storage.manifest import Arrival, Manifest, Part
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.ops import audit_log, checkpoints, dead_letters, received, replays, runs, settlements
+from fhir_assets.warehouse.ops import (
+    audit_log,
+    checkpoints,
+    dead_letter_resolution,
+    dead_letters,
+    received,
+    replays,
+    runs,
+)
 from fhir_assets.warehouse.ops.corrections import Corrections
+from fhir_assets.warehouse.ops.dead_letter_resolution import DeadLetterResolution
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Stage
-from fhir_assets.warehouse.ops.settlements import Settlement
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session, cipher_of
 from fhir_assets.warehouse.postgres.queries import identifiers
 from fhir_assets.warehouse.postgres.tables import view_tables
@@ -126,7 +134,7 @@ class LoadStep:
         self._run_id = run_id
         self._refresh = refresh
         self._consent_gate = consent_gate
-        self._began = 0
+        self._recorded_before = 0
         self._with_identifiers = self._finds_targets = False
 
     @infrequent_gc()
@@ -140,7 +148,7 @@ class LoadStep:
         committed are unchanged then.
         """
         total = LoadResult(rows=Counter({view.name: 0 for view in self._views}))
-        self._began = settlements.begin(self._connect)
+        self._recorded_before = dead_letter_resolution.next_record_number(self._connect)
         validated = self._store.manifests("validated", resource_type, [window.key for window in windows])
         with self._connect() as conn:
             view_tables.ensure_tables(conn, self._views)
@@ -253,7 +261,9 @@ class LoadStep:
         keys = [task.window.key for task in group]
         complete = [task.window.key for task in group if task.from_start]
         for stage in STAGES:
-            settlements.settle(conn, Settlement(self._run_id, resource_type, stage, complete, self._began))
+            dead_letter_resolution.resolve_dead_letters(
+                conn, DeadLetterResolution(self._run_id, resource_type, stage, complete, self._recorded_before)
+            )
         resolved_windows = replays.resolve_superseded(conn, self._run_id, resource_type, keys)
         if self._all_views:
             self._record_loaded_parts(conn, resource_type, group)

@@ -20,7 +20,7 @@ from fhir_assets.windows import Interval, WindowScheme
 MAX_NAMED = 1000
 """The largest number of missing resources of a type that are named; all of them are counted."""
 
-_VERSIONS_AT_ONCE = 2000
+_VERSIONS_PER_QUERY = 2000
 _END = datetime(2200, 1, 1, tzinfo=UTC)
 
 
@@ -126,7 +126,7 @@ def _compare_versions(
     total = older = due = missing = without_id = 0
     named: list[str] = []
     remaining = iter(items)
-    while batch := list(islice(remaining, _VERSIONS_AT_ONCE)):
+    while batch := list(islice(remaining, _VERSIONS_PER_QUERY)):
         total += len(batch)
         versions = [_identify(item) for item in batch]
         for version in source_comparison.find_missing(conn, comparison.resource_type, versions):

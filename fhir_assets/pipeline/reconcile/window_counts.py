@@ -12,7 +12,7 @@ from fhir_assets.notices import Notice
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.ops import corrections, settlements
+from fhir_assets.warehouse.ops import corrections, dead_letter_resolution
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 from fhir_assets.warehouse.postgres.queries import reconciliation
@@ -122,7 +122,7 @@ class WindowCounts:
         if self.surplus:
             warnings.append(
                 f"{self.surplus} more dead letters than the validated partition counts: a run is working on the "
-                "window, or was killed; the next replay or complete validation settles them"
+                "window, or was killed; the next replay or complete validation resolves them"
             )
         if self.beyond is None:
             warnings.append(
@@ -160,7 +160,7 @@ def reconcile(
     versions = reconciliation.count_versions(conn, resource_type, partition_keys)
     absent = _count_absent(conn, store, resource_type, list(validated.values()), main_view)
     rejected = {key: sum(m.validated.dead.values()) for key, m in validated.items() if m.validated}
-    dead = settlements.count_dead(conn, resource_type, list(rejected))
+    dead = dead_letter_resolution.count_dead(conn, resource_type, list(rejected))
     short = [raw[key] for key, count in rejected.items() if dead.get(key, 0) < count]
     lost = _count_lost(conn, store, resource_type, short, absent)
     return [

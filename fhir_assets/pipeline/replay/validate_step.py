@@ -16,7 +16,7 @@ from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
 from fhir_assets.storage.manifest import REPLAY, Manifest, Part, Validated
 from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.ops import replays, settlements
+from fhir_assets.warehouse.ops import dead_letter_resolution, replays
 from fhir_assets.warehouse.ops.replays import ClaimedDeadLetter, FailedReplay
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
 
@@ -38,12 +38,12 @@ def find_outdated_partitions(conn: Connection, store: Store, resource_type: str,
     """Return the keys of the raw partitions that a replay has to validate completely, with their dead letters.
 
     These have parts that are not validated yet, or more dead letters than their validated partition counts, because a
-    load is recording dead letters at this moment or was killed before it committed the partition. A replay of a dead
-    letter that the partition does not count would store its resource twice.
+    load is recording dead letters at this moment or was killed before it committed the partition. If a dead letter that
+    the partition does not count were replayed, its resource would be stored twice.
     """
     existing = {m.partition_key: m for m in store.manifests("validated", resource_type, [m.partition_key for m in raw])}
     replayed_by = {run for m in existing.values() if m.validated for run in m.validated.replays}
-    dead = settlements.count_dead(conn, resource_type, list(existing), replayed_by=sorted(replayed_by))
+    dead = dead_letter_resolution.count_dead(conn, resource_type, list(existing), replayed_by=sorted(replayed_by))
     outdated = []
     for manifest in raw:
         key = manifest.partition_key

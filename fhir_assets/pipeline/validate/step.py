@@ -15,10 +15,10 @@ from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.storage.manifest import REPLAY, Manifest, Part, Validated
 from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import LineBatch, Store
-from fhir_assets.warehouse.ops import dead_letters, settlements
+from fhir_assets.warehouse.ops import dead_letter_resolution, dead_letters
 from fhir_assets.warehouse.ops.corrections import Corrections
+from fhir_assets.warehouse.ops.dead_letter_resolution import DeadLetterResolution
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
-from fhir_assets.warehouse.ops.settlements import Settlement
 from fhir_assets.warehouse.postgres.db.connections import OpenSession
 
 
@@ -42,7 +42,7 @@ class ValidatedUpdate:
     """
     counts: Mapping[str, ValidatedCounts] = field(default_factory=dict)
     """By partition key, what this step validated; the manifests count everything in the partition."""
-    settlement: Settlement | None = None
+    resolution: DeadLetterResolution | None = None
     """The dead letters of completely validated partitions, which the commit of the manifests resolves."""
 
 
@@ -100,7 +100,7 @@ class ValidateStep:
 
         Raises StoreError, DatabaseUnavailable or WorkerLost; the partitions are unchanged then.
         """
-        began = settlements.begin(self._connect)
+        recorded_before = dead_letter_resolution.next_record_number(self._connect)
         raw = self._store.manifests("raw", resource_type, partition_keys)
         states = list(self._find_states(resource_type, raw, revalidated))
         corrections = Corrections(
@@ -130,7 +130,7 @@ class ValidateStep:
             ),
             {state.raw.partition_key: state.existing for state in states},
             counts,
-            Settlement(self._run_id, resource_type, "validate", completed, began),
+            DeadLetterResolution(self._run_id, resource_type, "validate", completed, recorded_before),
         )
 
     def _find_states(

@@ -53,8 +53,8 @@ class Export:
     disk of this machine. The manifest of an earlier export is deleted before its first file is replaced, because its
     hashes no longer match.
 
-    ``withholding`` is True if a consent policy is on. The export then refuses files of raw resources and of dead
-    letters, because they contain withheld resources.
+    ``withholding`` is True if a consent policy is on. The export then refuses to write raw resources and dead letters,
+    because they include withheld resources.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """``ops.dead_letters``: resources that failed a step, each with the reason and its bytes as received.
 
-This module records, lists and counts dead letters. Settlements of a load are in ``settlements``, replays in
-``replays``, corrections by hand in ``corrections``.
+This module records, lists and counts dead letters. Their resolution by a load is in ``dead_letter_resolution``, replays
+are in ``replays``, and corrections by hand are in ``corrections``.
 
 Each time a dead letter is recorded, ``recorded`` becomes the next number of a sequence. The numbers tell what was
 recorded since a step began, independently of clocks and of the order of commits.

@@ -18,8 +18,8 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from fhir_assets.warehouse.ops import runs
+from fhir_assets.warehouse.ops.dead_letter_resolution import SUPERSEDED
 from fhir_assets.warehouse.ops.dead_letters import Selection
-from fhir_assets.warehouse.ops.settlements import SUPERSEDED
 from fhir_assets.warehouse.postgres import version_order
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 import requests
 
-from fhir_assets.delivery.connector import outbox, settle
+from fhir_assets.delivery.connector import outbox, outcomes
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db import advisory_locks
@@ -192,7 +192,7 @@ def test_prune_deletes_old_processed_events_and_keeps_waiting_ones(hospital: Hos
     hospital.admit("2")
     hospital.execute("UPDATE health.fhir_outbox SET processed_at = processed_at - interval '8 days'")
     with hospital.connect() as conn:
-        assert settle.prune(conn, timedelta(days=7)) == 1
+        assert outcomes.prune(conn, timedelta(days=7)) == 1
     assert hospital.waiting() == 1
 
 

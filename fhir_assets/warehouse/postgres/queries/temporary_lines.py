@@ -9,7 +9,7 @@ from psycopg import sql
 
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
-_LINES_AT_ONCE = 1000
+_LINES_PER_WRITE = 1000
 
 
 @contextmanager
@@ -35,9 +35,9 @@ def temporary_lines(
     copied = sql.SQL(", ").join(map(sql.Identifier, columns))
     remaining = iter(lines)
     with conn.cursor().copy(sql.SQL("COPY {} ({}) FROM STDIN").format(name, copied)) as copy:
-        while block := "".join(islice(remaining, _LINES_AT_ONCE)):
+        while block := "".join(islice(remaining, _LINES_PER_WRITE)):
             copy.write(block)
-    # Without statistics, Postgres estimates a few rows even for a million, and chooses an index scan for each line.
+    # Without statistics, Postgres estimates a few rows for any table, and chooses an index scan for each line.
     conn.execute(sql.SQL("ANALYZE {}").format(name))
     yield
     conn.execute(sql.SQL("DROP TABLE {}").format(name))

@@ -1,8 +1,9 @@
-"""Settlements: a step that processed windows completely resolves their dead letters that did not fail again.
+"""Resolves the dead letters of completely processed windows, if they did not fail again.
 
-Other runs may process the same windows at the same time. A step therefore takes a number at its start, before it reads
-its input, and resolves only dead letters with smaller numbers, which no run has recorded since. It resolves them in the
-transaction that commits its result, so that no dead letter is resolved without the result.
+Other runs may process the same windows at the same time. A step therefore takes a number from a sequence before it
+reads its input, and resolves only dead letters with smaller numbers, which no run has recorded since. It resolves them
+in the transaction that commits its result, so that no dead letter is resolved without the result. Replays and discards
+are in ``replays``; recording dead letters is in ``dead_letters``.
 """
 
 from collections.abc import Sequence
@@ -16,44 +17,47 @@ SUPERSEDED = "superseded by a newer version"
 
 
 @dataclass(frozen=True, slots=True)
-class Settlement:
+class DeadLetterResolution:
     """The dead letters that a step may resolve: those of one stage, in partitions that it processed completely.
 
-    ``began`` is the number that ``begin`` returned at the start of the step.
+    ``recorded_before`` is the number that ``next_record_number`` returned at the start of the step.
     """
 
     run_id: str
     resource_type: str
     stage: Stage
     partition_keys: Sequence[str]
-    began: int
+    recorded_before: int
 
-    def restrict(self, partition_keys: Sequence[str]) -> "Settlement":
-        """Return the settlement of those of its partitions that are in ``partition_keys``."""
+    def restrict(self, partition_keys: Sequence[str]) -> "DeadLetterResolution":
+        """Return a copy that is limited to the given partitions."""
         chosen = frozenset(partition_keys)
         return replace(self, partition_keys=[key for key in self.partition_keys if key in chosen])
 
 
-def begin(connect: OpenConnection) -> int:
-    """Return the number at which a step begins. Call it before the step reads its input."""
+def next_record_number(connect: OpenConnection) -> int:
+    """Return the next number of a dead letter. Dead letters that are recorded later have larger numbers.
+
+    A step calls this before it reads its input.
+    """
     with connect() as conn:
         row = conn.execute("SELECT nextval('ops.dead_letter_records')").fetchone()
     assert row is not None
     return int(row[0])
 
 
-def settle(conn: Connection, settlement: Settlement) -> int:
-    """Resolve the dead letters of a settlement that did not fail again in its run, and return their number.
+def resolve_dead_letters(conn: Connection, resolution: DeadLetterResolution) -> int:
+    """Resolve the dead letters that did not fail again in the run, and return their number.
 
-    Dead letters that another run recorded since the step began stay open, and those of stage ``fetch`` that came
-    through another channel than the source, because fetching the source again does not repeat their input. Rows are
-    locked in the order in which ``dead_letters.record`` locks them, so that the two cannot deadlock.
+    Dead letters that another run recorded since the step began stay open. So do dead letters of stage ``fetch`` that
+    came through another channel than the source, because fetching from the source does not repeat their input. Rows
+    are locked in the order in which ``dead_letters.record`` locks them, so that the two cannot deadlock.
     """
-    if not settlement.partition_keys:
+    if not resolution.partition_keys:
         return 0
     return conn.execute(
         """
-        WITH settled AS (
+        WITH resolved AS (
             SELECT id
             FROM ops.dead_letters
             WHERE source = ops.current_source()
@@ -62,7 +66,7 @@ def settle(conn: Connection, settlement: Settlement) -> int:
                 AND partition_key = ANY(%(keys)s)
                 AND (status IN ('open', 'replaying') OR status = 'resolved' AND resolution = %(superseded)s)
                 AND run_id <> %(run)s
-                AND recorded < %(began)s
+                AND recorded < %(recorded_before)s
                 AND (stage <> 'fetch' OR origin IS NULL)
             ORDER BY fingerprint
             FOR UPDATE
@@ -80,15 +84,15 @@ def settle(conn: Connection, settlement: Settlement) -> int:
             END,
             claimed_by = NULL,
             replay_requested_at = NULL
-        FROM settled
-        WHERE d.id = settled.id
+        FROM resolved
+        WHERE d.id = resolved.id
         """,
         {
-            "run": settlement.run_id,
-            "type": settlement.resource_type,
-            "stage": settlement.stage,
-            "keys": list(settlement.partition_keys),
-            "began": settlement.began,
+            "run": resolution.run_id,
+            "type": resolution.resource_type,
+            "stage": resolution.stage,
+            "keys": list(resolution.partition_keys),
+            "recorded_before": resolution.recorded_before,
             "superseded": SUPERSEDED,
         },
     ).rowcount
