@@ -1,8 +1,8 @@
-"""Replacement of local files: at every moment, a file has its earlier content or its complete new content.
+"""Atomic replacement of local files: at any time, a file has either its earlier or its complete new content.
 
 The new content is written to a temporary file in the same folder, flushed to the disk and renamed. A failure deletes
-the temporary file. A killed process leaves it behind: its name begins with ``.`` and ends with ``.tmp``, so that
-nothing takes it for a result.
+the temporary file. A killed process leaves it behind; its name begins with ``.`` and ends with ``.tmp``, so that it is
+not mistaken for a result.
 """
 
 import errno
@@ -32,9 +32,9 @@ def replace_file(path: Path, *, mode: int = _NEW_FILE_MODE) -> Iterator[BinaryIO
     """Open a file for writing that appears under ``path`` when the ``with`` block ends without an error.
 
     ``mode`` is the permissions of a new file before the umask is applied. An existing file keeps its permissions and,
-    if the process may set it, its owner. A symbolic link stays, and the file that it points to is replaced. A device, a
-    named pipe or an open descriptor (``/dev/stdout``, ``/dev/fd/3``) is written directly. Raises OSError, also if the
-    process may not write to an existing file.
+    if the process may set it, its owner. If ``path`` is a symbolic link, the file that it points to is replaced. A
+    device, a named pipe or an open descriptor (``/dev/stdout``, ``/dev/fd/3``) is written directly. Raises OSError, for
+    example if the process may not write to an existing file.
     """
     if (descriptor := _find_descriptor(path)) is not None:
         with open(os.dup(descriptor), "wb") as stream:
@@ -98,7 +98,7 @@ def _take_over(descriptor: int, existing: os.stat_result) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk. Without support by the file system, only the file itself is flushed."""
+    """Flush the names in a folder to the disk. Do nothing if the file system does not support this."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -83,7 +83,8 @@ def _build(
     progress = ProgressRelay()
     quick_source = source or cache(lambda: open_quick_source(settings, store=store, warehouse=warehouse))
     open_any = source or cache(lambda: open_source(settings, store=store, warehouse=warehouse, on_progress=progress))
-    # Nobody waits for a run, so that it outlasts an outage of the server. A schedule's tick must end soon.
+    # A run retries until an outage of the server is over, because no person waits for it. A schedule's tick must end
+    # soon.
     source_of_runs = source or cache(
         lambda: open_source(settings, store=store, warehouse=warehouse, on_progress=progress, persistent=True)
     )
@@ -140,7 +141,7 @@ def _build(
             dg.AutomationConditionSensorDefinition(
                 "default_automation_condition_sensor",
                 target=dg.AssetSelection.all(include_sources=True),
-                description="Materializes the assets of the lake after their tables change. Switch it on for that.",
+                description="Materializes the assets of the lake after their tables change. Stopped by default.",
             ),
             build_replay_sensor(settings, replay_dead_letters, warehouse, current_rulesets(settings, views)),
             build_run_failure_sensor(warehouse),

@@ -73,7 +73,7 @@ class Outcome:
 
 
 class Ingestion:
-    """Find windows that are due, received or to be replayed, and execute the jobs that load them.
+    """Finds windows that are due, received or to be replayed, and executes the jobs that load them.
 
     ``find_due``, ``find_received``, ``fetch_missing_references`` and ``replay`` first mark dead runs as failed.
     """
@@ -156,9 +156,9 @@ class Ingestion:
         return len(self._definitions.resolve_job_def(INCREMENTAL_LOAD).all_node_defs)
 
     def extend(self, due: DueWindows) -> list[str]:
-        """Extend the windows that are due as far as the source has nothing new, without a run.
+        """Extend the due windows to which the source has added nothing, without a run. Return the other resource types.
 
-        Return the resource types that runs have to load. Windows that do not fit into one run are not extended.
+        Windows that do not fit into one run are not extended.
         """
         settings = self._settings
         if len(due) != 1 or due.new_types:
@@ -209,7 +209,7 @@ class Ingestion:
         return self._run(LOAD_RECEIVED, waiting.windows, Refresh.MISSING, triggered_by, listener, assets)
 
     def fetch_missing_references(self, *, triggered_by: str) -> str | None:
-        """Read missing resources, to which loaded resources refer, in one run.
+        """Read the missing resources to which loaded resources refer, in one run.
 
         Return the reason if the run failed; the types that the source did not refuse are read nevertheless.
         ``find_received`` then returns the windows of the resources that the source returned.
@@ -224,7 +224,7 @@ class Ingestion:
         return None if result.success else _describe_failure(result)
 
     def replay(self, selection: Selection, *, triggered_by: str) -> list[Outcome]:
-        """Replay the open dead letters of a selection, in one run for each stretch of consecutive windows."""
+        """Replay the open dead letters of a selection, in one run for each range of consecutive windows."""
         with self._warehouse.connect() as conn:
             fail_dead_runs(self._instance, conn)
             scope = replays.find_replayable(conn, selection)
@@ -251,7 +251,7 @@ class Ingestion:
 
     @contextmanager
     def _claimed(self, run_id: str, selection: Selection | None) -> Iterator[None]:
-        """Claim the dead letters of a selection for a run during the block, then release those that are unresolved."""
+        """Claim the selected dead letters for a run during the block, then release those that are still unresolved."""
         if selection is None:
             yield
             return
@@ -264,7 +264,7 @@ class Ingestion:
                 replays.release_claims(conn, run_id)
 
     def find_unreconciled_windows(self) -> list[tuple[str, WindowCounts]]:
-        """Return the windows that do not reconcile, with their resource type, whichever run evaluated them."""
+        """Return the windows that do not reconcile, with their resource type, no matter which run evaluated them."""
         settings = self._settings
         with self._warehouse.connect() as conn:
             return find_unreconciled_windows(

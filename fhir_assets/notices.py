@@ -1,4 +1,4 @@
-"""Notices: what a source says or does that a person should know, such as a refused parameter or an incomplete answer.
+"""Notices: facts about a source that a person should know, such as a refused parameter or an incomplete answer.
 
 A notice of severity ``error`` means that resources may be missing: the check ``reconciles`` of the window fails. A
 ``warning`` is shown in the metadata of the check and in the log. Notices contain no patient data.
@@ -28,7 +28,7 @@ class Notice(msgspec.Struct, frozen=True):
 
 
 def log_notices(notices: Iterable[Notice]) -> None:
-    """Log notices that no window can carry."""
+    """Log notices that cannot be stored with a window."""
     for notice in notices:
         _log.warning(notice.message, extra={"notice": notice.code})
 

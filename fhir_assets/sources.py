@@ -1,8 +1,9 @@
 """Sources: the systems that a deployment loads resources from. A short key identifies each of them.
 
-Ids of resources are unique within one source only, so the key of a source is part of every key of the state: of the
-tables (column ``source``, in the tables of views ``_source``), of manifests and of the layout of the store. A
-``Settings`` has the key of its source, which its warehouse gives to every session and its store to every manifest.
+Ids of resources are unique within one source only. The key of the source is therefore part of every key of the state:
+of the tables (column ``source``, in the tables of views ``_source``), of manifests and of the layout of the store.
+``Settings.source`` is the key of a deployment's source; its warehouse passes it to every session, and its store to
+every manifest.
 """
 
 import re

@@ -63,7 +63,7 @@ class Interval:
 
 
 def merge_intervals(intervals: Iterable[Interval]) -> list[Interval]:
-    """Return the intervals with those merged that touch or overlap. ``intervals`` must be sorted by start."""
+    """Return the intervals, with touching and overlapping ones merged. ``intervals`` must be sorted by start."""
     spans: list[Interval] = []
     for interval in intervals:
         if spans and (interval.start is None or interval.start <= spans[-1].end):

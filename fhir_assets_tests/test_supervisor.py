@@ -50,7 +50,7 @@ def test_a_killed_process_is_started_again(supervisor: Supervisor, sentences: li
     process.kill()
     wait_until(lambda: process.status() == psutil.STATUS_ZOMBIE)
     supervisor.check()
-    assert sentences == [f"The UI (process {process.pid}) was ended by SIGKILL: it is started again"]
+    assert sentences == [f"The UI (process {process.pid}) was ended by SIGKILL: restarting it"]
     (second,) = children()
     assert second.pid != process.pid
 
@@ -64,7 +64,7 @@ def test_a_process_whose_child_is_killed_is_started_again(supervisor: Supervisor
     wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
     for _ in range(2):
         supervisor.check()
-    expected = f"The code server (process {parent.pid}) lost the process that does its work: it is started again"
+    expected = f"The code server (process {parent.pid}) lost the process that does its work: restarting it"
     assert sentences == [expected]
     wait_until(lambda: len(children()) == 2)
     assert {parent.pid, child.pid} & {process.pid for process in children()} == set()

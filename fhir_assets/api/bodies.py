@@ -1,4 +1,4 @@
-"""The bodies of posts: JSON in UTF-8. Anything else is answered 415 with what it is and what to send instead."""
+"""The bodies of posts: JSON in UTF-8. Any other body is answered with 415, its format and the expected one."""
 
 from collections.abc import Mapping
 
@@ -28,8 +28,8 @@ _MEDIA_TYPES = (
 def read_json_body(body: bytes, headers: Mapping[str, str]) -> bytes:
     """Return a body without a byte order mark.
 
-    Raises Problem with status 415 if the headers or the first bytes say that it is not JSON in UTF-8. A body without a
-    media type, or with one that says nothing, is judged by its bytes.
+    Raises Problem with status 415 if the headers or the first bytes show that the body is not JSON in UTF-8. If the
+    media type is missing or unspecific, the first bytes decide.
     """
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
@@ -50,7 +50,7 @@ def read_json_body(body: bytes, headers: Mapping[str, str]) -> bytes:
 
 
 def _is_lines(text: bytes) -> bool:
-    """Return whether several objects stand on lines of their own."""
+    """Return whether the text is NDJSON: its first line is an object, and another object follows."""
     first, _, rest = text.lstrip().partition(b"\n")
     return first.rstrip().endswith(b"}") and rest.lstrip()[:1] == b"{"
 

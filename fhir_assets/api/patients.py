@@ -92,9 +92,10 @@ def list_patients(
         ),
     ] = None,
 ) -> Response:
-    """All patients, or those that match all search parameters. Names match only completely, because encrypted
-    values can only be compared for equality. All pages are equally fast. Patients whose data
-    consent withholds are not listed.
+    """All patients, or those that match all search parameters.
+
+    Names match only completely, because encrypted values can only be compared for equality. All pages are equally fast.
+    Patients whose data consent withholds are not listed.
     """
     consent_gate = build_consent_gate(context.settings)
     search = PatientSearch(mrn=mrn, given=first_name, family=last_name)

@@ -26,18 +26,18 @@ COMMANDS = {
     "reconcile": CommandSource(
         "fhir_assets.cli.reconcile",
         "reconcile",
-        "Compare what the source has with the store and the tables, and name what is missing. Nothing is changed.",
+        "Compare the resources of the source with the store and the tables, and list missing ones. Nothing is changed.",
     ),
     "status": CommandSource(
         "fhir_assets.cli.status",
         "status",
-        "Print what runs, the last ticks, the last load of each type, what is behind, open incidents and free disk "
-        "space.",
+        "Print the state of the daemons, the last ticks, the last load of each type, types that are behind, open "
+        "incidents and free disk space.",
     ),
     "sources": CommandSource(
         "fhir_assets.cli.sources",
         "app",
-        "List the settings that the loaded data belongs to, and carry it over to other settings or start anew.",
+        "List the settings that the loaded data belongs to, and carry it over to other settings or start over.",
     ),
     "landing": CommandSource(
         "fhir_assets.cli.landing",
@@ -136,4 +136,4 @@ COMMANDS = {
         "Write a synthetic population: valid, linked resources of all 30 types. Equal seeds give equal resources.",
     ),
 }
-"""Each command or group of commands by its name. A test compares the sentences with the commands' own."""
+"""Each command or group of commands by its name. A test compares these help texts with those of the commands."""

@@ -70,12 +70,12 @@ def with_full_run_id(warehouse: Warehouse, selection: Selection) -> Selection:
 
 
 def count_missing(ids: list[int] | None, count: int) -> int:
-    """Return how many of the ids that were passed are not among the ``count`` selected dead letters."""
+    """Return how many of the given ids are not among the ``count`` selected dead letters."""
     return max(0, len(set(ids)) - count) if ids else 0
 
 
 def report_missing(missing: int, condition: str) -> None:
-    """Print how many ids were passed over because no dead letter with the id meets the condition."""
+    """Print how many ids were skipped because no dead letter with the id meets the condition."""
     if missing:
         errors.print(
             f"{missing:,} of the ids do not belong to dead letters that {condition}: "

@@ -109,10 +109,10 @@ def _sandbox_environment(url: str, population: PopulationRange) -> Iterator[None
 
 
 def _follow_sandbox(settings: Settings, addresses: Path) -> None:
-    """Carry the state of an earlier demo over to the present address of its sandbox server, which has the same data.
+    """Carry the state of an earlier demo over to the new address of its sandbox server, which has the same data.
 
-    ``addresses`` is a file with the addresses of all demos. State that was loaded from another server is not changed,
-    and the load is refused.
+    ``addresses`` is a file with the addresses of all demos. State that was loaded from another server is not changed;
+    the load is then refused.
     """
     warehouse = Warehouse(settings)
     binding = build_binding(settings, warehouse)

@@ -53,10 +53,10 @@ def dev(
 
 
 def serve_ui(settings: Settings, port: int | None) -> None:
-    """Run the code server, the UI and the daemon until interrupted; one that ends is started again with a sentence.
+    """Run the code server, the UI and the daemon until interrupted, and restart each of them that exits.
 
-    The embedded Postgres, if it is used, is started again too. ``port`` is DEFAULT_PORT if None. Raises
-    ConfigurationError if a process does not stay up.
+    The embedded Postgres, if it is used, is restarted too. The default of ``port`` is DEFAULT_PORT. Raises
+    ConfigurationError if a process exits repeatedly after its start.
     """
     Warehouse(settings).url()
     environment = {**config.build_environment(settings), "DAGSTER_IS_DEV_CLI": "1"}
@@ -79,10 +79,9 @@ def serve_ui(settings: Settings, port: int | None) -> None:
 
 
 def _start_services(supervisor: Supervisor, folder: Path, port: int) -> None:
-    """Start the processes of `dagster dev`, with a code server that ends only if it is stopped.
+    """Start the processes of `dagster dev`, with a code server that does not exit by itself.
 
-    The one of `dagster dev` ends itself when the machine is too busy to send it a heartbeat, and nothing starts it
-    again.
+    The code server that `dagster dev` starts exits if a busy machine delays its heartbeats, and is not restarted.
     """
     code_port = free_port(0)
     workspace = folder / "workspace.yaml"
@@ -100,7 +99,7 @@ def _start_services(supervisor: Supervisor, folder: Path, port: int) -> None:
 
 
 def _wait_for_port(supervisor: Supervisor, port: int) -> None:
-    """Wait until a process accepts connections at the port, at most START_SECONDS, which a busy machine may need."""
+    """Wait until a process accepts connections at the port, at most START_SECONDS."""
     deadline = monotonic() + START_SECONDS
     while monotonic() < deadline:
         supervisor.check()
@@ -110,14 +109,14 @@ def _wait_for_port(supervisor: Supervisor, port: int) -> None:
 
 
 def _keep_postgres(settings: Settings) -> None:
-    """Start the embedded Postgres again if it has ended."""
+    """Restart the embedded Postgres if it has exited."""
     if not (embedded.is_running(settings.home) or embedded.is_running(settings.home)):
-        _report("The embedded Postgres does not answer: it is started again")
+        _report("The embedded Postgres does not answer: restarting it")
         embedded.ensure(settings.home)
 
 
-def _report(sentence: str) -> None:
-    console.print(sentence, markup=False, soft_wrap=True)
+def _report(message: str) -> None:
+    console.print(message, markup=False, soft_wrap=True)
 
 
 def free_port(wanted: int) -> int:

@@ -65,7 +65,7 @@ def ingest(
     )
     rows = summarize_runs(settings, outcomes)
     failures = select_failed(outcomes)
-    red = find_unreconciled_windows(ingestion)
+    unreconciled = find_unreconciled_windows(ingestion)
     held = _find_held_windows(settings)
     broken = build_views(settings).broken
     denials = _count_unknown_denials(settings)
@@ -74,9 +74,9 @@ def ingest(
         print_json(
             {
                 "runs": run_ids,
-                "success": not (failures or red or broken or denials),
+                "success": not (failures or unreconciled or broken or denials),
                 "types": rows,
-                "unreconciled": red,
+                "unreconciled": unreconciled,
                 "held_back": held,
                 "unknown_denials": denials,
                 "broken_views": [{"file": str(view.path), "error": view.message} for view in broken],
@@ -87,12 +87,12 @@ def ingest(
     else:
         print_summary("Loaded", rows)
     report_failures(settings, failures)
-    report_unreconciled_windows(red)
+    report_unreconciled_windows(unreconciled)
     report_held_windows(held)
     report_broken_views(broken)
     if denials:
         errors.print(describe_unknown_denials(denials), markup=False, soft_wrap=True)
-    if failures or red or broken or denials:
+    if failures or unreconciled or broken or denials:
         raise typer.Exit(1)
 
 
@@ -191,8 +191,8 @@ def _load(
 def find_unreconciled_windows(ingestion: Ingestion) -> list[dict[str, object]]:
     """Return the windows that do not reconcile: resource type, partition key and what does not match."""
     with hide_library_output():
-        red = ingestion.find_unreconciled_windows()
-    return [{"type": name, "window": counts.partition_key, "faults": counts.faults} for name, counts in red]
+        unreconciled = ingestion.find_unreconciled_windows()
+    return [{"type": name, "window": counts.partition_key, "faults": counts.faults} for name, counts in unreconciled]
 
 
 def _find_held_windows(settings: Settings) -> list[dict[str, str]]:

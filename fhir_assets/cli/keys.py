@@ -59,11 +59,11 @@ def status(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] =
 
 @app.command()
 def rotate(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False) -> None:
-    """Encrypt all patient data with the newest key, also data stored in the clear. Loads can run at the same time.
+    """Encrypt all patient data with the newest key, including data stored in the clear. Loads can run at the same time.
 
-    Before the rotation, restart all processes with the new PHI_ENCRYPTION_KEYS: a process with the old setting
-    encrypts with an older key. A stopped rotation continues when the command is run again. The exit code is 1
-    if some data could not be encrypted with the newest key.
+    Before the rotation, restart all processes with the new PHI_ENCRYPTION_KEYS: a process with the old setting encrypts
+    with an older key. A stopped rotation continues when the command is run again. The exit code is 1 if some data could
+    not be encrypted with the newest key.
     """
     settings = load_settings()
     with _progress(quiet=json) as show_progress:

@@ -13,7 +13,7 @@ from typer.main import get_command, get_group
 
 @dataclass(frozen=True)
 class CommandSource:
-    """Where a command is defined, and the sentence that the list of commands prints for it.
+    """Where a command is defined, and its help text in the list of commands.
 
     ``attribute`` of ``module`` is the function of a command, or the ``typer.Typer`` of a group of commands.
     """
@@ -40,13 +40,13 @@ class LazyCommand(TyperCommand):
 
     @property
     def commands(self) -> Mapping[str, Any]:
-        """The commands of a group. Raises AttributeError for a command that is no group."""
+        """The commands of a group. Raises AttributeError if the command is not a group."""
         commands: Mapping[str, Any] = self.load().commands
         return commands
 
 
 def build_group(sources: Mapping[str, CommandSource]) -> type[TyperGroup]:
-    """Return a class of groups that have these commands, by name, after those that are registered with the group."""
+    """Return a class of command groups that have these commands, by name, after those registered with the group."""
 
     class LazyGroup(TyperGroup):
         def __init__(self, **attributes: Any) -> None:

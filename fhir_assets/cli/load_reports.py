@@ -1,6 +1,6 @@
 """What commands print about loads: counts, failed runs, windows that do not reconcile, views without a table.
 
-This module does not import Dagster, so that commands that execute no run need not either.
+This module does not import Dagster, so that commands that execute no run start quickly.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,23 +33,23 @@ def summarize_runs(settings: Settings, outcomes: "Sequence[Outcome]") -> list[di
 
 
 def print_summary(title: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Print the counts of runs by resource type; columns that are rarely filled only if they are."""
+    """Print the counts of runs by resource type. Columns that are rarely filled are printed only if they are filled."""
     columns = [name for name in _SUMMARY_COLUMNS if name not in _RARE_COLUMNS or any(row.get(name) for row in rows)]
     print_table(title, rows, columns)
 
 
-def report_unreconciled_windows(red: Sequence[Mapping[str, object]]) -> None:
+def report_unreconciled_windows(windows: Sequence[Mapping[str, object]]) -> None:
     """Print the windows that do not reconcile."""
-    for window in red[:_MAX_SHOWN_WINDOWS]:
+    for window in windows[:_MAX_SHOWN_WINDOWS]:
         faults = window["faults"]
         text = "; ".join(faults) if isinstance(faults, list) else ""
         errors.print(f"{window['type']} of {window['window']} does not reconcile: {text}", markup=False, soft_wrap=True)
-    if len(red) > _MAX_SHOWN_WINDOWS:
-        errors.print(f"{len(red) - _MAX_SHOWN_WINDOWS} more windows do not reconcile", markup=False)
+    if len(windows) > _MAX_SHOWN_WINDOWS:
+        errors.print(f"{len(windows) - _MAX_SHOWN_WINDOWS} more windows do not reconcile", markup=False)
 
 
 def report_held_windows(held: Sequence[Mapping[str, str]]) -> None:
-    """Print the windows that exports and deliveries passed over, by destination."""
+    """Print the windows that exports and deliveries held back, by destination."""
     for destination in dict.fromkeys(window["destination"] for window in held):
         windows = [f"{window['type']} of {window['window']}" for window in held if window["destination"] == destination]
         more = len(windows) - _MAX_SHOWN_WINDOWS

@@ -52,7 +52,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of stdout, such as head, has ended.
+        # The reader of stdout, such as head, has exited.
         _discard_stdout()
         sys.exit(1)
     except Exception as error:

@@ -57,7 +57,7 @@ def migrate(
 
 
 class _ProgressPrinter:
-    """Prints the progress of a rebuild: a line for each resource type at its end, and every few seconds before."""
+    """Prints the progress of a rebuild: a line every few seconds, and one when a resource type is finished."""
 
     _SECONDS = 5.0
 

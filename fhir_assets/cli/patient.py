@@ -40,7 +40,7 @@ def show(
     settings = load_settings()
     warehouse = Warehouse(settings)
     if (consent_gate := build_consent_gate(settings)).withholds:
-        # A posted Consent decides before the tables follow.
+        # A posted Consent takes effect before the tables are updated.
         actor = f"cli:{getpass.getuser()}"
         step = ConsentStep(warehouse.connect, build_views(settings).views, consent_gate, run_id="cli", actor=actor)
         step.run(datetime.now(UTC))

@@ -39,11 +39,12 @@ def reconcile(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False,
 ) -> None:
-    """Compare what the source has with the store and the tables, and name what is missing. Nothing is changed.
+    """Compare the resources of the source with the store and the tables, and list missing ones. Nothing is changed.
 
-    Without --deep the totals of the source are compared by type. Resources that were updated after the last load are
-    due, not missing; a surplus in the tables is reported, and is no fault. The exit code is 0 only if everything is
-    accounted for; it is not 0 if the source does not count, or has none of the types.
+    Without --deep, the totals of the source are compared by type. Resources that were updated after the last load are
+    due, not missing. Additional resources in the tables are reported, but are not an error. The exit code is 0 only if
+    every resource of the source is accounted for; it is 1 if the source cannot count its resources or offers none of
+    the types.
     """
     settings = load_settings(**({"fhir_resource_types": types} if types else {}))
     warehouse = Warehouse(settings)
@@ -104,7 +105,7 @@ def _to_json(comparison: TypeComparison) -> dict[str, object]:
 
 
 def _explain(compared: Sequence[TypeComparison], *, deep: bool) -> None:
-    """Print what is missing, and what to do."""
+    """Print what is missing and how to load it."""
     for comparison in compared:
         name = comparison.resource_type
         if comparison.missing is None:

@@ -19,7 +19,7 @@ from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.ops import sources
 
 app = typer.Typer(
-    help="List the settings that the loaded data belongs to, and carry it over to other settings or start anew.",
+    help="List the settings that the loaded data belongs to, and carry it over to other settings or start over.",
     no_args_is_help=True,
 )
 
@@ -58,10 +58,11 @@ def list_sources(json: Json = False) -> None:
 
 @app.command("carry-over")
 def carry_over(json: Json = False) -> None:
-    """Keep what is loaded and go on with the current settings.
+    """Keep the loaded data and continue with the current settings.
 
-    Use it if the server has a new address but the same data, if the windows get another length or start, or if the
-    store or the database was moved. What would be false under the current settings is computed or fetched again.
+    Use it if the server has a new address but the same data, if the length or the start of the windows was changed, or
+    if the store or the database was moved. State that is not valid under the current settings is computed or fetched
+    again.
     """
     settings = load_settings()
     _finish(settings, _build_transition(settings).carry_over(), json)
@@ -90,7 +91,7 @@ def _build_transition(settings: Settings) -> SourceTransition:
 
 
 def _finish(settings: Settings, result: TransitionResult, json: bool) -> None:
-    """Load the received resources that have to be loaded again, and print what was done."""
+    """Load the received resources that have to be loaded again, and print a summary."""
     outcomes = []
     if result.received:
         ingestion = Ingestion(settings, build_definitions(settings), config.open_instance(settings))

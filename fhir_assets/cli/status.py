@@ -13,9 +13,10 @@ from fhir_assets.settings import load_settings
 
 
 def status(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False) -> None:
-    """Print what runs, the last ticks, the last load of each type, what is behind, open incidents and free disk space.
+    """Print the state of the daemons, the last ticks, the last load of each type, types that are behind, open incidents
+    and free disk space.
 
-    The exit code is 1 if something is wrong: stderr says what.
+    The exit code is 1 if there is a problem, which is printed on stderr.
     """
     settings = load_settings()
     state = read_status(settings, Warehouse(settings).connect_read_only)

@@ -1,4 +1,4 @@
-"""Runs processes side by side, and starts one again that ends on its own."""
+"""Runs processes side by side and restarts those that exit."""
 
 import os
 import signal
@@ -12,24 +12,24 @@ import psutil
 from fhir_assets.errors import ConfigurationError
 
 CHECK_SECONDS = 1.0
-"""Seconds between two looks at the processes."""
+"""Seconds between two checks of the processes."""
 
 WATCH_SECONDS = 5.0
-"""Seconds between two looks at what else must be up."""
+"""Seconds between two calls of the ``watched`` functions."""
 
 SHORT_SECONDS = 10.0
-"""A process that ends within this time after its start counts as one that does not start."""
+"""A process that exits within this time after its start counts as failed to start."""
 
 MAX_SHORT_LIVES = 5
 """The number of times in a row that a process may fail to start."""
 
-_LOOKS_WITHOUT_CHILD = 5
-"""A process that needs a child is started again after so many looks in a row without one."""
+_CHECKS_WITHOUT_CHILD = 5
+"""A process that needs a child is restarted after this many consecutive checks without one."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """A process that always runs. ``needs_child`` states that it is of no use without its child process."""
+    """A process that must always run. ``needs_child`` is True if it is useless without its child process."""
 
     name: str
     command: Sequence[str]
@@ -42,11 +42,11 @@ class _Running:
     process: subprocess.Popen[bytes]
     started: float = field(default_factory=monotonic)
     had_child: bool = False
-    looks_without_child: int = 0
+    checks_without_child: int = 0
     short_lives: int = 0
 
     def find_fault(self) -> str | None:
-        """Return why the process must be started again, or None."""
+        """Return why the process must be restarted, or None."""
         code = self.process.poll()
         if code is not None:
             return f"was ended by {_describe_signal(-code)}" if code < 0 else f"ended with exit code {code}"
@@ -61,15 +61,15 @@ class _Running:
         except psutil.NoSuchProcess:
             alive = False
         self.had_child |= alive
-        self.looks_without_child = 0 if alive or not self.had_child else self.looks_without_child + 1
-        return self.looks_without_child < _LOOKS_WITHOUT_CHILD
+        self.checks_without_child = 0 if alive or not self.had_child else self.checks_without_child + 1
+        return self.checks_without_child < _CHECKS_WITHOUT_CHILD
 
 
 class Supervisor:
-    """Starts services in their order and keeps them running until ``run`` is interrupted.
+    """Starts services in order and keeps them running until ``run`` is interrupted.
 
-    ``report`` prints a sentence about each process that is started again. Each service is the leader of a process
-    group, which ends with it.
+    ``report`` prints a message about each process that is restarted. Each service is the leader of a process group,
+    which is stopped together with it.
     """
 
     def __init__(self, environment: Mapping[str, str], report: Callable[[str], None]) -> None:
@@ -82,7 +82,7 @@ class Supervisor:
         self._running.append(_Running(service, self._open(service)))
 
     def check(self) -> None:
-        """Start the services again that have ended. Raises ConfigurationError if one does not stay up."""
+        """Restart the services that have exited. Raises ConfigurationError if one exits repeatedly after its start."""
         for index, running in enumerate(self._running):
             fault = running.find_fault()
             if fault is None:
@@ -94,19 +94,22 @@ class Supervisor:
                     f"{name} {fault} {short_lives} times within {SHORT_SECONDS:.0f} s of its start: its messages are "
                     "above. Correct what they name, then run the command again"
                 )
-            self._report(f"{name} (process {running.process.pid}) {fault}: it is started again")
+            self._report(f"{name} (process {running.process.pid}) {fault}: restarting it")
             _stop(running.process)
             self._running[index] = _Running(running.service, self._open(running.service), short_lives=short_lives)
 
     def run(self, *watched: Callable[[], None]) -> None:
-        """Check the services, and call ``watched`` now and then, until KeyboardInterrupt. Raises as ``check``."""
-        looked = monotonic()
+        """Check the services, and call the ``watched`` functions regularly, until KeyboardInterrupt.
+
+        Raises ConfigurationError as ``check`` does.
+        """
+        watched_at = monotonic()
         while True:
             self.check()
-            if monotonic() - looked >= WATCH_SECONDS:
+            if monotonic() - watched_at >= WATCH_SECONDS:
                 for watch in watched:
                     watch()
-                looked = monotonic()
+                watched_at = monotonic()
             sleep(CHECK_SECONDS)
 
     def stop(self) -> None:

@@ -185,7 +185,7 @@ def _record_failures(settings: Settings, journal: Journal, steps: Steps, path: P
 
 
 def _write_failures(journal: Journal, path: Path, count: int) -> None:
-    """Replace the failure file; without failures, remove that of an earlier upload, but no link and no device."""
+    """Replace the failure file. Without failures, remove the file of an earlier upload, but not a link or a device."""
     if count:
         with replace_file(path, mode=0o600) as file:
             file.writelines(failure.line for failure in journal.failures())

@@ -94,8 +94,8 @@ def run(
 ) -> None:
     """Print the rows of a view over files.
 
-    Lines that are not resources, and resources whose rows are not valid, are passed over: stderr lists them with file,
-    line and reason, and the exit code is 1. The output has the rows of all other resources.
+    Lines that are not resources, and resources whose rows are not valid, are skipped: stderr lists them with file, line
+    and reason, and the exit code is 1. The output contains the rows of all other resources.
     """
     definition = read_view(view)
     passed_over = 0
@@ -108,5 +108,5 @@ def run(
     with open_output(output, "--output") as file:
         write_rows(run_view(definition, data, on_error=report), definition.columns, form, file)
     if passed_over:
-        errors.print(f"{passed_over:,} lines or resources were passed over; the rows of the others are written.")
+        errors.print(f"{passed_over:,} lines or resources were skipped; the rows of the others are written.")
         raise typer.Exit(1)

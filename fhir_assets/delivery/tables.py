@@ -66,11 +66,9 @@ class DeliverStep:
     def deliver(self, keys_by_type: Mapping[str, Sequence[str]]) -> dict[str, DeliveredCounts]:
         """Send the parts of the windows of each type that this server has not received yet.
 
-        With a refresh other than MISSING, send all parts, but leave out resources that are unchanged on the server.
-        Resources that the server refuses become dead letters of stage ``deliver``.
-
-        Raises ServerUnavailable, ServerRefused, NotFhir, DatabaseUnavailable or StoreError; the windows then remain
-        undelivered.
+        With a refresh other than MISSING, send all parts, except for resources that are unchanged on the server.
+        Resources that the server refuses become dead letters of stage ``deliver``. Raises ServerUnavailable,
+        ServerRefused, NotFhir, DatabaseUnavailable or StoreError; the windows then remain undelivered.
         """
         counts = {name: DeliveredCounts() for name in keys_by_type}
         manifests = [

@@ -41,9 +41,9 @@ class Webhook:
     def deliver(self, opened: Sequence[Incident], closed: Sequence[Incident]) -> bool:
         """Send one message, with retries. Return whether the webhook accepted it.
 
-        A redirect is a refusal, and is not followed: that would turn the message into a GET of a login page, for
-        example. A status of success with a page in HTML, or with a text that reports a failure, as Teams sends it, is
-        a failure and is retried.
+        A redirect counts as a refusal and is not followed, because that could turn the message into a GET of a login
+        page. A success status with an HTML page, or with a text that reports a failure (as Teams does), is a failure
+        and is retried.
         """
         body = build_message(opened, closed, ui_url=self._ui_url, card=_takes_cards(self._url))
 
@@ -70,7 +70,7 @@ class Webhook:
 
 
 def _contradicts(body: bytes) -> bool:
-    """Return whether the body of a response says that the message was not accepted, whatever its status says."""
+    """Return whether the body of a response says that the message was not accepted, even if the status is a success."""
     start = body[:512].strip().lower()
     if start.startswith(b"<") or b"message delivery failed" in start:
         return True

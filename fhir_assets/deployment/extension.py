@@ -1,4 +1,4 @@
-"""The resource types of a deployment that a run has to load; the windows of the others are extended without a run."""
+"""Extends the windows of a deployment without a run, and finds the resource types that need a run."""
 
 from datetime import datetime
 
@@ -29,8 +29,8 @@ def extend_idle_types(
 ) -> list[str]:
     """Extend the windows of the types to which the source has added nothing. Return the other types.
 
-    All types are returned for a source that is read as a whole (files, bulk exports), and if decisions of consent wait
-    to be applied. For ``seconds`` and the errors see ``ExtendStep.run``, for ``verified`` its constructor.
+    All types are returned for a source that is read as a whole (files, bulk exports), and if consent decisions have to
+    be applied. For ``seconds`` and the errors see ``ExtendStep.run``, for ``verified`` its constructor.
     """
     types = list(settings.fhir_resource_types)
     with warehouse.connect() as conn:

@@ -21,7 +21,7 @@ SOURCE_LABELS = ServerLabels(
     export_days="FHIR_BULK_DAYS",
     file_source="FHIR_SOURCE=ndjson",
 )
-"""The server that resources are loaded from, and that `fhir-assets upload` writes to."""
+"""The server that resources are loaded from and that `fhir-assets upload` writes to."""
 
 DELIVERY_LABELS = ServerLabels(
     base_url="FHIR_DELIVERY_URL",

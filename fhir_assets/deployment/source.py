@@ -34,8 +34,9 @@ def open_source(
     """Return the source of the settings; no request is sent. Raises ConfigurationError.
 
     A bulk export is stored in ``store`` and recorded in ``warehouse``, which also limits the calls to the server; both
-    are built from the settings by default. ``on_progress`` receives a sentence whenever an export makes progress. A
-    ``persistent`` source tries a server that never answered FHIR_MAX_ATTEMPTS times, not only a few times.
+    are built from the settings by default. ``on_progress`` receives a message whenever an export makes progress. A
+    ``persistent`` source makes FHIR_MAX_ATTEMPTS attempts even if the server has never answered; otherwise it makes
+    only a few.
     """
     location = settings.require_source()
     if settings.fhir_source is SourceKind.NDJSON:
@@ -60,9 +61,9 @@ def open_source(
 
 
 def open_quick_source(settings: Settings, *, store: Store, warehouse: Warehouse) -> Source:
-    """Return the source of the settings for questions that must be answered soon: a slow answer is a failure.
+    """Return a source with short timeouts, for callers that need an answer soon. No request is sent.
 
-    No request is sent. Raises ConfigurationError.
+    Raises ConfigurationError.
     """
     limits = {
         "fhir_max_attempts": min(settings.fhir_max_attempts, _QUICK_ATTEMPTS),
@@ -79,7 +80,7 @@ def open_history(settings: Settings, warehouse: Warehouse) -> DeletionHistory | 
 
 
 def open_existence_reader(settings: Settings, warehouse: Warehouse) -> ExistenceReader | None:
-    """Return the reader that tells what the source no longer has, or None if the source is not a server."""
+    """Return the reader that checks by id whether resources still exist, or None if the source is not a server."""
     if settings.fhir_source is SourceKind.NDJSON:
         return None
     return ExistenceReader(open_client(settings, warehouse), connections=settings.fhir_max_connections)

@@ -25,10 +25,10 @@ def build_binding(settings: Settings, warehouse: Warehouse, store: Store | None 
 
 
 def list_bound_settings(settings: Settings) -> list[BoundSetting]:
-    """Return the settings whose change makes the state of the source false, with their current values.
+    """Return the settings on which the state of the source depends, with their current values.
 
-    The files of FHIR_SOURCE=ndjson are not bound: their fingerprint is part of the state, and changed files are read
-    again.
+    A change of one of them makes the state invalid. The files of FHIR_SOURCE=ndjson are not among them: their
+    fingerprint is part of the state, and changed files are read again.
     """
     start = settings.fhir_last_updated_gte
     bound = [
@@ -53,9 +53,9 @@ def list_bound_settings(settings: Settings) -> list[BoundSetting]:
 
 
 def describe_server(url: str) -> str:
-    """Return the address of a server without credentials: no user, password, query or fragment.
+    """Return the address of a server without user, password, query and fragment.
 
-    Different spellings of one address have the same result.
+    Different spellings of one address give the same result.
     """
     parts = urlsplit(url)
     scheme, host = parts.scheme.lower(), parts.hostname or ""
@@ -66,5 +66,5 @@ def describe_server(url: str) -> str:
 
 
 def _list_filters(scope: str) -> str:
-    """Return the scopes that filter resources (SMART 2 search parameters); other scopes do not hide resources."""
+    """Return the scopes that filter resources (SMART 2 search parameters). Other scopes do not hide resources."""
     return " ".join(sorted(part for part in scope.split() if "?" in part))

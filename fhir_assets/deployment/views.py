@@ -13,11 +13,9 @@ from fhir_assets.warehouse.postgres.tables.layout import build_layout
 def build_views(settings: Settings) -> ViewSet:
     """Load the ViewDefinitions of ``sql/views`` and of FHIR_VIEWS, in this order.
 
-    A view that has no table in Postgres, because of its names or tags, is reported as broken. Raises ConfigurationError
-    if the folder of FHIR_VIEWS does not exist.
-
-    Absolute references make keys if they begin with FHIR_BASE_URL or FHIR_LINK_BASE, whatever the channel of their
-    resource; no reference to another server does.
+    A view that cannot have a table in Postgres, because of its names or tags, is reported as broken. Raises
+    ConfigurationError if the folder of FHIR_VIEWS does not exist. Absolute references get keys if they begin with
+    FHIR_BASE_URL or FHIR_LINK_BASE, through any ingestion channel; references to other servers get none.
     """
     folders = [sql_folder() / "views", *([settings.fhir_views] if settings.fhir_views else [])]
     if settings.fhir_views and not settings.fhir_views.is_dir():

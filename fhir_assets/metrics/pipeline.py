@@ -1,7 +1,7 @@
 """Metrics that are read from the database: outbox, runs, windows behind, resources, dead letters, check results.
 
-The database is read when Prometheus scrapes, at most once in ``MAX_AGE_SECONDS``, however many scrapers there are. A
-table that does not exist gives no series. If the database cannot be reached, the only series is ``fhir_database_up 0``.
+The database is read when Prometheus scrapes, but at most once in ``MAX_AGE_SECONDS``. A table that does not exist
+yields no series. If the database cannot be reached, the only series is ``fhir_database_up 0``.
 """
 
 import os

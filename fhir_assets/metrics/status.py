@@ -1,4 +1,4 @@
-"""The state of a deployment at a glance: what runs, what was loaded last, what is behind, and what is wrong."""
+"""The state of a deployment: its daemons, its last loads, the types that are behind, and its problems."""
 
 import shutil
 from dataclasses import dataclass
@@ -32,11 +32,14 @@ class Disk:
 
 @dataclass(frozen=True)
 class Status:
-    """The state of a deployment. ``problems`` are sentences; the deployment is well if there are none."""
+    """The state of a deployment.
+
+    ``problems`` has a message for each problem; the deployment is healthy if it is empty.
+    """
 
     activity: Activity
     loads: list[dict[str, Any]]
-    """For each resource type, its latest run, ``loaded_until``, and how many windows are ``behind``."""
+    """For each resource type, its latest run, ``loaded_until``, and the number of windows that it is ``behind``."""
     waiting: int
     """The number of windows with received resources that are not in the tables."""
     incidents: list[Incident]

@@ -1,4 +1,6 @@
-"""What the catalog of the Dagster UI shows of an asset: layer, domain and owners, and whether it has patient data."""
+"""What the asset catalog of the Dagster UI shows of an asset: layer, domain, owners, and whether it has patient
+data.
+"""
 
 from collections.abc import Sequence
 from typing import TypedDict

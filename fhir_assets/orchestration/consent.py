@@ -1,4 +1,4 @@
-"""Apply consent at the beginning of a step, so that what leaves the tables obeys decisions made until then."""
+"""Applies consent at the beginning of a step, so that data written outside obeys all decisions made until then."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime

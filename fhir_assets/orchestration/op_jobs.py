@@ -32,13 +32,13 @@ def build_fetch_missing_references(settings: Settings, views: Sequence[View]) ->
     """
 
     @dg.op(
-        name="ask_for_missing_references",
+        name="read_missing_references",
         description="Read the missing resources in batches, and write them to raw.",
         pool=FHIR_SERVER_POOL,
         out=dg.Out(dg.Nothing),
         required_resource_keys={"source", "warehouse"},
     )
-    def ask_for_missing_references(
+    def read_missing_references(
         context: dg.OpExecutionContext,
     ) -> Iterator[dg.AssetMaterialization | dg.Output[None]]:
         source: Source = context.resources.source
@@ -70,7 +70,7 @@ def build_fetch_missing_references(settings: Settings, views: Sequence[View]) ->
         "id, Patients first.",
     )
     def fetch_missing_references() -> None:
-        ask_for_missing_references()
+        read_missing_references()
 
     return fetch_missing_references
 

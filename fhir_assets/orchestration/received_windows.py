@@ -1,7 +1,7 @@
-"""Windows with received resources, which do not come from a fetch: grouped into runs, and reported to Dagster.
+"""Groups windows with received resources (not fetched from the source) into runs, and reports them to Dagster.
 
-The landing zone, the HTTP API, the CSV intake, missing references and corrections write to ``raw`` without a run of
-its assets. ``ops.received`` lists the windows that wait to be validated and loaded.
+The landing zone, the HTTP API, the CSV intake, missing references and corrections write to ``raw`` without a run of its
+assets. ``ops.received`` lists the windows that have to be validated and loaded.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,7 +43,7 @@ class ReceivedWindows:
 
 
 def group_windows(settings: Settings, pending: Sequence[PendingWindow]) -> list[ReceivedWindows]:
-    """Group the entries of ``ops.received`` into one run for each stretch of consecutive windows.
+    """Group the entries of ``ops.received`` into one run for each range of consecutive windows.
 
     Entries whose resource type or window the settings do not include are left out; they stay in ``ops.received``.
     """
@@ -53,8 +53,10 @@ def group_windows(settings: Settings, pending: Sequence[PendingWindow]) -> list[
         if entry.resource_type in settings.fhir_resource_types and _has_window(scheme, entry.partition_key):
             by_key.setdefault(entry.partition_key, []).append(entry)
     return [
-        ReceivedWindows(stretch, tuple(entry for window in stretch.windows for entry in by_key[window.key]))
-        for stretch in group_consecutive_windows(scheme, by_key)
+        ReceivedWindows(
+            windows_of_run, tuple(entry for window in windows_of_run.windows for entry in by_key[window.key])
+        )
+        for windows_of_run in group_consecutive_windows(scheme, by_key)
     ]
 
 

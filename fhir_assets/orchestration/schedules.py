@@ -19,7 +19,7 @@ from fhir_assets.settings import Settings
 from fhir_assets.windows import WindowRange
 
 _MAX_SECONDS = 20.0
-"""The time that a tick takes to look for types with something new. Dagster ends a tick after a minute."""
+"""The time that a tick may use to find types with new resources. Dagster ends a tick after a minute."""
 
 
 def build_incremental_load_schedule(
@@ -36,8 +36,8 @@ def build_incremental_load_schedule(
     is unfinished, so that no window is requested twice. Raises ConfigurationError if FHIR_SCHEDULE is not a cron
     expression.
 
-    ``extend`` extends a range of windows as far as the source has nothing new, within some seconds, and returns the
-    resource types that a run has to load (see ``deployment.extension``). A tick that finds nothing new requests no run.
+    ``extend`` extends the windows of types to which the source has added nothing, within some seconds, and returns the
+    resource types that a run has to load (see ``deployment.extension``). A tick without such types requests no run.
     """
     decorate = dg.schedule(
         job=job,

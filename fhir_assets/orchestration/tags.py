@@ -7,8 +7,9 @@ REFRESH_TAG = "fhir_assets/refresh"
 """How much a run loads: ``missing``, ``window`` (the default) or ``full``. See ``pipeline.refresh.Refresh``."""
 
 TRIGGER_TAG = "fhir_assets/triggered_by"
-"""The user for whom ``fhir-assets`` executes a run in its own process. That process takes the advisory lock of the run
-before it creates the run.
+"""The user for whom ``fhir-assets`` executes a run in its own process.
+
+That process takes the advisory lock of the run before it creates the run.
 """
 
 USER_TAG = "user"

@@ -1,7 +1,7 @@
-"""Metadata of a materialization by window, so that plots over the partitions of an asset show each window's own counts.
+"""Metadata of a materialization by window, so that plots over partitions show each window's own counts.
 
 Metadata of an output is the same for all windows of a run; its names begin with ``run_``. Only materializations of runs
-of one window have it.
+of one window contain it.
 """
 
 from collections.abc import Mapping
@@ -21,10 +21,8 @@ def add_window_metadata(
     """Add metadata to the materializations of an asset that a step will emit, by partition key.
 
     Entries of the whole run (``run_…``) are left out if there are several windows: they would be the same for each, and
-    the log of the run has them.
-
-    ``step`` is the context of the step's execution. All windows are added at once, because
-    ``context.add_asset_metadata`` adds one and copies the metadata of all others each time.
+    the log of the run contains them. ``step`` is the context of the step's execution. All windows are added at once,
+    because ``context.add_asset_metadata`` adds one and copies the metadata of all others each time.
     """
     metadata = dict(step._metadata_accumulator.per_output_metadata)
     several = len(metadata_by_partition) > 1

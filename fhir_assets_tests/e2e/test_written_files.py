@@ -116,7 +116,7 @@ def test_a_bad_line_costs_itself_and_the_exit_code_says_so(command: str, folder:
     if command.startswith("view run"):
         assert all(f"{name}" in content for name in IDS)
         assert f"data.ndjson:{BAD_LINE_NUMBER}" in done.stderr
-        assert "1 lines or resources were passed over" in done.stderr
+        assert "1 lines or resources were skipped" in done.stderr
     else:
         assert f"data.ndjson:{BAD_LINE_NUMBER}" in content
     assert unfinished_files(folder / "out") == []

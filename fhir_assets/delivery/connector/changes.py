@@ -39,7 +39,7 @@ class Delivered:
 
     @property
     def hashes(self) -> set[str]:
-        """The hashes of what the connector sent and of what the server returned, as far as they are known."""
+        """The known hashes of the content that the connector sent and of the content that the server returned."""
         return {content_hash for content_hash in (self.sent_hash, self.stored_hash) if content_hash is not None}
 
 
@@ -66,7 +66,10 @@ class Holder:
 
 @dataclass(slots=True)
 class Outgoing:
-    """The resource of a row, to be sent. ``uncertain`` is whether the server may have stored it without an answer."""
+    """The resource of a row, to be sent.
+
+    ``uncertain`` is True if the server may have stored it although no answer arrived.
+    """
 
     identifier: Identifier
     resource: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Decides whether the server did what its status says. A status alone is not believed: see ``Confirmation``."""
+"""Confirms that the server did what the status of its response says, because the status alone is not reliable."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,15 +40,15 @@ class Confirmation:
             return self._describe(outgoing, body["id"], version, contents.hash_content(body))
         resource_id = target or located
         named = located == resource_id if located else bool(reply.headers.get("ETag"))
-        believed = contents.is_silent(body) and named and reply.status != 202
+        believed = contents.has_no_error(body) and named and reply.status != 202
         if believed and resource_id is not None:
             version = contents.read_version(source.resource_type, reply.headers, None)
             return self._describe(outgoing, resource_id, version, None)
         return self._read_back(source, outgoing, resource_id, status=reply.status, believed=believed)
 
     def confirm_deletion(self, source: Source, reply: Reply, resource_id: str) -> None:
-        """Return if the resource is deleted. Raises TransientFailure if it is still there."""
-        if reply.status in (404, 410) or (contents.is_silent(reply.body) and reply.status != 202):
+        """Return if the resource is deleted. Raises TransientFailure if it still exists."""
+        if reply.status in (404, 410) or (contents.has_no_error(reply.body) and reply.status != 202):
             return
         with retrying_refusals():
             held = self._lookup.read(source, resource_id)
@@ -56,7 +56,9 @@ class Confirmation:
             raise _unconfirmed(reply.status, "a deletion, but still has the resource")
 
     def describe_held(self, outgoing: Outgoing, held: Held) -> Delivered:
-        """Return what to record about a resource that was read, and that counts as the one that was sent."""
+        """Return what to record about a resource that was read from the server and is accepted as the one that was
+        sent.
+        """
         return self._describe(outgoing, held.id, held.version_id, held.content_hash)
 
     def _describe(
@@ -74,7 +76,9 @@ class Confirmation:
     def _read_back(
         self, source: Source, outgoing: Outgoing, resource_id: str | None, *, status: int, believed: bool
     ) -> Delivered:
-        """Return the resource that the server has. If ``believed``, the answer confirms the update, but has no id."""
+        """Read the resource from the server and return it. If ``believed``, the response confirms the update but has no
+        id.
+        """
         with retrying_refusals():
             if resource_id is None:
                 matches = self._lookup.search(source, outgoing.identifier)

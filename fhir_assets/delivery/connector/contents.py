@@ -1,4 +1,4 @@
-"""What a resource or a reply of the server says: its content, identifiers, id, version, and whether it is an error."""
+"""Reads the content of resources and responses: hash, identifiers, id, version, and whether it reports an error."""
 
 import hashlib
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ _SERVER_ELEMENTS = ("id", "meta", "text")
 
 
 def hash_content(resource: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a resource without what a server sets: id, meta and text.
+    """Return the SHA-256 of a resource without the elements that a server sets: id, meta and text.
 
     The order of members and the form of a number (1 and 1.0) do not matter.
     """
@@ -36,15 +36,17 @@ def is_resource(body: object, resource_type: str) -> TypeGuard[dict[str, Any]]:
     return isinstance(body, dict) and body.get("resourceType") == resource_type and _is_text(body.get("id"))
 
 
-def is_silent(body: object) -> bool:
-    """Return whether the body is empty, or an OperationOutcome without an error. Such a body contradicts no success."""
+def has_no_error(body: object) -> bool:
+    """Return whether the body is empty, or an OperationOutcome without an error. Such a body does not contradict a
+    success.
+    """
     return body is None or (
         isinstance(body, dict) and body.get("resourceType") == "OperationOutcome" and not is_error_outcome(body)
     )
 
 
 def read_location(resource_type: str, headers: Mapping[str, str]) -> tuple[str | None, str | None]:
-    """Return the id and the version in the Location header; None for the one that it does not contain."""
+    """Return the id and the version in the Location header; None for each that is missing."""
     for header in ("Location", "Content-Location"):
         parts = (headers.get(header) or "").split("?")[0].split("/")
         if resource_type in parts[:-1]:
@@ -55,7 +57,7 @@ def read_location(resource_type: str, headers: Mapping[str, str]) -> tuple[str |
 
 
 def read_version(resource_type: str, headers: Mapping[str, str], body: object) -> str | None:
-    """Return the version in a reply: that of its body, else of its ETag, else of its Location."""
+    """Return the version in a response: from its body, else from its ETag, else from its Location."""
     if isinstance(body, dict) and isinstance(meta := body.get("meta"), dict) and _is_text(meta.get("versionId")):
         return str(meta["versionId"])
     return parse_etag(headers.get("ETag")) or read_location(resource_type, headers)[1]

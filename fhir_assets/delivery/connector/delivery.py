@@ -24,10 +24,10 @@ from fhir_assets.fhir.outcome import is_error_outcome
 from fhir_assets.fhir.validation import Validator
 
 _EXISTS = frozenset({304})
-"""An answer of servers that did not create a resource because one exists, besides 200."""
+"""The status, besides 200, with which servers answer a create if a matching resource exists."""
 
 _GONE = ABSENT | {405}
-"""Answers to the update of a deleted resource by servers that do not let clients choose an id."""
+"""The statuses with which servers that do not let clients choose an id answer the update of a deleted resource."""
 
 
 class Delivery:
@@ -94,9 +94,10 @@ class Delivery:
             raise PermanentFailure("invalid", f"the resource of the row is invalid in R4: {rules}")
 
     def _on_this_server(self, source: Source, change: Change) -> Change:
-        """Return the change without the delivered resource if that is not on this server.
+        """Return the change without the delivered resource if that resource is on another server.
 
-        An id means nothing on another server. The same server under another address has what was delivered.
+        An id is meaningful on its own server only. If the same server has another address now, its resources are still
+        the delivered ones.
         """
         known = change.delivered
         if known is None or known.resource_id is None or known.server in (None, self._server.base_url):
@@ -147,7 +148,7 @@ class Delivery:
         return self._acknowledge(source, change, outgoing, reply, None)
 
     def _post(self, source: Source, change: Change, outgoing: Outgoing) -> Acknowledged:
-        """Create the record's resource unless one with its identifier has appeared since the search."""
+        """Create the record's resource, unless a resource with its identifier has appeared since the search."""
         before = outgoing.uncertain
         reply = self._send(
             "POST",
@@ -159,7 +160,7 @@ class Delivery:
         )
         if reply.status not in (200, *_EXISTS) or is_error_outcome(reply.body):
             return self._acknowledge(source, change, outgoing, reply, None)
-        # The resource existed, or the server answers 200 to a creation, too: the content decides.
+        # The resource existed, or the server answers a create with 200, too: its content decides which.
         with retrying_refusals():
             matches = self._lookup.search(source, outgoing.identifier)
         ours = [held for held in matches if held.content_hash == outgoing.content_hash]
@@ -186,10 +187,11 @@ class Delivery:
         return updated
 
     def _find(self, source: Source, change: Change, identifier: Identifier) -> Held | None:
-        """Return the record's own resource, with this identifier or an earlier one, else a single foreign one with this
-        identifier if it may be taken over; None if there is no resource.
+        """Return the resource to update, or None if there is none.
 
-        Raises PermanentFailure if there are only others.
+        This is the record's own resource, with this identifier or an earlier one, or else a single foreign resource
+        with this identifier if it may be taken over. Raises PermanentFailure if only other resources have the
+        identifier.
         """
         matches = self._lookup.search(source, identifier)
         if (own := _select_own(change, identifier, matches)) is not None:
@@ -241,7 +243,9 @@ class Delivery:
         if_none_exist: str | None = None,
         absent: frozenset[int] = frozenset(),
     ) -> Reply:
-        """Send an update or a creation. Until the answer is confirmed, the server may or may not have stored it."""
+        """Send an update or a create. Until the answer is confirmed, it is unknown whether the server has stored the
+        resource.
+        """
         before, outgoing.uncertain = outgoing.uncertain, True
         try:
             return self._server.call(
@@ -253,7 +257,7 @@ class Delivery:
 
 
 def _refuse_foreign(source: Source, matches: Sequence[Held]) -> PermanentFailure:
-    """Return the failure of a row whose identifier resources have that were not delivered for it."""
+    """Return the failure of a row whose identifier belongs to resources that were not delivered for it."""
     if len(matches) > 1:
         return PermanentFailure("several-matches", "the FHIR server has several resources with this identifier")
     return PermanentFailure(
@@ -273,8 +277,8 @@ def _select_own(change: Change, identifier: Identifier, matches: Sequence[Held])
 def _is_own(change: Change, identifier: Identifier, held: Held, *, alone: bool) -> bool:
     """Return whether a resource with this identifier was delivered or sent for the record.
 
-    Also what another record left behind, whose row no longer has the identifier, is the record's own. ``alone`` is
-    whether no other resource has the identifier.
+    A resource that another record delivered also counts, if the row of that record no longer has the identifier.
+    ``alone`` is True if no other resource has the identifier.
     """
     known = change.delivered
     if known is not None and known.resource_id == held.id:
@@ -285,7 +289,7 @@ def _is_own(change: Change, identifier: Identifier, held: Held, *, alone: bool) 
     sent = change.hashes_sent_with(identifier)
     if held.content_hash in sent | (change.sent_by_others if _is_current(change, identifier) else frozenset()):
         return True
-    # An earlier release delivered to a server that returned no id: its conditional update had this one match.
+    # An earlier release delivered to a server that returned no id: its conditional update matched only this resource.
     return alone and known is not None and known.resource_id is None and known.identifier == identifier
 
 

@@ -1,4 +1,4 @@
-"""Reads resources of the server: by id, and by an identifier."""
+"""Reads resources from the server, by id or by identifier."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Held:
 
 
 class Lookup:
-    """Reads from one server, past its caches. Safe for use by several threads."""
+    """Reads from one server, bypassing its caches. Safe for use by several threads."""
 
     def __init__(self, server: FhirServer) -> None:
         self._server = server
@@ -32,8 +32,8 @@ class Lookup:
     def read(self, source: Source, resource_id: str) -> Held | None:
         """Return the resource with this id; None if the server has none.
 
-        Some servers answer with a searchset that contains the resource. Raises TransientFailure, also if the answer is
-        no resource, or PermanentFailure.
+        Some servers answer with a searchset that contains the resource. Raises PermanentFailure, or TransientFailure,
+        which includes an answer that is not a resource.
         """
         reply = self._server.call("GET", f"{source.resource_type}/{resource_id}", absent=ABSENT)
         if reply.status in ABSENT:
@@ -46,10 +46,10 @@ class Lookup:
         raise TransientFailure("not-fhir", "the response to a read is not the resource", server_wide=False)
 
     def search(self, source: Source, identifier: Identifier) -> list[Held]:
-        """Return the resources with exactly this identifier. Other resources that the server returns are left out.
+        """Return the resources with exactly this identifier.
 
-        Raises TransientFailure if the answer is no searchset or reports an error, and PermanentFailure if the server
-        pages through other resources than those asked for.
+        Other resources that the server returns are ignored. Raises TransientFailure if the answer is not a searchset or
+        reports an error, and PermanentFailure if the server returns pages of resources that do not match.
         """
         reply = self._server.call("GET", source.resource_type, query={"identifier": identifier.token})
         body = reply.body

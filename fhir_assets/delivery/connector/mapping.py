@@ -29,7 +29,7 @@ BUILT_IN = Path(__file__).with_name("mapping.json")
 
 
 class Identifier(msgspec.Struct, frozen=True):
-    """A business identifier, the search criterion of a conditional update: without blanks around it, as it is sent."""
+    """A business identifier, used as the search criterion of a conditional update. It has no surrounding whitespace."""
 
     system: str
     value: str

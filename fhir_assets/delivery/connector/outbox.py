@@ -46,7 +46,7 @@ def install(conn: Connection) -> None:
 
 
 def is_installed(conn: Connection) -> bool:
-    """Return whether the tables of this release exist; those of an earlier release are no installation."""
+    """Return whether the tables of this release exist. The tables of an earlier release do not count."""
     row = conn.execute("SELECT to_regclass('health.fhir_outbox'), to_regclass('health.fhir_sent')").fetchone()
     return row is not None and None not in row
 

@@ -1,6 +1,7 @@
-"""Records what is about to be sent, and the results of claimed changes: acknowledged, refused, to be retried, released.
+"""Records the contents that are about to be sent, and the outcomes of claimed changes.
 
-Functions run in the caller's transaction.
+A change is acknowledged, refused, retried later or released. Functions run in the caller's transaction. Claiming
+changes is in ``outbox``.
 """
 
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ def forget_unsent(conn: Connection, changes: Sequence[Change]) -> None:
 
 
 def defer(conn: Connection, claims: Sequence[Claim], wait: timedelta) -> None:
-    """Release claims for which no request was sent. They are due again after ``wait``; no attempt is counted."""
+    """Release claims for which no request was sent. They are due again after ``wait``, and no attempt is counted."""
     conn.execute(
         """
         UPDATE health.fhir_outbox

@@ -1,4 +1,4 @@
-"""Deletes the resource of a deleted row: only one that was delivered for the row, and only if nobody else changed it.
+"""Deletes the resource of a deleted row, if it was delivered for the row and has not been changed by others since.
 
 A resource is deleted by its id, never by an identifier, because other resources may have the same identifier. For a row
 that was never sent, nothing is deleted.
@@ -78,13 +78,13 @@ class Removal:
 
 
 def _require_unchanged(held: Held, known: Delivered, change: Change) -> None:
-    """Raise PermanentFailure if somebody else has changed the resource since it was delivered."""
+    """Raise PermanentFailure if the resource was changed by another client since it was delivered."""
     identifiers = {known.identifier, *(sent.identifier for sent in change.sent)}
     hashes = known.hashes | {sent.content_hash for sent in change.sent}
     if any(contents.has_identifier(held.resource, identifier) for identifier in identifiers):
         if known.sent_hash is None or held.content_hash in hashes:
             return
-        # A server that returned no content may have stored another form of it: then the version decides.
+        # A server that returned no content may have stored another form of the resource: then its version decides.
         if known.stored_hash is None and held.version_id is not None and held.version_id == known.version_id:
             return
     raise PermanentFailure(

@@ -101,7 +101,7 @@ class Connector:
             for n in range(self._options.workers)
         ]
         if not until_empty:
-            # Without a listener, the times of the waiting events say when to claim.
+            # Without a listener, the due times of the waiting events determine when to claim.
             threads.append(threading.Thread(target=self._listen, name="connector-listener", daemon=True))
         for thread in threads:
             thread.start()

@@ -104,10 +104,8 @@ class FhirServer:
         """Send one request and return its reply. A status in ``absent`` is a reply too, not a failure.
 
         ``if_match`` is the version that the resource must have, ``if_none_exist`` the value of the search parameter
-        ``identifier`` that no resource may have. The status alone does not say that the server did what
-        it was asked for: see ``confirmation``.
-
-        Raises TransientFailure or PermanentFailure.
+        ``identifier`` that no resource may have. The status alone does not confirm that the server executed the
+        request: see ``confirmation``. Raises TransientFailure or PermanentFailure.
         """
         url = f"{self.base_url}/{path}"
         if query:
@@ -141,7 +139,7 @@ class FhirServer:
         request = PreparedRequest()
         request.headers = CaseInsensitiveDict({"Accept": FHIR_JSON, "User-Agent": "fhir-assets", **conditions})
         if method == "GET":
-            # HAPI, for one, answers a search from a cache of a minute.
+            # HAPI, for example, answers searches from a cache for up to a minute.
             request.headers["Cache-Control"] = "no-cache"
         if body is not None:
             request.headers["Content-Type"] = FHIR_JSON

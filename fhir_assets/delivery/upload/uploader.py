@@ -267,7 +267,7 @@ class Uploader:
         return self._send(entries[:half], policy) + self._send(entries[half:], policy)
 
     def _confirm(self, entries: Sequence[BundleEntry], responses: Sequence[EntryResponse]) -> list[EntryResult]:
-        """Return the results of entries. A resource whose response has nothing but a status is read back."""
+        """Return the results of entries. A resource is read back if its response consists of a status only."""
         doubtful = [
             entry
             for entry, response in zip(entries, responses, strict=True)
@@ -286,7 +286,9 @@ class Uploader:
         ]
 
     def _read_stored(self, entries: Sequence[BundleEntry]) -> list[bytes]:
-        """Return the server's current resource for each entry; empty if it has none, or refuses the Bundle."""
+        """Return the server's current resource for each entry; empty if there is none, or the server refuses the
+        Bundle.
+        """
         _, responses = self._post(bundles.build_get_bundle(entries), len(entries))
         if responses is None:
             return [b""] * len(entries)
@@ -295,7 +297,10 @@ class Uploader:
     def _post(
         self, body: bytes, size: int, policy: RetryPolicy | None = None
     ) -> tuple[EntryResult, list[EntryResponse] | None]:
-        """Post a Bundle. Return its result and the responses to its entries; None instead of these if it is refused."""
+        """Post a Bundle.
+
+        Return its result and the responses to its entries, or None in place of these if it is refused.
+        """
         refused = _BATCH_REFUSED | {404} if self.transaction else _BATCH_REFUSED
         return self.client.post(self.client.base_url, body, partial(_read, size), expect={200} | refused, policy=policy)
 

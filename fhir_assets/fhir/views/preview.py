@@ -36,7 +36,7 @@ def run_view(
     """Yield the rows of a view over the resources of files and folders; skip resources of other types.
 
     If a line or an entry is not a resource, or if the view cannot compute the rows of a resource, ``on_error`` is
-    called with its location (``Patient.ndjson:17``) and the error, and it is passed over; without ``on_error``, the
+    called with its location (``Patient.ndjson:17``) and the error, and it is skipped; without ``on_error``, the
     error is raised. CompiledViews describes ``empty_join``; the tables use False. Raises NotFhir if a file cannot be
     opened, or if the files contain errors and not one resource.
     """

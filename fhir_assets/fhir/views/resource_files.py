@@ -18,7 +18,7 @@ def read_resources(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each resource with its location (``Patient.ndjson:17``); a container is followed by what it contains.
 
-    For a folder, its NDJSON and JSON files are read. What is not a resource is passed over: ``on_error`` is called with
+    For a folder, its NDJSON and JSON files are read. What is not a resource is skipped: ``on_error`` is called with
     its location and the reason, without content of the file; without ``on_error``, the NotFhir is raised. Raises
     NotFhir if a file does not exist or cannot be opened, before anything is read.
     """

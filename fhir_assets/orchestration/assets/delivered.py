@@ -1,7 +1,7 @@
 """The assets ``delivered/<type>``: the resources of the tables, written to the FHIR server at FHIR_DELIVERY_URL.
 
 One step writes all resource types, because references between types, including circular ones, determine the order of
-the writes. Windows that do not reconcile are passed over; the first run after they reconcile takes them up.
+the writes. Windows that do not reconcile are held back; the first run after they reconcile includes them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,11 +16,11 @@ from fhir_assets.delivery.tables import DeliverStep
 from fhir_assets.deployment.targets import build_delivery_client
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
-from fhir_assets.orchestration.assets.departures import emit_departure
+from fhir_assets.orchestration.assets.outbound import emit_outbound_results
 from fhir_assets.orchestration.consent import apply_consent
 from fhir_assets.orchestration.failures import record_step
 from fhir_assets.orchestration.run_context import RunContext
-from fhir_assets.pipeline.reconcile.verdicts import plan_departure
+from fhir_assets.pipeline.reconcile.verdicts import select_outbound_windows
 from fhir_assets.pipeline.reconcile.window_counts import find_main_view
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
@@ -76,8 +76,8 @@ def build_delivered_assets(
         with record_step(run, warehouse, list(selected)), client:
             apply_consent(settings, warehouse, views, run)
             with warehouse.connect() as conn:
-                departures = {
-                    name: plan_departure(
+                outbound = {
+                    name: select_outbound_windows(
                         conn,
                         store,
                         destination,
@@ -97,10 +97,10 @@ def build_delivered_assets(
                 batch_size=settings.batch_size,
                 workers=settings.fhir_max_connections,
             )
-            counts = step.deliver({name: departure.cleared for name, departure in departures.items()})
+            counts = step.deliver({name: windows.ready for name, windows in outbound.items()})
             with warehouse.connect() as conn:
-                for name, departure in departures.items():
-                    held_windows.release(conn, destination, name, departure.cleared)
+                for name, windows in outbound.items():
+                    held_windows.release(conn, destination, name, windows.ready)
                 refused = {name: dead_letters.count_unresolved(conn, name, "deliver") for name in selected}
             seconds = round(perf_counter() - started, 3)
             for name, key in selected.items():
@@ -108,12 +108,12 @@ def build_delivered_assets(
                     asset_key=key, check_name=CHECK, passed=not refused[name], description=_describe(refused[name])
                 )
                 is_checked = dg.AssetCheckKey(key, CHECK) in context.selected_asset_check_keys
-                yield from emit_departure(
+                yield from emit_outbound_results(
                     context,
                     key,
-                    departures[name].held,
+                    outbound[name].held,
                     {**asdict(counts[name]), "seconds": seconds, "destination": client.base_url},
-                    taken_up=departures[name].taken_up,
+                    released=outbound[name].released,
                     check_results=[check] if is_checked else [],
                 )
 

@@ -1,7 +1,7 @@
 """The assets ``exports/<type>``: the windows of a run as files in FHIR_EXPORT_URL.
 
 Each run writes one folder, with the valid resources as NDJSON and the tables as Parquet. Windows that do not reconcile
-are passed over; the first run after they reconcile includes them.
+are held back; the first run after they reconcile includes them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,11 +14,11 @@ from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.store import build_blobs
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
-from fhir_assets.orchestration.assets.departures import emit_departure
+from fhir_assets.orchestration.assets.outbound import emit_outbound_results
 from fhir_assets.orchestration.consent import apply_consent
 from fhir_assets.orchestration.failures import sanitized_errors
 from fhir_assets.orchestration.run_context import RunContext
-from fhir_assets.pipeline.reconcile.verdicts import plan_departure
+from fhir_assets.pipeline.reconcile.verdicts import select_outbound_windows
 from fhir_assets.pipeline.reconcile.window_counts import find_main_view
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
@@ -61,7 +61,7 @@ def _build_export_asset(
             view_tables.ensure_tables(conn, views)
             conn.commit()
             destination = f"exports {settings.fhir_export_url}"
-            departure = plan_departure(
+            outbound = select_outbound_windows(
                 conn,
                 store,
                 destination,
@@ -83,10 +83,10 @@ def _build_export_asset(
                 withholding=build_consent_gate(settings).withholds,
                 manifest=f"{resource_type.name}.manifest.json",
             ) as export:
-                files_of_type = export.for_type(resource_type.name, departure.cleared)
+                files_of_type = export.for_type(resource_type.name, outbound.ready)
                 files = [files_of_type.write_valid(), *(files_of_type.write_table(view, "parquet") for view in views)]
-                path = export.finish(unreconciled={resource_type.name: departure.held})
-            held_windows.release(conn, destination, resource_type.name, departure.cleared)
+                path = export.finish(unreconciled={resource_type.name: outbound.held})
+            held_windows.release(conn, destination, resource_type.name, outbound.ready)
             conn.commit()
         metadata = {
             "folder": dg.MetadataValue.path(path),
@@ -95,6 +95,6 @@ def _build_export_asset(
             "files": len(files),
         }
         key = dg.AssetKey(["exports", resource_type.key])
-        yield from emit_departure(context, key, departure.held, metadata, taken_up=departure.taken_up)
+        yield from emit_outbound_results(context, key, outbound.held, metadata, released=outbound.released)
 
     return exports

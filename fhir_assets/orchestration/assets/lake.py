@@ -1,6 +1,6 @@
 """The assets ``lake/<view>``: the tables as Parquet files in FHIR_LAKE_URL, for data that outgrows Postgres.
 
-Windows that do not reconcile are passed over; the first update after they reconcile writes them.
+Windows that do not reconcile are held back; the first update after they reconcile writes them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ import dagster as dg
 from fhir_assets.deployment.store import build_blobs
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
-from fhir_assets.orchestration.assets.departures import emit_departure
+from fhir_assets.orchestration.assets.outbound import emit_outbound_results
 from fhir_assets.orchestration.consent import apply_consent
 from fhir_assets.orchestration.failures import sanitized_errors
 from fhir_assets.orchestration.run_context import RunContext
@@ -84,6 +84,6 @@ def _build_lake_asset(
             "rows": written.rows,
             "bytes": written.bytes,
         }
-        yield from emit_departure(context, dg.AssetKey(["lake", view.name]), written.held, metadata)
+        yield from emit_outbound_results(context, dg.AssetKey(["lake", view.name]), written.held, metadata)
 
     return lake_asset

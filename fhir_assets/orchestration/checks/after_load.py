@@ -18,10 +18,11 @@ from fhir_assets.warehouse.postgres.db.connections import Session
 from fhir_assets.warehouse.postgres.tables import view_tables
 
 AFTER_LOAD = frozenset({VOLUME, PATIENTS_KNOWN})
-"""Loads do not change what the other checks of tables compare, or their queries read whole tables.
+"""The checks that every load evaluates.
 
-``schema_matches`` takes three queries for each view, half the time of an empty window; ``no_failed_partitions`` would
-open a second incident for a failed run while its windows are loaded again.
+Loads do not change what the other checks compare, or the queries of those checks read whole tables. ``schema_matches``
+needs three queries for each view, which is half the time of an empty window; ``no_failed_partitions`` would open a
+second incident for a failed run while its windows are loaded again.
 """
 
 
@@ -34,7 +35,7 @@ def log_checks_after_load(
 ) -> None:
     """Evaluate the checks of the main table of a type after its materialization, and log the results.
 
-    They are not planned by the run, so that a run without this step leaves the results as they are.
+    The run does not plan these checks, so that a run without this step does not change their results.
     """
     asset = dg.AssetKey(["normalized", resource_type.key])
     records = context.instance.fetch_materializations(asset, limit=1).records

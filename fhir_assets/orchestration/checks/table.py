@@ -186,9 +186,9 @@ class TableEvaluator:
             keys = [window.partition_key for window in failed]
             commands = [
                 f"`fhir-assets ingest --types {self._type.name} --from {first[:10]} --to {last[:10]}`"
-                for first, last in _find_stretches(self._settings.window_scheme, keys)
+                for first, last in _find_consecutive_ranges(self._settings.window_scheme, keys)
             ]
-            more = f" and {len(commands) - _MAX_COMMANDS} more stretches" if len(commands) > _MAX_COMMANDS else ""
+            more = f" and {len(commands) - _MAX_COMMANDS} more ranges" if len(commands) > _MAX_COMMANDS else ""
             description = (
                 f"the last run of {len(failed)} windows failed. Correct the causes of the errors, then load these "
                 f"windows again: {', '.join(commands[:_MAX_COMMANDS])}{more}"
@@ -342,17 +342,17 @@ def _last_but_one_tick(cron_schedule: str, now: datetime) -> datetime:
     return last.start
 
 
-def _find_stretches(scheme: WindowScheme, keys: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the first and last partition key of each stretch of consecutive windows."""
-    stretches: list[tuple[str, str]] = []
+def _find_consecutive_ranges(scheme: WindowScheme, keys: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the first and last partition key of each range of consecutive windows."""
+    ranges: list[tuple[str, str]] = []
     previous_end: datetime | None = None
     for window in sorted((scheme.window(key) for key in keys), key=lambda window: window.end):
-        if stretches and window.start == previous_end:
-            stretches[-1] = (stretches[-1][0], window.key)
+        if ranges and window.start == previous_end:
+            ranges[-1] = (ranges[-1][0], window.key)
         else:
-            stretches.append((window.key, window.key))
+            ranges.append((window.key, window.key))
         previous_end = window.end
-    return stretches
+    return ranges
 
 
 def _may_repeat(view: View) -> bool:

@@ -1,4 +1,4 @@
-"""Windows whose check ``reconciles`` failed, evaluated again: the check passes when the cause is gone."""
+"""Evaluates again the windows whose check ``reconciles`` failed, because the cause may be gone."""
 
 import os
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def find_unreconciled_windows(
 ) -> list[tuple[str, WindowCounts]]:
     """Return the windows of the types that do not reconcile, with their type and counts.
 
-    Only windows whose last evaluation failed are counted again. Those that reconcile by now are reported to Dagster.
+    Only windows whose last evaluation failed are counted again. Those that now reconcile are reported to Dagster.
     """
     with connections.connect(os.environ["DAGSTER_POSTGRES_URL"]) as dagster_conn:
         failed = check_results.find_failed_partitions(dagster_conn, RECONCILES)

@@ -13,9 +13,9 @@ _KEY = ("asset_key", "check_name", "run_id", "partition")
 
 
 def build_runless_evaluation(event: dg.EventLogEntry, event_id: int | None, timestamp: datetime) -> postgresql.Insert:
-    """Return the statement that stores an evaluation and replaces the one before. Its run id is empty.
+    """Return the statement that stores an evaluation and replaces the previous one.
 
-    The replaced row gets a new id, because ids order the evaluations of a check.
+    Its run id is empty. The replaced row gets a new id, because ids order the evaluations of a check.
     """
     evaluation = event.get_dagster_event().event_specific_data
     assert isinstance(evaluation, dg.AssetCheckEvaluation)

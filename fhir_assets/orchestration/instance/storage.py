@@ -211,8 +211,8 @@ class BatchedEventLog(PostgresEventLogStorage):
     ) -> EventLogConnection:
         """Return the events of a run, as the page of the run shows them.
 
-        A run plans each asset for each of its windows. Unless ``of_type`` names types, only one plan of each
-        asset is returned: the others say nothing new, and were two fifths of the page of a backfill.
+        A run plans each asset for each of its windows. Unless ``of_type`` names types, only one plan of each asset is
+        returned, because the others contain nothing new and would be two fifths of the page of a backfill.
         """
         connection = super().get_records_for_run(run_id, cursor, of_type, limit, ascending)
         if of_type is not None:
@@ -365,7 +365,7 @@ class BatchedEventLog(PostgresEventLogStorage):
                 self.store_asset_check_event(row.event, row.id)
 
     def _store_runless_asset_check_evaluation(self, event: dg.EventLogEntry, event_id: int | None) -> None:
-        """Store an evaluation outside of a run: the newest one of a check and partition replaces the one before.
+        """Store an evaluation outside of a run. It replaces the previous one of the same check and partition.
 
         Dagster inserts a row for each, which the unique index refuses for the second evaluation of a partition.
         """

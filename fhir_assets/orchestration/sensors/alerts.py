@@ -1,9 +1,9 @@
 """The sensor ``alerts``: records incidents in ``ops.incidents`` and sends each once to ALERT_WEBHOOK_URL.
 
 An incident is a failed run, a failed check of severity ERROR (its run succeeds nevertheless), a resource type whose
-windows are behind schedule, or a schedule or sensor whose last tick failed, so that it may start no run. An incident
-closes when its cause is gone: see ``recoveries.py`` and ``checks/red_windows.py``. When it opens and closes, the assets
-that it concerns get an observation.
+windows are behind schedule, or a schedule or sensor whose last tick failed. An incident closes when its cause is gone:
+see ``recoveries.py`` and ``checks/failed_windows.py``. When it opens or closes, an observation is recorded for the
+assets that it concerns.
 """
 
 import json
@@ -18,7 +18,7 @@ from fhir_assets.catalog import BY_NAME
 from fhir_assets.delivery.webhook import Webhook
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
-from fhir_assets.orchestration.checks.red_windows import evaluate_red_windows
+from fhir_assets.orchestration.checks.failed_windows import reevaluate_failed_windows
 from fhir_assets.orchestration.failures import sanitized_errors
 from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD
 from fhir_assets.orchestration.sensors.recoveries import find_assets, find_selected, record_recoveries
@@ -34,7 +34,7 @@ PAGE_SIZE = 1000
 _MAX_PAGES = 20
 _INTERVAL_SECONDS = 30
 _READ_SECONDS = 20.0
-"""Seconds after which a tick reads no further page of events: Dagster ends a tick after 60 s."""
+"""Seconds after which a tick stops reading events: Dagster ends a tick after 60 s."""
 
 _MAX_NAMED_ASSETS = 3
 _MAX_OBSERVED_ASSETS = 10
@@ -64,12 +64,12 @@ def build_alerts_sensor(
         description="Records incidents in ops.incidents, and reports new and closed incidents to ALERT_WEBHOOK_URL.",
     )
     def alerts(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        cursor = {"runs": 0, "checks": 0, "red_windows": 0} | (json.loads(context.cursor) if context.cursor else {})
+        cursor = {"runs": 0, "checks": 0, "failed_windows": 0} | (json.loads(context.cursor) if context.cursor else {})
         with sanitized_errors(), warehouse.connect() as conn:
             before = incidents.list_open(conn)
             conn.commit()
-            cursor["red_windows"] = evaluate_red_windows(
-                context.instance, conn, store, views, settings, before, after=cursor["red_windows"]
+            cursor["failed_windows"] = reevaluate_failed_windows(
+                context.instance, conn, store, views, settings, before, after=cursor["failed_windows"]
             )
             conn.commit()
             runs, checks = _record_events(conn, context.instance, context.repository_def, settings, cursor)
@@ -77,7 +77,7 @@ def build_alerts_sensor(
                 _record_types_behind(conn, settings)
                 _record_ticks(conn, context.instance)
                 if context.repository_def is not None:
-                    record_recoveries(conn, context.instance, context.repository_def, look_at_runs=bool(runs or checks))
+                    record_recoveries(conn, context.instance, context.repository_def, check_runs=bool(runs or checks))
             delivered = webhook is None or _report(conn, webhook)
             now = incidents.list_open(conn)
         message = f"Read {runs} ended runs and {checks} evaluations of checks. {_describe_open(now)}"
@@ -101,8 +101,9 @@ def _record_events(
 ) -> tuple[int, int]:
     """Record the runs that ended and the checks that were evaluated since the last tick, page by page.
 
-    ``cursor`` is the one that Dagster has; the stored one counts, unless Dagster's events are fewer, as in a new
-    database. It is changed to the new one. Return the numbers of runs and evaluations.
+    ``cursor`` is Dagster's cursor of the sensor; this function updates it. The cursor stored in ``ops.alert_cursor``
+    takes precedence, unless it is greater than the ids of Dagster's events, as with a new Dagster database. Return the
+    numbers of runs and evaluations.
     """
     if stored := incidents.get_cursor(conn):
         last = instance.event_log_storage.get_maximum_record_id() or 0
@@ -122,7 +123,7 @@ def _record_events(
 
 
 def _record_ticks(conn: Connection, instance: dg.DagsterInstance) -> None:
-    """Record the schedules and sensors whose last finished tick failed, and those whose last one did not."""
+    """Record the schedules and sensors whose last finished tick failed, and those whose last tick succeeded."""
     failing = set()
     for state in instance.all_instigator_state():
         if state.is_running:
@@ -188,9 +189,9 @@ def _report(conn: Connection, webhook: Webhook) -> bool:
     """Send the incidents that have not been reported yet. Return False if the webhook did not accept them."""
     accepted = True
 
-    def deliver(began: list[incidents.Incident], over: list[incidents.Incident]) -> bool:
+    def deliver(opened: list[incidents.Incident], closed: list[incidents.Incident]) -> bool:
         nonlocal accepted
-        accepted = webhook.deliver(began, over)
+        accepted = webhook.deliver(opened, closed)
         return accepted
 
     incidents.announce(conn, deliver)

@@ -1,4 +1,4 @@
-"""Incidents whose cause is gone: which of their partitions recovered, in whatever run.
+"""Finds out which partitions of an incident have recovered, through any run.
 
 A failed run recovers when the assets and checks of its failed steps are materialized or evaluated again, by any job. A
 failed check recovers when it passes, and when it or its asset no longer exists.
@@ -22,17 +22,17 @@ _PLANNED_EVENTS = {
 
 
 def record_recoveries(
-    conn: Connection, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, *, look_at_runs: bool
+    conn: Connection, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, *, check_runs: bool
 ) -> None:
     """Record the recoveries of open incidents.
 
-    ``look_at_runs`` is False if nothing ran since the last call, so that failed runs cannot have recovered.
+    ``check_runs`` is False if nothing ran since the last call, so that failed runs cannot have recovered.
     """
     checks = {_name_check(key) for key in repository.asset_graph.asset_check_keys}
     for incident in incidents.list_open(conn):
         if incident.kind == "check" and incident.name not in checks:
             incidents.record_recovery(conn, "check", incident.name, incident.partitions)
-        elif incident.kind == "run" and look_at_runs:
+        elif incident.kind == "run" and check_runs:
             recovered = _find_recovered_partitions(instance, repository, incident)
             incidents.record_recovery(conn, "run", incident.name, recovered)
 
@@ -86,7 +86,7 @@ def _find_recovered_partitions(
 def _find_materialized(
     instance: dg.DagsterInstance, key: dg.AssetKey, partitions: Collection[str], after: int
 ) -> set[str]:
-    """Return those of the partitions of an asset that were materialized after an event."""
+    """Return the given partitions of an asset that were materialized after an event."""
     if UNPARTITIONED in partitions:
         records = instance.fetch_materializations(
             dg.AssetRecordsFilter(asset_key=key, after_storage_id=after), limit=1
@@ -102,7 +102,7 @@ def _find_materialized(
 def find_selected(
     instance: dg.DagsterInstance, repository: dg.RepositoryDefinition | None, run: dg.DagsterRun
 ) -> tuple[set[dg.AssetKey], set[dg.AssetCheckKey]]:
-    """Return the assets that a run was to materialize; the checks that it was to evaluate if it has no assets."""
+    """Return the assets that a run was to materialize, or the checks that it was to evaluate if it has no assets."""
     if run.asset_selection:
         return set(run.asset_selection), set()
     if run.asset_check_selection:
@@ -124,7 +124,7 @@ def find_selected(
 def _find_failed(
     instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, run: dg.DagsterRun
 ) -> tuple[set[dg.AssetKey], set[dg.AssetCheckKey]]:
-    """Return the assets and checks of the failed steps of a run; of the whole run if no step failed."""
+    """Return the assets and checks of the failed steps of a run, or of the whole run if no step failed."""
     selected, checks = find_selected(instance, repository, run)
     steps = set(_list_failed_steps(instance, run.run_id))
     failed = {

@@ -22,9 +22,9 @@ def build_table_checks_sensor(
 ) -> dg.SensorDefinition:
     """Return the sensor that keeps the results of ``checks``, which cover whole tables, up to date.
 
-    It requests a run of the checks whose table was materialized after their last evaluation, and of those that failed
-    before any table was: a missing reference may have been loaded by another type. It requests at most one run in
-    CHECKS_MINUTES, and none while a load is unfinished.
+    It requests a run of the checks whose table was materialized after their last evaluation. It also requests those
+    that failed before any table was materialized, because another type may have loaded a missing reference. It requests
+    at most one run in CHECKS_MINUTES, and none while a load is unfinished.
     """
 
     @dg.sensor(
@@ -64,7 +64,7 @@ def _find_earliest(instance: dg.DagsterInstance, interval: timedelta) -> datetim
 
 
 def find_outdated_checks(instance: dg.DagsterInstance, checks: Sequence[dg.AssetCheckKey]) -> list[dg.AssetCheckKey]:
-    """Return the checks whose result is not about the latest materialization of their table, or may have changed.
+    """Return the checks that were not evaluated since the latest materialization of their table, or may have changed.
 
     Tables that were never materialized are left out.
     """

@@ -1,4 +1,4 @@
-"""The verdict of each window, which decides whether the window leaves the house: deliveries, exports and the lake."""
+"""The verdict of each window: whether it reconciles. Deliveries, exports and the lake hold back windows that do not."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,18 +36,19 @@ def evaluate_doubtful_windows(
 
 
 @dataclass(frozen=True, slots=True)
-class Departure:
-    """The windows of one type that may leave, and those that are held back.
+class OutboundWindows:
+    """The windows of one type that may be written to a destination, and those that are held back.
 
-    ``cleared`` are in order and contain ``taken_up``, which an earlier run held back. ``held`` is the reason by window.
+    ``ready`` are in order and include ``released``: those that an earlier run held back. ``held`` has the reason for
+    each window that is held back.
     """
 
-    cleared: tuple[str, ...]
-    taken_up: tuple[str, ...]
+    ready: tuple[str, ...]
+    released: tuple[str, ...]
     held: Mapping[str, str]
 
 
-def plan_departure(
+def select_outbound_windows(
     conn: Session,
     store: Store,
     destination: str,
@@ -56,11 +57,11 @@ def plan_departure(
     *,
     main_view: View | None,
     run_id: str,
-) -> Departure:
-    """Decide which windows go to ``destination``: those of the run, and those that earlier runs held back.
+) -> OutboundWindows:
+    """Select the windows to write to ``destination``: those of the run, and those that earlier runs held back.
 
-    Windows that do not reconcile are held back, and recorded, so that a later run takes them up. Windows without a
-    partition have nothing to reconcile. The verdicts are read in the transaction that records the held windows.
+    Windows that do not reconcile are held back and recorded, so that a later run includes them. Windows without a
+    partition need no reconciliation. The verdicts are read in the transaction that records the held windows.
     """
     before = held_windows.find_held(conn, destination, resource_type)
     keys = sorted({*partition_keys, *before})
@@ -70,5 +71,5 @@ def plan_departure(
         held = window_verdicts.find_faults(conn, resource_type, keys)
         held_windows.hold(conn, destination, resource_type, held, run_id=run_id)
     wanted = frozenset(partition_keys)
-    cleared = [key for key in keys if key not in held]
-    return Departure(tuple(cleared), tuple(key for key in cleared if key not in wanted), held)
+    ready = [key for key in keys if key not in held]
+    return OutboundWindows(tuple(ready), tuple(key for key in ready if key not in wanted), held)

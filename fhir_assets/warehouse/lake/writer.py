@@ -3,7 +3,7 @@
 A newer version of a resource can move its rows to another window, and a deletion or a withdrawn consent removes rows.
 An update therefore rewrites every window whose rows changed since its file was written, not only those of its run.
 
-Windows that do not reconcile (``ops.window_verdicts``) are passed over: they get no file, and their earlier file stays
+Windows that do not reconcile (``ops.window_verdicts``) are held back: they get no file, and their earlier file stays
 while the table still has all of its rows. A file with rows that the table no longer has is deleted, because consent may
 have been withdrawn for them.
 """
@@ -62,7 +62,7 @@ _decoder = msgspec.json.Decoder(dict[str, _FileState])
 class LakeUpdate:
     """The result of an update of a view's folder: written and removed windows, and the rows and bytes written.
 
-    ``held`` are the windows that were passed over, with the reason.
+    ``held`` has the reason for each window that was held back.
     """
 
     windows: int = 0

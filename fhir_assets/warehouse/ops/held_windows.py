@@ -1,4 +1,4 @@
-"""``ops.held_windows``: windows that a delivery or export passed over, until a run includes them."""
+"""``ops.held_windows``: windows that a delivery or export held back, until a run includes them."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ from fhir_assets.warehouse.postgres.db.connections import Connection
 
 
 def hold(conn: Connection, destination: str, resource_type: str, partition_keys: Iterable[str], *, run_id: str) -> None:
-    """Record windows that a run passed over. Windows that an earlier run passed over stay as they are."""
+    """Record windows that a run held back. Records of earlier runs are not changed."""
     conn.execute(
         """
         INSERT INTO ops.held_windows (destination, resource_type, partition_key, run_id)

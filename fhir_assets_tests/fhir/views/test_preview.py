@@ -44,7 +44,7 @@ DEVICE: dict[str, Any] = {"resourceType": "Device", "id": "d"}
 
 
 def passed_over(*paths: Path) -> tuple[list[object], list[tuple[str, str]]]:
-    """The ids of the rows, and the locations and messages of what was passed over."""
+    """The ids of the rows, and the locations and messages of the skipped lines."""
     reported: list[tuple[str, str]] = []
     rows = run_view(VIEW, paths, on_error=lambda location, error: reported.append((location, str(error))))
     return [row[0] for row in rows], reported

@@ -1,4 +1,7 @@
-"""Windows with open incidents, evaluated again: their causes may be gone without a run, for example by a discard."""
+"""Evaluates again the checks of windows with open incidents, whose causes may have been removed without a run.
+
+For example, a discard of dead letters removes the cause of a failed check.
+"""
 
 from collections.abc import Sequence
 from time import monotonic
@@ -19,7 +22,7 @@ _MAX_WINDOWS = 5
 _MAX_SECONDS = 10
 
 
-def evaluate_red_windows(
+def reevaluate_failed_windows(
     instance: dg.DagsterInstance,
     conn: Session,
     store: Store,
@@ -29,7 +32,7 @@ def evaluate_red_windows(
     *,
     after: int,
 ) -> int:
-    """Evaluate some windows of open incidents of checks again, and report those that pass to Dagster.
+    """Evaluate some windows of open check incidents again, and report those that pass to Dagster.
 
     ``after`` is the number of windows that earlier calls evaluated. Return the number for the next call, which
     continues with the windows after them.

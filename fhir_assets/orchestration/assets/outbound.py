@@ -1,4 +1,8 @@
-"""What deliveries, exports and the lake report: the windows that they pass over, and those that they take up later."""
+"""Reports of the assets that write data outside of the warehouse (deliveries, exports, the lake).
+
+They name the windows that a run held back, and those of earlier runs that it released. The decision which windows to
+hold back is in ``pipeline.reconcile.verdicts``.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -26,42 +30,42 @@ def name_windows(partition_keys: Sequence[str]) -> str:
     return ", ".join(partition_keys[:_MAX_NAMED_WINDOWS]) + (f" and {more} more" if more > 0 else "")
 
 
-def emit_departure(
+def emit_outbound_results(
     context: dg.AssetExecutionContext,
     asset_key: dg.AssetKey,
     held: Mapping[str, str],
     metadata: Mapping[str, Any],
     *,
-    taken_up: Sequence[str] = (),
+    released: Sequence[str] = (),
     check_results: Sequence[dg.AssetCheckResult] = (),
 ) -> Iterator[dg.MaterializeResult[None] | dg.AssetCheckResult]:
-    """Materialize an asset in the windows that left: those of the run that are not held, and ``taken_up``.
+    """Materialize an asset in the windows that were written: those of the run that are not held, and ``released``.
 
-    ``held`` is the reason by window. Windows that are held back get no materialization, so that the UI does not show
-    them as delivered.
+    ``held`` has the reason for each window that is held back. These windows get no materialization, so that the UI does
+    not show them as delivered.
     """
-    shown = {**metadata, **_build_metadata(held, taken_up)}
+    shown = {**metadata, **_build_metadata(held, released)}
     name = asset_key.to_user_string()
     if held:
         log_line(context, f"{name}: {len(held)} windows are {describe_held(held)}")
-    if taken_up:
+    if released:
         log_line(
-            context, f"{name}: {len(taken_up)} windows that were held back reconcile now: {name_windows(taken_up)}"
+            context, f"{name}: {len(released)} windows that were held back reconcile now: {name_windows(released)}"
         )
-    passed_over = [key for key in context.partition_keys if key in held]
-    left = [*taken_up, *(key for key in context.partition_keys if key not in held)] if passed_over else taken_up
-    for key in left:
+    held_back = [key for key in context.partition_keys if key in held]
+    written = [*released, *(key for key in context.partition_keys if key not in held)] if held_back else released
+    for key in written:
         context.log_event(dg.AssetMaterialization(asset_key, partition=key, metadata=shown))
-    if passed_over:
+    if held_back:
         yield from check_results
     else:
         yield dg.MaterializeResult(asset_key=asset_key, metadata=shown, check_results=check_results)
 
 
-def _build_metadata(held: Mapping[str, str], taken_up: Sequence[str]) -> dict[str, Any]:
+def _build_metadata(held: Mapping[str, str], released: Sequence[str]) -> dict[str, Any]:
     metadata: dict[str, Any] = {"windows_held_back": len(held)}
     if held:
         metadata["held_back"] = rows_table(("window", "reason"), list(held.items())[:_MAX_SHOWN_WINDOWS])
-    if taken_up:
-        metadata["windows_taken_up"] = dg.MetadataValue.text(name_windows(taken_up))
+    if released:
+        metadata["windows_taken_up"] = dg.MetadataValue.text(name_windows(released))
     return metadata

@@ -1,4 +1,4 @@
-"""Deliveries, exports and the lake pass over windows that do not reconcile, and take them up once they do."""
+"""Deliveries, exports and the lake hold back windows that do not reconcile, and include them once they do."""
 
 import json
 from collections.abc import Iterator
