@@ -1,4 +1,4 @@
-"""A supervised process that ends is started again with a sentence; one that never stays up ends the command."""
+"""A supervised process that exits is restarted, with a message; one that exits repeatedly ends the command."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def sentences() -> list[str]:
 
 @pytest.fixture
 def supervisor(sentences: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
-    monkeypatch.setattr("fhir_assets.cli.supervisor._LOOKS_WITHOUT_CHILD", 2)
+    monkeypatch.setattr("fhir_assets.cli.supervisor._CHECKS_WITHOUT_CHILD", 2)
     supervisor = Supervisor(os.environ, sentences.append)
     yield supervisor
     supervisor.stop()
