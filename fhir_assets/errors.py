@@ -16,6 +16,7 @@ Transient and permanent are types: a caller may retry a ``TransientError``, neve
         ├── ServerRefused         a FHIR server responded with 4xx: credentials, rights, an unknown search
         ├── NotFhir               a response or a file that is not valid FHIR
         ├── StoreError            the store cannot be read or written (disk full, rights, damaged part)
+        │   └── FileMissing       the store does not have a file
         ├── EncryptionError       encrypted patient data was altered, or its key is missing
         ├── MissingCipher         a connection without a cipher was used for patient data
         ├── FhirPathError         a FHIRPath expression cannot be parsed, resolved or evaluated
@@ -73,6 +74,10 @@ class NotFhir(PermanentError):
 
 class StoreError(PermanentError):
     """The store cannot be read or written: disk full, missing rights, a damaged part."""
+
+
+class FileMissing(StoreError):
+    """The store was read, and does not have a file."""
 
 
 class EncryptionError(PermanentError):

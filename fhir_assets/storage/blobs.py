@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from fhir_assets.atomic_files import UNFINISHED
-from fhir_assets.errors import StoreError
+from fhir_assets.errors import FileMissing, StoreError
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Blobs(Protocol):
         ...
 
     def open(self, name: str) -> BinaryIO:
-        """Open ``name`` for reading. Raises StoreError if it does not exist."""
+        """Open ``name`` for reading. Raises FileMissing if it does not exist, StoreError."""
         ...
 
     def names(self, prefix: str) -> Iterator[str]:
@@ -140,9 +140,15 @@ class LocalBlobs:
                 return None
 
     def open(self, name: str) -> BinaryIO:
-        """Open ``name`` for reading. Raises StoreError."""
+        """Open ``name`` for reading. Raises FileMissing if it does not exist, StoreError."""
         with _translate_disk_errors(f"read {self.root / name}"):
-            return (self.root / name).open("rb")
+            try:
+                return (self.root / name).open("rb")
+            except FileNotFoundError:
+                raise FileMissing(
+                    f"{self.url} does not have {name}: restore it from a backup, or materialize its raw partition "
+                    "again with a full refresh"
+                ) from None
 
     def names(self, prefix: str) -> Iterator[str]:
         """Yield every name below the folder ``prefix``."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO, cast
 
-from fhir_assets.errors import ConfigurationError, StoreError
+from fhir_assets.errors import ConfigurationError, FileMissing, StoreError
 from fhir_assets.storage.blobs import ListedFile
 
 S3Client = Any
@@ -78,7 +78,7 @@ class Bucket:
         try:
             with self.open(name) as stream:
                 return stream.read()
-        except _NoSuchKey:
+        except FileMissing:
             return None
 
     def open(self, name: str) -> BinaryIO:
@@ -130,7 +130,7 @@ class Bucket:
         if code == "NoSuchBucket":
             return ConfigurationError(f"there is no bucket {self.name}: create it, or correct {self.url}")
         if code in ("NoSuchKey", "404") or status == 404:
-            return _NoSuchKey(f"cannot {action} in {self.url}: it does not exist")
+            return FileMissing(f"cannot {action} in {self.url}: it does not exist")
         if code in ("AccessDenied", "403") or status == 403:
             return StoreError(
                 f"no permission to {action} in {self.url}: grant the credentials s3:GetObject, s3:PutObject, "
@@ -195,10 +195,6 @@ class S3Blobs:
     def delete(self, name: str) -> None:
         """Delete ``name`` if it exists."""
         self.bucket.delete(name)
-
-
-class _NoSuchKey(StoreError):
-    """The requested object does not exist."""
 
 
 class _Stream(io.RawIOBase):

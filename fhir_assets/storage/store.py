@@ -13,7 +13,7 @@ import msgspec
 from isal import igzip, isal_zlib
 
 from fhir_assets.catalog import snake_case
-from fhir_assets.errors import ConfigurationError, StoreError
+from fhir_assets.errors import ConfigurationError, EncryptionError, FileMissing, StoreError
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.sources import DEFAULT_SOURCE, require_source_key
 from fhir_assets.storage.blobs import Blobs, LocalBlobs
@@ -33,7 +33,7 @@ SOURCES_FOLDER = "sources"
 BATCH_BYTES = 1 << 20
 """The size of one read. A batch of lines is the unit of work of validation and loading."""
 
-_CONCURRENT_CALLS = 8
+CONCURRENT_CALLS = 8
 """The number of manifests that are read or written concurrently, each of which waits for the bucket or the disk."""
 
 _REMEDY = {
@@ -51,7 +51,7 @@ _decoder = msgspec.json.Decoder(Manifest)
 
 
 def map_concurrently(
-    function: Callable[[Item], Result], items: Iterable[Item], *, calls: int = _CONCURRENT_CALLS
+    function: Callable[[Item], Result], items: Iterable[Item], *, calls: int = CONCURRENT_CALLS
 ) -> list[Result]:
     """Return the results of ``function`` for all items, in their order, with up to ``calls`` concurrent threads."""
     inputs = list(items)
@@ -76,6 +76,13 @@ class LineBatch(NamedTuple):
     def times(self) -> Iterator[datetime | None]:
         """Yield the time of arrival of each line; without end None if the part does not record them."""
         return list_times(self.arrivals)
+
+
+class CountedLines(NamedTuple):
+    """The complete lines of a part that the store has, and what is wrong with the part; empty if nothing is."""
+
+    rows: int
+    defect: str = ""
 
 
 class Store:
@@ -116,7 +123,7 @@ class Store:
 
     def _manifests(self, partitions: Iterable[tuple[str, str, str]]) -> list[Manifest | None]:
         # Reading a small local file takes less time than starting a thread.
-        calls = 1 if isinstance(self.blobs, LocalBlobs) else _CONCURRENT_CALLS
+        calls = 1 if isinstance(self.blobs, LocalBlobs) else CONCURRENT_CALLS
         return map_concurrently(lambda partition: self.manifest(*partition), partitions, calls=calls)
 
     def commit(self, manifests: Iterable[Manifest]) -> None:
@@ -155,6 +162,33 @@ class Store:
             for lines in self.batches([part]):
                 yield LineBatch(lines, _slice_arrivals(part.arrivals, start, start + len(lines)), part.dated)
                 start += len(lines)
+
+    def count_lines(self, part: Part) -> CountedLines:
+        """Read a part and count its lines, whatever its manifest says. Raises StoreError if the store cannot be read.
+
+        Of a part that breaks off, the lines before the break are counted.
+        """
+        rows = 0
+        last = b"\n"
+        try:
+            with (
+                self.blobs.open(part.name) as raw,
+                _unpack(fileobj=decrypt_stream(raw, self.cipher), mode="rb") as file,
+            ):
+                while chunk := file.read(BATCH_BYTES):
+                    rows += chunk.count(b"\n")
+                    last = chunk[-1:]
+        except FileMissing:
+            return CountedLines(0, f"{part.name} is missing")
+        except (OSError, EOFError, _DAMAGED):
+            return CountedLines(rows, f"{part.name} is damaged")
+        except EncryptionError as error:
+            return CountedLines(rows, f"{part.name}: {error}")
+        if last != b"\n":
+            return CountedLines(rows, f"{part.name} breaks off")
+        if rows != part.rows:
+            return CountedLines(rows, f"{part.name} has {rows} lines, {part.rows} were written")
+        return CountedLines(rows)
 
     def _lines(self, part: Part) -> Iterator[list[bytes]]:
         rest = b""

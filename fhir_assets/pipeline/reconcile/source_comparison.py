@@ -85,7 +85,7 @@ def compare_type(
 
     Raises the errors of the source, StoreError and DatabaseUnavailable.
     """
-    keys = store.partition_keys("raw", resource_type)
+    keys = sorted({key for layer in ("raw", "validated") for key in store.partition_keys(layer, resource_type)})
     windows = reconcile(conn, store, resource_type, keys, main_view=find_main_view(views, resource_type))
     red = tuple(window for window in windows if window.faults)
     checkpoint = checkpoints.get(conn, [resource_type]).get(resource_type)

@@ -1,6 +1,6 @@
 """Reconcile windows: count the resources of a window in each layer, and report counts that do not match."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -10,8 +10,9 @@ from fhir_assets.fhir.record import MalformedResource, parse_stored, read_header
 from fhir_assets.fhir.views import View
 from fhir_assets.notices import Notice
 from fhir_assets.privacy.encryption import Cipher
+from fhir_assets.storage.blobs import LocalBlobs
 from fhir_assets.storage.manifest import Manifest
-from fhir_assets.storage.store import Store
+from fhir_assets.storage.store import CONCURRENT_CALLS, CountedLines, Store, map_concurrently
 from fhir_assets.warehouse.ops import corrections, dead_letter_resolution
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
@@ -37,7 +38,7 @@ class WindowCounts:
     rejected: int
     """Entries that became dead letters when they were fetched or received."""
     raw: int
-    """Resources in the raw partition."""
+    """Resources in the raw partition, counted in the files of the store."""
     validated: int
     """Resources that were validated."""
     valid: int
@@ -68,6 +69,8 @@ class WindowCounts:
     """How many more dead letters of stage ``validate`` there are than the validated partition counts (``dead``)."""
     other_parts: bool = False
     """Whether the validated parts are not those of the raw partition."""
+    defects: tuple[str, ...] = ()
+    """What is wrong with the files of the raw partition: parts that are missing, cut, doubled or unreadable."""
 
     @property
     def loaded(self) -> int:
@@ -90,7 +93,8 @@ class WindowCounts:
         arrived = self.matched + self.undated + self.received - self.repeated - self.rejected
         if self.raw != arrived:
             faults.append(f"{arrived} were received but raw holds {self.raw}: {action}")
-        if self.raw != self.validated:
+        faults.extend(f"{defect}: restore it from a backup, or {action} with a full refresh" for defect in self.defects)
+        if self.raw != self.validated and not self.defects:
             faults.append(f"raw holds {self.raw} but {self.validated} were validated: materialize validated again")
         elif self.other_parts:
             faults.append("other parts were validated than those that raw has: materialize validated again")
@@ -147,25 +151,32 @@ def reconcile(
     *,
     main_view: View | None,
 ) -> list[WindowCounts]:
-    """Return the counts of each window that has a raw partition.
+    """Return the counts of each window that has a raw or a validated partition.
 
     The ids of the validated partitions are compared in the database with ``fhir.resource``, and with ``main_view`` if
-    every resource has a row in that view. If a window has fewer dead letters than its validated partition counts, each
-    resource of its raw partition is looked up in the tables and among the dead letters. Raises StoreError or
-    DatabaseUnavailable.
+    every resource has a row in that view. The lines of the raw parts are counted in their files, so that a file that
+    was lost or changed after its validation is a fault. If a window has fewer dead letters than its validated partition
+    counts, each resource of its raw partition is looked up in the tables and among the dead letters. Raises StoreError
+    or DatabaseUnavailable.
     """
     raw = {m.partition_key: m for m in store.manifests("raw", resource_type, partition_keys)}
-    validated = {m.partition_key: m for m in store.manifests("validated", resource_type, raw)}
+    validated = {m.partition_key: m for m in store.manifests("validated", resource_type, partition_keys)}
+    raw |= {key: _build_lost_manifest(manifest) for key, manifest in validated.items() if key not in raw}
+    lines = _count_raw_lines(store, raw.values())
     not_loaded = reconciliation.count_unloaded(conn, resource_type, partition_keys)
     versions = reconciliation.count_versions(conn, resource_type, partition_keys)
     absent = _count_absent(conn, store, resource_type, list(validated.values()), main_view)
     rejected = {key: sum(m.validated.dead.values()) for key, m in validated.items() if m.validated}
     dead = dead_letter_resolution.count_dead(conn, resource_type, list(rejected))
-    short = [raw[key] for key, count in rejected.items() if dead.get(key, 0) < count]
+    short = [
+        raw[key]
+        for key, count in rejected.items()
+        if dead.get(key, 0) < count and not _list_defects(raw[key], lines[key])
+    ]
     lost = _count_lost(conn, store, resource_type, short, absent)
     return [
         replace(
-            _count(manifest, validated.get(key), not_loaded.get(key, 0), absent.get(key, AbsentCounts())),
+            _count(manifest, validated.get(key), not_loaded.get(key, 0), absent.get(key, AbsentCounts()), lines[key]),
             versions=versions.get(key, 0),
             lost=lost.get(key, 0),
             surplus=max(0, dead.get(key, 0) - rejected.get(key, 0)),
@@ -174,7 +185,29 @@ def reconcile(
     ]
 
 
-def _count(raw: Manifest, validated: Manifest | None, not_loaded: int, absent: AbsentCounts) -> WindowCounts:
+def _build_lost_manifest(validated: Manifest) -> Manifest:
+    """Return a raw partition without content for a validated one whose raw partition is not in the store."""
+    return Manifest("raw", validated.resource_type, validated.partition_key, "", validated.written_at, ())
+
+
+def _count_raw_lines(store: Store, raw: Collection[Manifest]) -> dict[str, list[CountedLines]]:
+    """Return by partition key what the store has of each part of the raw partitions.
+
+    Only the line feeds of a file are counted: this takes a small share of the time in which the validated lines are
+    compared with the tables.
+    """
+    calls = 1 if isinstance(store.blobs, LocalBlobs) else CONCURRENT_CALLS
+    counted = iter(map_concurrently(store.count_lines, (part for m in raw for part in m.parts), calls=calls))
+    return {manifest.partition_key: [next(counted) for _ in manifest.parts] for manifest in raw}
+
+
+def _count(
+    raw: Manifest,
+    validated: Manifest | None,
+    not_loaded: int,
+    absent: AbsentCounts,
+    lines: Sequence[CountedLines],
+) -> WindowCounts:
     fetches = raw.fetched.fetches if raw.fetched else ()
     totals = [fetch.server_total for fetch in fetches]
     known = [total for total in totals if total is not None]
@@ -186,7 +219,7 @@ def _count(raw: Manifest, validated: Manifest | None, not_loaded: int, absent: A
         sum(fetch.matched for fetch in fetches),
         sum(fetch.matched - fetch.new for fetch in fetches) + sum(undated),
         sum(fetch.dead for fetch in fetches) + sum(receipt.rejected for receipt in raw.receipts),
-        raw.rows,
+        sum(part.rows for part in lines),
         state.rows_in if state else 0,
         (validated.rows if validated else 0) - absent.withheld,
         sum(state.dead.values()) if state else 0,
@@ -199,6 +232,18 @@ def _count(raw: Manifest, validated: Manifest | None, not_loaded: int, absent: A
         undated=sum(undated),
         beyond=raw.fetched.beyond if raw.fetched else 0,
         other_parts=state is not None and state.raw_parts != {part.name for part in raw.parts},
+        defects=_list_defects(raw, lines),
+    )
+
+
+def _list_defects(raw: Manifest, lines: Sequence[CountedLines]) -> tuple[str, ...]:
+    """Return what is wrong with the files of a raw partition. No fetch brings received parts back: they are named."""
+    if not raw.run_id:
+        return (f"raw/{raw.resource_type} of {raw.partition_key} is not in the store, although it was validated",)
+    return tuple(
+        counted.defect if part.origin is None else f"{counted.defect} (received from {part.origin})"
+        for part, counted in zip(raw.parts, lines, strict=True)
+        if counted.defect
     )
 
 
