@@ -12,6 +12,7 @@ import dagster as dg
 from fhir_assets.orchestration.dagster_internals import AssetMetadataHandle, OutputMetadataAccumulator
 
 PARTITION_ROW_COUNT = "dagster/partition_row_count"
+ROW_COUNT = "dagster/row_count"
 RUN_PREFIX = "run_"
 
 

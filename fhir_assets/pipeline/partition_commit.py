@@ -9,7 +9,7 @@ written, and only in partitions whose committed manifest is the one of the run. 
 them open, and the next complete validation resolves them.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -20,13 +20,14 @@ from fhir_assets.errors import Overtaken
 from fhir_assets.sources import DEFAULT_SOURCE
 from fhir_assets.storage.manifest import REPLAY, Manifest, Part
 from fhir_assets.storage.store import Store, partition_folder
-from fhir_assets.warehouse.ops import window_verdicts
+from fhir_assets.warehouse.ops import partition_rows, window_verdicts
 from fhir_assets.warehouse.ops.dead_letter_resolution import DeadLetterResolution, resolve_dead_letters
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
 from fhir_assets.warehouse.postgres.db.partition_locks import lock_partitions
 
 _PARTITIONS_PER_TRANSACTION = 100
 _RECONCILED_LAYERS = ("raw", "validated")
+_Rows = Callable[[Manifest], int | None]
 
 
 class PartitionUpdate(Protocol):
@@ -90,10 +91,10 @@ def rewrite_partitions(
                 # Before the manifests change, in case this process is killed, and again after it.
                 if changed:
                     with connect() as other:
-                        _invalidate_verdicts(other, changed)
+                        _record_change(other, changed, rows=lambda _: None)
                         other.commit()
                 store.commit(merged)
-                _invalidate_verdicts(conn, changed)
+                _record_change(conn, changed, rows=lambda manifest: manifest.rows)
                 if resolution is not None:
                     own = [m.partition_key for new, m in zip(group, merged, strict=True) if m.run_id == new.run_id]
                     resolve_dead_letters(conn, resolution.restrict(own))
@@ -228,13 +229,15 @@ def _changes_window(new: Manifest, current: Manifest | None) -> bool:
     return msgspec.structs.replace(current, **fetched) != new
 
 
-def _invalidate_verdicts(conn: Connection, manifests: Sequence[Manifest]) -> None:
-    keys_by_type: dict[str, list[str]] = {}
+def _record_change(conn: Connection, manifests: Sequence[Manifest], *, rows: _Rows) -> None:
+    """Invalidate the verdicts of the windows, and record the number of resources in their partitions."""
+    by_partitions: defaultdict[tuple[str, str], dict[str, int | None]] = defaultdict(dict)
     for manifest in manifests:
         if manifest.layer in _RECONCILED_LAYERS:
-            keys_by_type.setdefault(manifest.resource_type, []).append(manifest.partition_key)
-    for resource_type in sorted(keys_by_type):
-        window_verdicts.invalidate(conn, resource_type, keys_by_type[resource_type])
+            by_partitions[manifest.resource_type, manifest.layer][manifest.partition_key] = rows(manifest)
+    for (resource_type, layer), rows_by_partition in sorted(by_partitions.items()):
+        window_verdicts.invalidate(conn, resource_type, list(rows_by_partition))
+        partition_rows.record(conn, layer, resource_type, rows_by_partition)
 
 
 @contextmanager

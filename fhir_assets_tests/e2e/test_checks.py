@@ -292,6 +292,8 @@ def test_the_metadata_of_a_window_counts_this_window_only(deployment: Deployment
         return [metadata[day].get(name) for day in days]
 
     assert read("raw/patient", "dagster/partition_row_count") == [10, 10, 10, 0]
+    assert read("raw/patient", "dagster/row_count") == [None, None, None, 30], "of all partitions, once"
+    assert read("validated/patient", "dagster/row_count") == [None, None, None, 28]
     assert read("raw/patient", "fetched") == [10, 10, 10, 0]
     assert read("validated/patient", "dagster/partition_row_count") == [10, 8, 10, 0]
     assert read("validated/patient", "dead") == [0, 2, 0, 0]
@@ -304,6 +306,19 @@ def test_the_metadata_of_a_window_counts_this_window_only(deployment: Deployment
     assert read("normalized/encounter", "dagster/partition_row_count") == [1, 1, 1, 0]
     deployment.ingest(first=DAY, last=DAY)
     assert read("normalized/patient", "dagster/partition_row_count") == [10, 8, 10, 0]
+
+
+def test_the_row_count_includes_partitions_whose_number_is_not_recorded(
+    deployment: Deployment, server: SandboxServer
+) -> None:
+    deployment.ingest(first=DAY, last=DAY + timedelta(days=1))
+    # As after an upgrade, or after a commit that was killed.
+    deployment.query("UPDATE ops.partition_rows SET row_count = NULL RETURNING 1")
+    third = DAY + timedelta(days=2)
+    deployment.ingest(first=third, last=third)
+    for asset, count in (("raw/patient", 30), ("validated/patient", 28)):
+        assert read_metadata(deployment, asset)[f"{third:%Y-%m-%d}"]["dagster/row_count"] == count
+    assert deployment.query("SELECT count(*) FROM ops.partition_rows WHERE row_count IS NULL") == [(0,)]
 
 
 def read_log(deployment: Deployment, run_id: str) -> list[str]:

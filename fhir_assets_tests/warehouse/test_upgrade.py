@@ -138,6 +138,7 @@ def restore_revision_0019(session: Session, *, encrypted: bool) -> None:
     session.execute("ALTER TABLE ops.consent_policy DROP COLUMN source")
     session.execute("ALTER TABLE ops.consent_policy ADD COLUMN one boolean PRIMARY KEY DEFAULT true")
     session.execute("DROP TABLE ops.identifier_types, ops.window_verdicts, ops.held_windows, ops.alert_cursor")
+    session.execute("DROP TABLE ops.partition_rows")
     session.execute("DROP FUNCTION ops.current_source()")
     session.execute("ALTER TABLE ops.dead_letters DROP COLUMN recorded")
     session.execute("DROP SEQUENCE ops.dead_letter_records")

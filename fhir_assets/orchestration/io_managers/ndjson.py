@@ -1,13 +1,15 @@
 """The IO manager ``ndjson``: commits partitions of raw and validated, and passes their manifests to the next step."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import dagster as dg
 
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.orchestration.failures import sanitized_errors
-from fhir_assets.orchestration.window_metadata import PARTITION_ROW_COUNT, add_window_metadata
+from fhir_assets.orchestration.window_metadata import PARTITION_ROW_COUNT, ROW_COUNT, add_window_metadata
 from fhir_assets.pipeline.partition_commit import PartitionUpdate, commit_update
+from fhir_assets.pipeline.partition_rows import count_rows
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.store import Store, partition_folder
 
@@ -20,25 +22,30 @@ class NdjsonIOManager(dg.IOManager):
         self._warehouse = warehouse
 
     def handle_output(self, context: dg.OutputContext, obj: PartitionUpdate) -> None:
-        """Commit each manifest of the update atomically, merged with the commits of other runs."""
+        """Commit each manifest of the update atomically, merged with the commits of other runs.
+
+        The materialization of the run's newest window has the row count of all partitions.
+        """
         with sanitized_errors():
             manifests = commit_update(self._warehouse.connect, self._store, obj)
+            if not manifests:
+                return
+            newest = manifests[-1]
+            rows = count_rows(self._warehouse.connect, self._store, newest.layer, newest.resource_type)
         if len(context.asset_partition_keys) == 1:
             context.add_output_metadata({"run_windows_written": len(manifests)})
         url = self._store.blobs.url
-        add_window_metadata(
-            context.step_context,
-            context.asset_key,
-            {
-                manifest.partition_key: {
-                    PARTITION_ROW_COUNT: manifest.rows,
-                    "bytes": manifest.bytes,
-                    "stored_bytes": manifest.stored_bytes,
-                    "path": dg.MetadataValue.path(f"{url}/{_folder(manifest)}"),
-                }
-                for manifest in manifests
-            },
-        )
+        metadata: dict[str, dict[str, Any]] = {
+            manifest.partition_key: {
+                PARTITION_ROW_COUNT: manifest.rows,
+                "bytes": manifest.bytes,
+                "stored_bytes": manifest.stored_bytes,
+                "path": dg.MetadataValue.path(f"{url}/{_folder(manifest)}"),
+            }
+            for manifest in manifests
+        }
+        metadata[newest.partition_key][ROW_COUNT] = rows
+        add_window_metadata(context.step_context, context.asset_key, metadata)
 
     def load_input(self, context: dg.InputContext) -> Sequence[Manifest]:
         """Return the manifests of the run's partitions; a partition that was never written has no manifest."""

@@ -11,7 +11,7 @@ from psycopg.rows import TupleRow
 
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
-from fhir_assets.orchestration.window_metadata import add_window_metadata
+from fhir_assets.orchestration.window_metadata import ROW_COUNT, add_window_metadata
 from fhir_assets.warehouse.postgres.db.connections import cipher_of
 from fhir_assets.warehouse.postgres.tables import row_streams
 from fhir_assets.warehouse.postgres.tables.layout import build_layout
@@ -53,7 +53,7 @@ class PostgresIOManager(dg.IOManager):
     def handle_output(self, context: dg.OutputContext, obj: LoadedView) -> None:
         """Add the row count of the table to the materialization of the run's last window, the table's newest one."""
         keys = context.asset_partition_keys
-        metadata = {"run_rows_written": obj.written, "dagster/row_count": obj.rows}
+        metadata = {"run_rows_written": obj.written, ROW_COUNT: obj.rows}
         add_window_metadata(context.step_context, context.asset_key, {key: {} for key in keys} | {keys[-1]: metadata})
 
     def load_input(self, context: dg.InputContext) -> TableSlice:
