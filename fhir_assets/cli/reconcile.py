@@ -11,7 +11,7 @@ from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.pipeline.reconcile.source_comparison import ListsAll, TypeComparison, compare_type
+from fhir_assets.pipeline.reconcile.source_comparison import ComparableSource, TypeComparison, compare_type
 from fhir_assets.pipeline.type_failures import TypeFailures
 from fhir_assets.settings import load_settings
 
@@ -49,7 +49,7 @@ def reconcile(
     settings = load_settings(**({"fhir_resource_types": types} if types else {}))
     warehouse = Warehouse(settings)
     source = open_source(settings, warehouse=warehouse)
-    if not isinstance(source, ListsAll):
+    if not isinstance(source, ComparableSource):
         raise ConfigurationError(
             f"the source {source.name} cannot be compared on demand: set FHIR_SOURCE to search for this command"
         )

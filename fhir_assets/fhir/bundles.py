@@ -47,7 +47,7 @@ class BundleEntry:
 class EntryResult:
     """The result of one entry: its HTTP status (0 if the response has none) and its OperationOutcome, if any.
 
-    ``confirmed`` is false if nothing but the status says that the server stored the resource.
+    ``confirmed`` is False if only the status indicates that the server stored the resource.
     """
 
     status: int
@@ -113,9 +113,9 @@ class EntryResponse:
     etag: str = ""
 
     def confirms(self, entry: BundleEntry) -> bool:
-        """Return whether the response says more than a status: that the server has the resource of the entry.
+        """Return whether the response confirms, by more than its status, that the server has the resource of the entry.
 
-        It does if it contains the resource itself, or if it names its location or ETag and reports no error.
+        It does if it contains the resource itself, or if it has a location or ETag and reports no error.
         """
         if reports_error(self.result.outcome) or reports_error(self.resource):
             return False
@@ -181,9 +181,10 @@ def find_references(body: bytes) -> set[ReferenceTarget]:
 
 
 def remove_references(body: bytes, targets: Collection[ReferenceTarget]) -> bytes:
-    """Return the resource without its references to ``targets``. Their types and displays remain, so it stays valid.
+    """Return the resource without its references to ``targets``.
 
-    The result is meant to be replaced once the targets exist at the server: its decimals may lose trailing zeros.
+    The types and displays of the references remain, so that the resource stays valid. The result is meant to be
+    replaced once the targets exist on the server: its decimals may lose trailing zeros.
     """
     resource = orjson.loads(body)
 

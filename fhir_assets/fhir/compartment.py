@@ -17,10 +17,9 @@ _match_patient = re.compile(r"(?:^|/)Patient/([^/?#|]+)").search
 def find_patient_ids(resource: dict[str, Any], bases: Bases = None) -> tuple[str, ...]:
     """Return the ids of the patients whose compartment contains the resource, without duplicates.
 
-    A patient of a server whose base URL is none of ``bases``, and one that a reference does not name by its id, is
-    UNKNOWN_PATIENT.
-
-    ``resource`` may be any JSON object with a resourceType: elements that do not conform to R4 are ignored.
+    UNKNOWN_PATIENT stands for a patient of a server whose base URL is not in ``bases``, and for one that is not
+    referred to by id. ``resource`` may be any JSON object with a resourceType: elements that do not conform to R4 are
+    ignored.
     """
     paths = list_patient_paths(resource["resourceType"])
     if not paths:
@@ -61,8 +60,9 @@ def select_elements(node: Any, path: tuple[str, ...]) -> Iterator[dict[str, Any]
 
 
 def find_patient_id(resource: Mapping[str, Any], reference: Mapping[str, Any], bases: Bases) -> str | None:
-    """Return the id of the patient that a reference in a resource leads to, or UNKNOWN_PATIENT; None if the reference
-    leads to something else, or does not say that it leads to a patient.
+    """Return the id of the patient to whom a reference in a resource leads, or UNKNOWN_PATIENT.
+
+    Return None if the reference leads to something else, or does not indicate that it leads to a patient.
     """
     target = reference.get("reference")
     if isinstance(target, str):

@@ -1,9 +1,8 @@
-"""Conditional references by identifier, such as ``Patient?identifier=system|value``
-(https://hl7.org/fhir/R4/http.html#trules).
+"""Conditional references by identifier, such as ``Patient?identifier=system|value``.
 
-A *condition* is what such a reference asks for: ``?Patient#<hash>``, the type and the token of the identifier. The
-column ``identifiers`` of ``fhir.resource`` has the tokens of the resource itself (``#<hash>``), its conditions, and the
-marks WAITING and UNIDENTIFIED.
+See https://hl7.org/fhir/R4/http.html#trules. A *condition* is the search of such a reference: ``?Patient#<hash>``, the
+type and the token of the identifier. The column ``identifiers`` of ``fhir.resource`` contains the tokens of the
+resource itself (``#<hash>``), its conditions, and the marks WAITING and UNIDENTIFIED.
 """
 
 import re
@@ -16,10 +15,10 @@ from fhir_assets.fhir.identifier_tokens import HashIdentifier, build_search_toke
 from fhir_assets.fhir.references import CONDITIONAL, Bases
 
 WAITING = "?"
-"""The mark of resources with a condition that no single resource meets, or whose references were never looked at."""
+"""Marks resources with a condition that no single resource meets, or whose references were never examined."""
 
 UNIDENTIFIED = "-"
-"""The mark of resources with conditions whose own identifiers were not determined."""
+"""Marks resources with conditions whose own identifiers were not determined."""
 
 _REFERENCE = re.compile(rb'("reference"\s*:\s*)("(?:[^"\\]|\\.)*")')
 _TYPE = re.compile(r"[A-Z][A-Za-z]+").fullmatch
@@ -42,7 +41,10 @@ def list_conditions(body: bytes, bases: Bases, hash_identifier: HashIdentifier) 
 
 
 def resolve(body: bytes, targets: Mapping[str, str], bases: Bases, hash_identifier: HashIdentifier) -> bytes:
-    """Return a resource whose conditional references lead to the ids in ``targets``, which are given by condition."""
+    """Return a resource in which conditional references are replaced by references to the ids in ``targets``.
+
+    ``targets`` are given by condition.
+    """
 
     def replace(match: re.Match[bytes]) -> bytes:
         condition = _read_condition(match[2], bases, hash_identifier)
@@ -66,7 +68,7 @@ def list_identifiers(
 
 
 def find_unmet(conditions: Mapping[str, Iterable[str]], targets: Mapping[str, str]) -> list[str]:
-    """Return the resources, given by id with their conditions, of which a condition has no target."""
+    """Return the resources with a condition that has no target, from their conditions by id."""
     return [resource_id for resource_id, asked in conditions.items() if any(each not in targets for each in asked)]
 
 

@@ -1,8 +1,8 @@
-"""Containers: Bundles of every type and Parameters, and the resources in their entries, at any depth
-(https://hl7.org/fhir/R4/bundle.html, https://hl7.org/fhir/R4/parameters.html).
+"""Containers: Bundles of every type and Parameters, and the resources in their entries, at any depth.
 
-A container is not loaded itself. Its resources are loaded as if each of them had come alone, their references resolved
-by ``full_urls``. Envelopes are read leniently, resources are not.
+See https://hl7.org/fhir/R4/bundle.html and https://hl7.org/fhir/R4/parameters.html. A container is not loaded itself.
+Its resources are loaded as if each of them had been received alone, after their references were resolved by
+``full_urls``. The envelope is read leniently, the resources are not.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -107,7 +107,10 @@ _HALF = (
 
 
 class Pages:
-    """The links of the Bundles of one file. A next link that no other page of the file has as its own is unfollowed."""
+    """The links of the Bundles of one file.
+
+    A next link is unfollowed if no other page of the file has it as its self link.
+    """
 
     def __init__(self) -> None:
         self._next: dict[str, str] = {}
@@ -159,7 +162,7 @@ def unpack(body: bytes, location: str, pages: Pages, *, depth: int = 0) -> Itera
 
 
 class _HistoryDeletions:
-    """Reads the deletions of one container. Those in a history may leave their time to their neighbours."""
+    """Reads the deletions of one container. A deletion in a history may get its time from the neighbouring entries."""
 
     def __init__(self, bundle_time: datetime | None) -> None:
         self._bundle_time = bundle_time
@@ -168,7 +171,7 @@ class _HistoryDeletions:
         self._has_undated = False
 
     def read_deletion(self, body: bytes, location: str) -> Iterator[DeleteEntry | UnusableEntry]:
-        """Yield the deletion of an entry, and those whose time is known now. ``body`` is the entry."""
+        """Yield the deletion of an entry, and earlier ones whose time is now known. ``body`` is the entry."""
         try:
             entry = _decode_history_entry(body)
         except _ERRORS:
@@ -186,21 +189,21 @@ class _HistoryDeletions:
         else:
             if not self._has_undated:
                 self._has_undated = True
-                yield from self._note(self._previous)
+                yield from self._add_neighbour(self._previous)
             yield from self._to_entries(self._times.add_deletion(target, None))
 
     def read_version(self, body: bytes) -> Iterator[DeleteEntry]:
-        """Note an entry with a version of a resource, and yield the deletions whose time is known now."""
+        """Record an entry with a version of a resource, and yield the deletions whose time is now known."""
         if self._has_undated:
-            yield from self._note(body)
+            yield from self._add_neighbour(body)
         self._previous = body
 
     def finish(self, bundle_time: datetime | None) -> Iterator[DeleteEntry]:
         """Yield the deletions that have no older neighbour."""
         yield from self._to_entries(self._times.finish(bundle_time or self._bundle_time))
 
-    def _note(self, body: bytes | None) -> Iterator[DeleteEntry]:
-        """Add the neighbour of undated deletions, if it has a time. A malformed one has none."""
+    def _add_neighbour(self, body: bytes | None) -> Iterator[DeleteEntry]:
+        """Add an entry, which may be the neighbour of undated deletions. The time of a malformed entry is unknown."""
         with suppress(*_ERRORS):
             if body is not None and (entry := _decode_history_entry(body)).moment is not None:
                 target = None if entry.is_deletion else entry.target
@@ -234,7 +237,7 @@ class EntryReader:
         self._full_urls = FullUrls()
 
     def note(self, entry: Entry | None) -> None:
-        """Note the full URL of an entry, so that references to the entry can be resolved."""
+        """Record the full URL of an entry, so that references to the entry can be resolved."""
         if entry is None or entry.full_url is None or bytes(entry.resource) == b"null":
             return
         try:
@@ -263,7 +266,7 @@ class EntryReader:
             yield from self.read(bytes(part), decode_entry(bytes(part)), f"{location}.part[{number}]")
 
     def finish(self, bundle_time: datetime | None) -> Iterator[Part]:
-        """Yield the deletions whose time is not known before the end of the container."""
+        """Yield the deletions whose time is known only at the end of the container."""
         yield from self._deletions.finish(bundle_time)
 
     def _read_resource(self, entry: Entry, location: str) -> Iterator[Part]:
@@ -326,7 +329,7 @@ def _read_bundle_time(bundle: _Bundle) -> datetime | None:
 
 
 def _find_problem(entry: Entry) -> str | None:
-    """Return why an entry does not have the resource that it should have, or None."""
+    """Return why an entry lacks the resource that it should contain, or None."""
     missing = bytes(entry.resource) == b"null"
     if entry.method == "PATCH":
         return "a PATCH: only whole resources can be received, so the change that it describes is not in the tables"
@@ -361,7 +364,7 @@ def read_links(body: bytes) -> dict[str, str]:
 
 
 def _normalize(url: str | None) -> str:
-    """Return a URL with sorted parameters: servers write them in any order."""
+    """Return a URL with sorted parameters, because servers write them in any order."""
     base, _, query = (url or "").partition("?")
     return f"{base}?{'&'.join(sorted(query.split('&')))}" if query else base
 

@@ -1,8 +1,8 @@
-"""Deletions in Bundles: which resource an entry deletes, which version the deletion is, and when it took place.
+"""Deletions in Bundles: the deleted resource, the version of the deletion, and its time.
 
 A history represents a deletion as an entry with the method DELETE and the time in ``response.lastModified``
-(https://hl7.org/fhir/R4/http.html#history). Servers differ from that: HAPI gives no time and appends the version to the
-URL, Azure gives an absolute URL with a version and a resource, LinuxForHealth gives the version in
+(https://hl7.org/fhir/R4/http.html#history). Servers deviate from that: HAPI gives no time and appends the version to
+the URL, Azure gives an absolute URL with a version and a resource, LinuxForHealth gives the version in
 ``response.location``, and Medplum gives the method GET with status 410. This module reads all of them, for histories
 that are requested, landed Bundles and the ``deleted`` files of bulk exports.
 """
@@ -20,7 +20,7 @@ from fhir_assets.fhir.record import Deletion, parse_instant
 from fhir_assets.fhir.seen_versions import SeenVersions
 
 MAX_PENDING = 10_000
-"""How many deletions without a time wait for the next entry that has one."""
+"""The maximum number of deletions without a time that are held until the next entry with a time."""
 
 _TARGET = re.compile(
     r"(?:^|/)(?P<type>[A-Z][A-Za-z]+)/(?P<id>[A-Za-z0-9\-.]{1,64})"
@@ -38,7 +38,7 @@ class Target:
 
 
 class EntryRequest(msgspec.Struct):
-    """``Bundle.entry.request``. ``method`` is in upper case; what is not text counts as absent."""
+    """``Bundle.entry.request``. ``method`` is in upper case; a value that is not text counts as absent."""
 
     method: Any = ""
     url: Any = ""
@@ -49,7 +49,7 @@ class EntryRequest(msgspec.Struct):
 
 
 class EntryResponse(msgspec.Struct, rename="camel"):
-    """``Bundle.entry.response``. Apart from a number as the status, what is not text counts as absent."""
+    """``Bundle.entry.response``. A value that is not text counts as absent, except for a number as the status."""
 
     status: Any = ""
     location: Any = ""
@@ -92,7 +92,7 @@ class HistoryEntry(msgspec.Struct, rename="camel"):
 
     @property
     def target(self) -> Target | None:
-        """The resource of the entry, None if it does not name a single one."""
+        """The resource of the entry, None if it does not refer to a single resource."""
         urls = (
             self.request.url if self.request else None,
             self.response.location if self.response else None,
@@ -147,9 +147,9 @@ class DeletionTimes:
     """Determines the times of the deletions in a history, whose entries are added in order, newest first.
 
     A deletion without a time took place between its neighbours. It gets the time of the newer neighbour, or ``latest``
-    if that is earlier or there is no newer neighbour, but never a time before its older neighbour: so it is newer than
-    every earlier version of its resource, and not newer than a later one. A deletion that a newer version of its
-    resource follows is left out.
+    if that is earlier or there is no newer neighbour, but never a time before its older neighbour. Thus it is newer
+    than every earlier version of its resource, and not newer than a later one. A deletion that is followed by a newer
+    version of its resource is left out.
 
     ``latest`` is a time that is not after the end of the history, None if it is unknown; ``fallback`` is the time of a
     deletion in a history without any other time.
@@ -163,7 +163,7 @@ class DeletionTimes:
         self._live = SeenVersions()
 
     def add_version(self, target: Target | None, moment: datetime | None) -> Iterator[Deletion]:
-        """Add a version that is not a deletion, and yield the deletions whose time is known now."""
+        """Add a version that is not a deletion, and yield the deletions whose time is now known."""
         if target is not None:
             self._live.add((target.resource_type, target.id))
             if self._pending:
@@ -172,7 +172,7 @@ class DeletionTimes:
             yield from self._resolve(moment)
 
     def add_deletion(self, target: Target, moment: datetime | None) -> Iterator[Deletion]:
-        """Add a deletion, and yield the deletions whose time is known now."""
+        """Add a deletion, and yield the deletions whose time is now known."""
         is_last = (target.resource_type, target.id) not in self._live
         if moment is not None:
             yield from self._resolve(moment)

@@ -1,8 +1,8 @@
-"""Halves of surrogate pairs in JSON, such as a half of an emoji that was cut off
-(https://www.rfc-editor.org/rfc/rfc8259#section-8.2).
+"""Halves of surrogate pairs in JSON, such as a half of an emoji that was cut off.
 
-They are not characters, and parsers refuse a whole document that contains one. If they are masked, a Bundle can be
-read, and only the resource with such a text is invalid, not the other resources of the Bundle.
+See https://www.rfc-editor.org/rfc/rfc8259#section-8.2. They are not characters, and parsers refuse a whole document
+that contains one. If they are masked, a Bundle can be read, and only the resource with such a text is invalid, not the
+other resources of the Bundle.
 """
 
 import re
@@ -21,7 +21,7 @@ _REPLACEMENT = rb"\ufffd"
 
 
 def mask_half_surrogates(document: bytes) -> bytes:
-    """Return JSON of the same length without halves of surrogate pairs; the same object if it has none."""
+    """Return JSON of the same length without halves of surrogate pairs; the same object if there are none."""
     if b"\\ud" not in document and b"\\uD" not in document:
         return document
     masked = _ESCAPE.sub(lambda match: _REPLACEMENT if match["half"] else match[0], document)

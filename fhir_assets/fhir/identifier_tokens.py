@@ -11,7 +11,7 @@ _TOKEN = "#"
 
 
 def list_tokens(identifiers: Any, hash_identifier: HashIdentifier) -> Iterator[str]:
-    """Yield the tokens by which someone with these identifiers is known."""
+    """Yield the tokens by which a person with these identifiers can be found."""
     for system, value in map(read_identifier, identifiers if isinstance(identifiers, list) else ()):
         if value:
             yield build_token(f"s:{system}|{value}" if system else f"n:{value}", hash_identifier)
@@ -19,7 +19,7 @@ def list_tokens(identifiers: Any, hash_identifier: HashIdentifier) -> Iterator[s
 
 
 def list_own_tokens(identifier: Any, hash_identifier: HashIdentifier) -> tuple[str, ...]:
-    """Return the tokens of the element ``identifier`` of a resource, which a few types have only once."""
+    """Return the tokens of the element ``identifier`` of a resource, which does not repeat in some types."""
     return tuple(
         dict.fromkeys(list_tokens([identifier] if isinstance(identifier, dict) else identifier, hash_identifier))
     )

@@ -36,7 +36,8 @@ def reports_error(body: bytes) -> bool:
 def is_error_outcome(body: object) -> bool:
     """Return whether a parsed body is an OperationOutcome with an issue of severity error or fatal.
 
-    One without issues, or with an issue whose severity cannot be read, counts as an error, too: R4 requires both.
+    An outcome without issues, or with an issue whose severity cannot be read, also counts as an error, because R4
+    requires both.
     """
     if not isinstance(body, dict) or body.get("resourceType") != "OperationOutcome":
         return False

@@ -18,22 +18,24 @@ from fhir_assets.fhir.half_surrogates import HALF_SURROGATE_PAIR, mask_half_surr
 from fhir_assets.windows import EARLIEST, LATEST, add_clamped
 
 CLOCK_SKEW = timedelta(minutes=5)
-"""How far a server's clock may be ahead of ours.
+"""How far a server's clock may be ahead of the local clock.
 
-A later ``meta.lastUpdated`` is not a time at which a resource changed: the time of its arrival takes its place.
+A later ``meta.lastUpdated`` cannot be the time of a change: the time of arrival is used instead.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A resource as received.
+    """A resource as received. ``body`` is its JSON on one line without the line feed; digits and key order are
+    unchanged.
 
-    ``body`` is its JSON on one line without the line feed; digits and key order are unchanged. ``last_updated`` is
-    ``meta.lastUpdated``, None if the resource has none or if it does not count; ``dated`` is False if the resource has
-    one that does not count. ``arrived`` is the time that orders a resource without ``last_updated`` and determines its
-    window, as it does for a ``late`` one, which the source gave from outside of the time range that it was asked for.
+    ``last_updated`` is ``meta.lastUpdated``, None if the resource has none or if it does not count; ``dated`` is False
+    if the resource has one that does not count. ``arrived`` orders resources without ``last_updated`` and determines
+    their window. It also determines the window of a ``late`` resource, which the source returned although it is outside
+    of the requested time range.
+
     ``patients`` are the ids of the patients whose compartment contains the resource, and ``keyless`` describes its
-    references that make no key (``references.find_keyless``). ``mentions`` is what else it refers to
+    references that have no key (``references.find_keyless``). ``mentions`` are the other targets of its references
     (``subjects.find_subjects``), which only consent needs. ``identifiers`` are hashes of its identifiers, and of those
     in its conditional references (``conditional_references``). Each is None if it has not been determined.
     """
@@ -60,7 +62,7 @@ class Record:
     def version_key(self) -> tuple[str, str | int | None, datetime | None]:
         """The key by which a version is recognized when the source returns it again within this process.
 
-        Content distinguishes versions that ``versionId`` and ``lastUpdated`` do not.
+        The content is part of the key, because different versions may have equal ``versionId`` and ``lastUpdated``.
         """
         if self.version_id is None or self.last_updated is None:
             return self.id, hash(self.body), self.last_updated
@@ -154,8 +156,9 @@ def build_record(
 ) -> Record:
     """Return the Record of a resource on one line and its header. The id is empty if the resource has none.
 
-    ``received`` is the time at which the source was read, if it is later than ``arrived``. A ``lastUpdated`` beyond it
-    and CLOCK_SKEW does not count, and none counts if ``posted``: a server ignores what a client sends.
+    ``received`` is the time at which the source was read, if it is later than ``arrived``. A ``lastUpdated`` that is
+    later than ``received`` by more than CLOCK_SKEW does not count. If the resource was ``posted``, its ``lastUpdated``
+    never counts, because a server ignores the value that a client sends.
     """
     meta = header.meta
     resource_id = header.id or ""
@@ -179,7 +182,7 @@ def parse_stored(last_updated: str | None, *, dated: bool, arrival_known: bool) 
 
 
 def is_credible(moment: datetime, received: datetime) -> bool:
-    """Return whether a server can have given this time to what was received from it at ``received``."""
+    """Return whether a server can have assigned this time to a resource that was received from it at ``received``."""
     return moment - received <= CLOCK_SKEW
 
 
@@ -189,8 +192,8 @@ _LEAP_SECOND = re.compile(r"(?<=[T ]\d\d:\d\d:)60").subn
 def parse_instant(text: str | None) -> datetime | None:
     """Parse a FHIR instant and return it in UTC; None if it is absent or is not an instant with a time zone.
 
-    A leap second is the second after it. A time that UTC moves out of the years 1 to 9999 is the first or the last
-    moment of these years.
+    A leap second is converted to the following second. A time outside of the years 1 to 9999 in UTC is converted to the
+    first or the last moment of these years.
     """
     if not text:
         return None

@@ -1,8 +1,8 @@
-"""Literal references, and which of them lead to a resource of our own sources
-(https://hl7.org/fhir/R4/references.html#literal).
+"""Literal references, and which of them lead to a resource of the deployment's own sources.
 
-A relative reference (``Patient/1``) leads to the server of its resource. An absolute one makes a key only if its base
-is one of our own: ``Patient/1`` of another server is another person. Versions (``/_history/2``) are left out of keys.
+See https://hl7.org/fhir/R4/references.html#literal. A relative reference (``Patient/1``) leads to the server of its
+resource. An absolute one has a key only if its base belongs to one of the own sources, because ``Patient/1`` of another
+server is another person. Versions (``/_history/2``) are left out of keys.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 Bases = frozenset[str] | None
-"""The base URLs of our own sources, as ``normalize_bases`` returns them. None: any base."""
+"""The base URLs of the deployment's own sources, as ``normalize_bases`` returns them. None: any base."""
 
 ABSOLUTE = "absolute"
 URN = "urn"
@@ -41,7 +41,7 @@ def normalize_bases(urls: Collection[str]) -> frozenset[str]:
 
 
 def split_reference(literal: str, bases: Bases) -> tuple[str, str] | None:
-    """Return the type and id in a literal reference to a resource of our own; None for any other reference."""
+    """Return the type and id in a literal reference to a resource of an own source; None for any other reference."""
     if "?" in literal:
         return None
     path = literal.split("/_history/", 1)[0]
@@ -60,11 +60,11 @@ def split_reference(literal: str, bases: Bases) -> tuple[str, str] | None:
 
 
 def find_keyless(resource: Mapping[str, Any], body: bytes, bases: Bases) -> tuple[str, ...]:
-    """Return what the references of a resource lead to that make no key, each once, as ``form`` or ``form Type``.
+    """Return descriptions of the references of a resource that have no key, without duplicates.
 
-    ``body`` is the JSON of the resource. References to contained resources are left out. The forms are ``absolute``
-    (of another server), ``urn``, ``conditional`` (``Patient?identifier=…``), ``identifier`` (a logical reference) and
-    ``other``.
+    A description is ``form`` or ``form Type``. ``body`` is the JSON of the resource. References to contained resources
+    are left out. The forms are ``absolute`` (of another server), ``urn``, ``conditional`` (``Patient?identifier=…``),
+    ``identifier`` (a logical reference) and ``other``.
     """
     found = dict.fromkeys(_describe(literal, bases) for literal in _find_unusual(body))
     if _has_logical(body):
@@ -74,7 +74,7 @@ def find_keyless(resource: Mapping[str, Any], body: bytes, bases: Bases) -> tupl
 
 
 def _describe(encoded: bytes, bases: Bases) -> str | None:
-    """Return the form and the type of a reference that makes no key; None if it makes one."""
+    """Return the form and the type of a reference that has no key; None if it has one."""
     literal = _parse_text(encoded)
     if literal.startswith("#") or split_reference(literal, bases):
         return None

@@ -38,7 +38,7 @@ class Source(Protocol):
         ...
 
     def read_clock(self) -> datetime | None:
-        """Return the time of the source's clock, which dates its resources; None if it has none or does not tell."""
+        """Return the time of the source's clock, which dates its resources; None if it is unknown."""
         ...
 
     def complete_until(self, intervals: Mapping[str, Interval]) -> Mapping[str, datetime]:

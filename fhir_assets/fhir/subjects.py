@@ -1,11 +1,11 @@
-"""Whom a resource is about, for consent: the patients of its compartments, and everything else that it refers to.
+"""The subjects of resources, for consent: the patients of their compartments, and all other targets of references.
 
 An unresolved reference to a patient is one that does not name a patient of this server by id: a ``urn:uuid`` without
 its entry, an identifier, a contained Patient, a conditional reference, a URL of another server, or an unknown form.
 
-Identifiers are compared as tokens, which are hashes. The tokens of a Patient (``list_tokens``) and those of a
-reference (``_list_wanted_tokens``) have one in common if the systems and the values are equal, or if the values are
-equal and one of the two identifiers has no system.
+Identifiers are compared as tokens, which are hashes. The tokens of a Patient (``list_tokens``) and those of a reference
+(``_list_wanted_tokens``) intersect if the systems and the values are equal, or if the values are equal and one of the
+two identifiers has no system.
 """
 
 import re
@@ -30,22 +30,24 @@ _IMPERSONAL_TYPES = frozenset(
     | {"CodeSystem", "ConceptMap", "StructureDefinition", "PlanDefinition", "ActivityDefinition", "Measure", "Library"}
     | {"SearchParameter", "OperationDefinition", "CapabilityStatement", "ResearchStudy", "EvidenceVariable"}
 )
-"""Types that are about no patient. A reference to one of them says nothing about a patient."""
+"""Resource types that are not about a patient. A reference to one of them does not identify a patient."""
 
 _WANTED = "!"
-"""The prefix of the tokens that the patient of a Consent may have."""
+"""The prefix of tokens in a Consent: the patient of the Consent may have these tokens."""
 
 _NAMED = "~"
-"""The prefix of the tokens that a Patient whom a resource names by an identifier may have."""
+"""The prefix of tokens in a resource that names a Patient by an identifier: the Patient may have these tokens."""
 
 REVISION = "1"
-"""To be changed whenever this module finds other subjects, so that stored subjects are determined again."""
+"""Increase this number whenever this module finds other subjects, so that stored subjects are determined again."""
 
 _PARTICIPANTS = frozenset(
     {"performer", "asserter", "recorder", "author", "receiver", "actor", "member", "payor", "party", "policyHolder"}
 )
-"""The last elements of compartment paths that refer to staff far more often than to patients. A reference in one of
-them that names neither a type nor an id is not taken for one to a patient."""
+"""The last elements of compartment paths that usually refer to staff and rarely to patients.
+
+A reference in one of them that contains neither a type nor an id is not treated as a reference to a patient.
+"""
 
 _TYPE_AND_ID = re.compile(r"(?:^|/)([A-Z][A-Za-z]+)(?:/[^/?#|]+|\?)").search
 _is_id = re.compile(r"[A-Za-z0-9\-.]{1,64}").fullmatch
@@ -55,14 +57,14 @@ _NESTED = (dict, list)
 
 
 class Subjects(NamedTuple):
-    """Whom a resource is about.
+    """The subjects of a resource.
 
-    ``patients`` are the ids of the patients of its compartments; in place of an unresolved one UNKNOWN_PATIENT, or, if
-    identifiers name it, their tokens (``#<hash> #<hash>``, any of which it may have).
+    ``patients`` are the ids of the patients of its compartments. An unresolved patient is represented by its possible
+    tokens (``#<hash> #<hash>``) if identifiers name it, otherwise by UNKNOWN_PATIENT.
 
-    ``mentions`` are its other references as ``Type/id``, without those to types that are about nobody, the tokens of
-    the persons it names (``#<hash>``), those that the Patients whom it names by an identifier may have (``~#<hash>``),
-    and, of a Consent, those that its patient may have (``!#<hash>``).
+    ``mentions`` are the other targets of its references as ``Type/id``, without types that are not about a patient; the
+    tokens of the persons it names (``#<hash>``); the tokens that Patients named by an identifier may have
+    (``~#<hash>``); and, for a Consent, those that its patient may have (``!#<hash>``).
     """
 
     patients: tuple[str, ...]
@@ -70,7 +72,10 @@ class Subjects(NamedTuple):
 
 
 def find_subjects(resource: Mapping[str, Any], bases: Bases, hash_identifier: HashIdentifier) -> Subjects:
-    """Return whom a resource is about, contained resources included. Elements that do not conform are ignored."""
+    """Return the subjects of a resource, including those of its contained resources.
+
+    Elements that do not conform are ignored.
+    """
     patients: dict[str, None] = {}
     mentions: dict[str, None] = {}
     resource_type = resource["resourceType"]
@@ -117,7 +122,7 @@ def _find_patient(
 
 
 def _list_mentions(resource: Mapping[str, Any], bases: Bases, hash_identifier: HashIdentifier) -> Iterator[str]:
-    """Yield what the references in a resource and its contained resources lead to, and the tokens of persons."""
+    """Yield the targets of the references in a resource and its contained resources, and the tokens of persons."""
     nodes: list[Any] = [resource]
     while nodes:
         node = nodes.pop()
@@ -138,7 +143,7 @@ def _list_mentions(resource: Mapping[str, Any], bases: Bases, hash_identifier: H
 def _list_persons(
     node: Mapping[str, Any], resource: Mapping[str, Any], hash_identifier: HashIdentifier
 ) -> Iterator[str]:
-    """Yield the tokens of the person whom a reference, or a contained Patient, names by identifiers."""
+    """Yield the tokens of the person that a reference, or a contained Patient, names by identifiers."""
     identifier = node["identifier"]
     if isinstance(identifier, dict) and "resourceType" not in node and node.get("type") in _PERSONS:
         yield from _list_named([identifier], hash_identifier)
@@ -149,7 +154,7 @@ def _list_persons(
 def _list_wanted_tokens(
     resource: Mapping[str, Any], reference: Mapping[str, Any], hash_identifier: HashIdentifier
 ) -> Iterator[str]:
-    """Yield the tokens of a reference. A Patient that it may lead to has at least one of them."""
+    """Yield the tokens of a reference. A Patient to which it may lead has at least one of them."""
     target = reference.get("reference")
     identifiers: list[Any] = [reference.get("identifier")]
     if isinstance(target, str) and target.startswith("#"):
@@ -158,18 +163,20 @@ def _list_wanted_tokens(
         identifiers += more if isinstance(more, list) else []
     elif isinstance(target, str) and "?" in target:
         identifiers += _read_conditional(target)
-    yield from _ask_for(identifiers, hash_identifier)
+    yield from _list_search_tokens(identifiers, hash_identifier)
 
 
 def _list_named(identifiers: Any, hash_identifier: HashIdentifier) -> Iterator[str]:
-    """Yield the tokens of someone whom a resource names by identifiers, and those that a Patient may have then."""
+    """Yield the tokens of a person that a resource names by identifiers, and those that the person's Patient may
+    have.
+    """
     yield from list_tokens(identifiers, hash_identifier)
-    for token in _ask_for(identifiers if isinstance(identifiers, list) else (), hash_identifier):
+    for token in _list_search_tokens(identifiers if isinstance(identifiers, list) else (), hash_identifier):
         yield _NAMED + token
 
 
-def _ask_for(identifiers: Iterable[Any], hash_identifier: HashIdentifier) -> Iterator[str]:
-    """Yield tokens for identifiers. A Patient with one of the identifiers has at least one of the tokens."""
+def _list_search_tokens(identifiers: Iterable[Any], hash_identifier: HashIdentifier) -> Iterator[str]:
+    """Yield search tokens for identifiers. A Patient with one of the identifiers has at least one of the tokens."""
     for system, value in map(read_identifier, identifiers):
         if value and system:
             yield build_token(f"s:{system}|{value}", hash_identifier)

@@ -1,4 +1,4 @@
-"""Find the windows that have to be loaded now, and begin the checkpoints of new resource types."""
+"""Finds the windows that have to be loaded now, and begins the checkpoints of new resource types."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace

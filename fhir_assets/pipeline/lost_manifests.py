@@ -1,4 +1,4 @@
-"""Manifests that were written before and that a step no longer finds: the store is gone, or another one."""
+"""Detects manifests that were written before and cannot be found any more: the store was deleted or replaced."""
 
 from collections.abc import Collection, Sequence
 
@@ -18,7 +18,7 @@ def require_manifests(
     partition_keys: Collection[str],
     manifests: Sequence[Manifest],
 ) -> None:
-    """Raise StoreError if a manifest is missing that this run has written, or whose resources wait to be loaded.
+    """Raise StoreError if a manifest is missing that this run has written, or whose resources are waiting to be loaded.
 
     ``manifests`` are those that the step found in ``layer`` among its ``partition_keys``.
     """

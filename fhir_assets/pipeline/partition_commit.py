@@ -1,12 +1,12 @@
-"""Commit partitions: merge new manifests with the current ones and write them, under locks that all machines share.
+"""Commits partitions: merges new manifests with the current ones and writes them, under locks that all machines share.
 
-Two runs may work on the same partition at once (a load and a landing file, a backfill and the schedule). Each run
+Two runs may work on the same partition concurrently (a load and a landing file, a backfill and the schedule). Each run
 builds its new manifest from the manifest that it read at its start, its *base*. Later commits of other runs are merged,
 not overwritten. If they cannot be merged, the commit raises Overtaken and changes nothing.
 
 Dead letters that did not fail again are resolved in the transaction that holds the locks, after the manifests are
-written, and only in partitions whose committed manifest is the one of the run. A run that is killed between both leaves
-them open, and the next complete validation resolves them.
+written, and only in partitions whose committed manifest is from the run. If a run is killed in between, they stay open,
+and the next complete validation resolves them.
 """
 
 from collections import Counter, defaultdict
@@ -184,7 +184,7 @@ def _merge_validated(new: Manifest, base: Manifest | None, current: Manifest | N
 
 
 def _is_replay_before(complete: Manifest, replay: Manifest, base: Manifest | None) -> bool:
-    """Return whether one manifest validates all parts anew, and the other one only adds replays to the base."""
+    """Return whether one manifest validates all parts again, and the other one only adds replays to the base."""
     if base is None or base.validated is None or complete.validated is None or replay.validated is None:
         return False
     added = set(replay.validated.inputs).difference(base.validated.inputs)
@@ -222,7 +222,9 @@ def _add_counts(current: Mapping[str, int], new: Mapping[str, int], common: Mapp
 
 
 def _changes_window(new: Manifest, current: Manifest | None) -> bool:
-    """Return whether a manifest changes what its partition contains, and not only up to when it was fetched."""
+    """Return whether a manifest changes the contents of its partition, and not only the time until which it is
+    fetched.
+    """
     if current is None:
         return True
     fetched = {"run_id": new.run_id, "written_at": new.written_at, "fetched": new.fetched}

@@ -1,10 +1,10 @@
-"""The choice of the partitions that a run processes again."""
+"""The refresh mode of a run: which existing partitions it processes again."""
 
 from enum import StrEnum
 
 
 class Refresh(StrEnum):
-    """The existing partitions that a run processes again."""
+    """Which existing partitions a run processes again."""
 
     MISSING = "missing"
     """Process new data only: complete windows are skipped, open windows are extended. Scheduled loads use this."""

@@ -9,7 +9,7 @@ from fhir_assets.errors import FhirAssetsError, NotFhir, ServerRefused, ServerUn
 class TypeFailures:
     """The types whose requests a server refused, or answered with errors, with the error of each.
 
-    Other errors (of the database, the store, the settings) are not collected: they concern all types.
+    Other errors (of the database, the store, the settings) are not collected, because they concern all types.
     """
 
     def __init__(self) -> None:

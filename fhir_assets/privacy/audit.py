@@ -1,6 +1,6 @@
 """Audit records in a hash chain: an altered, missing or inserted record breaks the chain.
 
-With encryption keys a link is an HMAC, so that nobody without the keys can forge the chain.
+With encryption keys a link is an HMAC, so that only a holder of the keys can forge the chain.
 """
 
 import json

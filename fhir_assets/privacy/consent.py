@@ -1,4 +1,4 @@
-"""Evaluates Consent resources: permit or deny, for a purpose, at a moment. No I/O.
+"""Evaluates Consent resources: permit or deny, for a purpose, at a given time. Performs no I/O.
 
 Rules for cases that FHIR R4 leaves open (https://hl7.org/fhir/R4/consent.html):
 
@@ -6,14 +6,15 @@ Rules for cases that FHIR R4 leaves open (https://hl7.org/fhir/R4/consent.html):
   covers every purpose; ``research`` covers research alone; treatment and advance directives cover no purpose. These are
   the codes of HL7's code system. Any other scope may be about disclosure: its denials count, its permits do not.
 - A provision applies during its ``period`` (the end is included, to its precision) and for the purposes it names;
-  without a purpose it applies to all. The innermost provision that applies decides; among siblings a deny wins.
+  without a purpose it applies to all. The innermost provision that applies decides; among siblings a deny takes
+  precedence.
 - R4 allows the root provision to have no type; then the policy rule (OPTIN, OPTOUT) is the base decision. An exception
   without a type is a deny.
-- What cannot be read never permits: a deny for a purpose that is no code of v3-ActReason applies to every purpose, and
-  a permit with an unreadable period, or of a Consent with a ``modifierExtension``, is none.
-- Tables cannot show a part of a patient's data to some readers. Therefore a permit that is narrowed to actors, actions,
-  classes, codes, labels or single data counts as no permit, and a deny narrowed in this way counts in full.
-- If consents contradict each other, the deny wins.
+- Unreadable parts never permit: a deny for a purpose that is not a code of v3-ActReason applies to every purpose, and a
+  permit is ignored if its period is unreadable or its Consent has a ``modifierExtension``.
+- Tables cannot show a part of a patient's data to some readers. Therefore a permit that is limited to actors, actions,
+  classes, codes, labels or data does not count as a permit, and a deny that is limited in this way counts in full.
+- If consents contradict each other, the deny takes precedence.
 """
 
 import re
@@ -86,12 +87,12 @@ _SCOPES: Mapping[str, frozenset[Purpose]] = {
     "adr": frozenset(),
 }
 _DECIDING_NOTHING = ("draft", "proposed", "rejected", "inactive", "entered-in-error")
-"""The values of Consent.status but ``active``."""
+"""The values of Consent.status other than ``active``."""
 
 _NARROWING = ("actor", "action", "securityLabel", "class", "code", "data", "dataPeriod")
 _POLICY_RULES: Mapping[str, Verdict] = {"optin": "permit", "optinr": "permit", "optout": "deny", "optoute": "deny"}
 _UNREADABLE = datetime.max.replace(tzinfo=UTC)
-"""The place of a dateTime that cannot be parsed."""
+"""Stands for a dateTime that cannot be parsed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +159,7 @@ def read_consent(resource: Mapping[str, Any], patient: str | None, *, may_permit
 
 
 def may_deny(resource: Mapping[str, Any]) -> bool:
-    """Return whether a Consent that is invalid may be a denial. What cannot be read may be one."""
+    """Return whether an invalid Consent may be a denial. An unreadable one may be."""
     if resource.get("status") in _DECIDING_NOTHING or not _read_scope(resource.get("scope"))[0]:
         return False
     provision = resource.get("provision")
@@ -168,7 +169,7 @@ def may_deny(resource: Mapping[str, Any]) -> bool:
 
 
 def _is_permit(provision: Any) -> bool:
-    """Return whether a provision and its exceptions are readable and permit. An exception without a type denies."""
+    """Return whether a provision and its exceptions are readable and permit. An exception without a type is a deny."""
     if not isinstance(provision, dict) or provision.get("type") != "permit":
         return False
     nested = provision.get("provision", [])
@@ -176,7 +177,7 @@ def _is_permit(provision: Any) -> bool:
 
 
 def decide(consents: Iterable[Consent], purpose: Purpose, at: datetime) -> Decision | None:
-    """Return the decision of the consents of one patient at a moment, or None if they decide nothing."""
+    """Return the decision of the consents of one patient at a given time, or None if they decide nothing."""
     decision: Decision | None = None
     for consent in sorted(consents, key=lambda consent: consent.id):
         result = _decide(consent.provision, purpose, at) if consent.provision else None
@@ -213,7 +214,7 @@ def _list_boundaries(provision: Provision) -> Iterator[datetime]:
 
 @dataclass(frozen=True, slots=True)
 class _ProvisionReader:
-    """Reads the provisions of one Consent. Without ``may_permit`` its permits count as none."""
+    """Reads the provisions of one Consent. Without ``may_permit`` its permits are ignored."""
 
     may_permit: bool
 
@@ -252,7 +253,7 @@ def _select_purposes(purposes: frozenset[Purpose], named: Any, verdict: Verdict 
 def _read_scope(scope: Any) -> tuple[frozenset[Purpose], bool]:
     """Return the purposes that a scope covers, and whether a Consent of this scope may permit.
 
-    The codings of a scope are translations of one concept: one that is known determines what the others mean.
+    The codings of a scope are translations of one concept: a known coding determines the meaning of the others.
     """
     if not scope:
         return frozenset(Purpose), True
@@ -268,7 +269,7 @@ def _read_scope(scope: Any) -> tuple[frozenset[Purpose], bool]:
 
 
 def _read_policy_rule(rule: Any) -> Verdict | None:
-    """Return the base decision of ``policyRule``, None if it is no opt-in or opt-out. A text counts as a code does."""
+    """Return the base decision of ``policyRule``, None if it is neither opt-in nor opt-out. Text counts like a code."""
     texts = list(_read_codes([rule]))
     if isinstance(rule, dict) and isinstance(rule.get("text"), str):
         texts.append(rule["text"].lower())

@@ -32,7 +32,7 @@ class Key:
 
     @cached_property
     def id(self) -> str:
-        """The public id of the key, stored beside the data that it encrypts: 8 hexadecimal digits, derived by HKDF."""
+        """The public id of the key, stored with the data that it encrypts: 8 hexadecimal digits, derived by HKDF."""
         return self.derived("id", ID_BYTES).hex()
 
     @property

@@ -1,6 +1,6 @@
-"""Partitions that are set aside: their manifests move to the folder ``aside``, so that no reader finds them.
+"""Partitions that are set aside: their manifests are moved to the folder ``aside``, so that readers ignore them.
 
-Their parts stay where they are. No manifest of a layer names them any more, so `fhir-assets prune` removes them when
+Their parts stay in place. Because no manifest of a layer names them any more, `fhir-assets prune` removes them when
 they are old enough; until then, the manifests can be moved back.
 """
 

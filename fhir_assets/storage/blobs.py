@@ -120,7 +120,8 @@ class LocalBlobs:
         """Write or replace ``name`` atomically. Raises StoreError."""
         target = f"{self.root}/{name}"
         folder, _, file = target.rpartition("/")
-        # Small files are written beside their target, because many files in one spool folder slow the file system down.
+        # Small files are written next to their target, because many files in one spool folder slow the file system
+        # down.
         path = f"{folder}/.{file}.{os.urandom(8).hex()}{UNFINISHED}"
         with _translate_disk_errors(f"write {target}"):
             try:

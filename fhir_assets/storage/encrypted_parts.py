@@ -24,7 +24,7 @@ def encrypt_frames(content: bytes, cipher: Cipher) -> Iterator[bytes]:
 
 
 def decrypt_stream(file: BinaryIO, cipher: Cipher) -> BinaryIO:
-    """Return the content of a part as a stream: decrypted if it is encrypted, else the file itself."""
+    """Return the content of a part as a stream, decrypted if it is encrypted."""
     if not file.seekable():
         head = file.read(len(MARK))
         raw = _DecryptedFile(file, cipher) if head == MARK else _PrefixedFile(head, file)
@@ -36,7 +36,7 @@ def decrypt_stream(file: BinaryIO, cipher: Cipher) -> BinaryIO:
 
 
 def read_key_id(file: BinaryIO) -> str | None:
-    """Return the id of the key that a part is encrypted with, or None for clear text. Read only the first bytes."""
+    """Return the id of the key that a part is encrypted with, or None for clear text. Only the first bytes are read."""
     if file.read(len(MARK)) != MARK:
         return None
     file.read(_LENGTH)

@@ -62,7 +62,7 @@ class Receipt(msgspec.Struct, frozen=True):
 
 
 class Undated(msgspec.Struct, frozen=True):
-    """The search for resources that no interval of ``lastUpdated`` contains, made with a fetch of the window.
+    """The search for undated resources (without ``meta.lastUpdated``) that was made with a fetch of the window.
 
     ``expected`` is the number that the source declared, None if it declares none; ``found`` were returned, of which
     ``repeated`` were in the partition already and ``rejected`` became dead letters. ``missing`` were declared but not
@@ -108,7 +108,9 @@ class Fetch(msgspec.Struct, frozen=True):
 
     @property
     def is_doubtful(self) -> bool:
-        """Whether resources may be missing: the source said so, or counts another number than it returned."""
+        """Whether resources may be missing: the source said so, or its count differs from the number that it
+        returned.
+        """
         return self.server_total not in (None, self.matched) or any(n.severity == "error" for n in self.notices)
 
 
@@ -122,7 +124,9 @@ class Fetched(msgspec.Struct, frozen=True):
 
     @property
     def beyond(self) -> int | None:
-        """Resources that the source declared but that no search returned, by the last fetch that asked for them."""
+        """Resources that the source declared but did not return, according to the last fetch that asked for undated
+        resources.
+        """
         asked = [fetch.undated for fetch in self.fetches if fetch.undated]
         return asked[-1].missing if asked else 0
 

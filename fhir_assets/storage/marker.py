@@ -7,7 +7,7 @@ from fhir_assets.storage.store import Store
 
 MARKER = "store.json"
 FORMAT = 1
-"""The layout of the store. A version that finds a greater number does not understand the store."""
+"""The layout of the store. A version of the project refuses a store with a greater number."""
 
 
 class StoreMarker(msgspec.Struct, frozen=True):

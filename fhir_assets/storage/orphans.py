@@ -12,7 +12,7 @@ from fhir_assets.storage.store import Store
 _PARTS = (".ndjson.gz", f".ndjson.gz{SUFFIX}", UNFINISHED)
 
 _MAX_AGE = timedelta(days=1)
-"""The age at which a file of the spool belongs to no running process."""
+"""The age from which a file in the spool cannot belong to a running process."""
 
 
 def find_unreferenced_parts(store: Store, layer: str, *, before: datetime) -> Iterator[ListedFile]:

@@ -42,7 +42,7 @@ class _OpenPart:
     arrival_starts: list[tuple[int, datetime]] = field(default_factory=list)
 
     def begin_arrival(self, at: datetime) -> None:
-        """Note that the lines from here on arrived at ``at``."""
+        """Record that the lines from here on arrived at ``at``."""
         self.arrived = at
         self.arrival_starts.append((self.rows + len(self.lines), at))
 

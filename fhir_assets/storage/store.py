@@ -28,7 +28,7 @@ LAYERS = ("raw", "validated", "bulk", "deleted")
 """The layers that have parts. A key rotation re-encrypts the parts of all of them."""
 
 SOURCES_FOLDER = "sources"
-"""The folder with a folder of its own for each source but the default one."""
+"""The folder that contains a folder for each source except the default one."""
 
 BATCH_BYTES = 1 << 20
 """The size of one read. A batch of lines is the unit of work of validation and loading."""

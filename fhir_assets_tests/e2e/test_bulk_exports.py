@@ -303,7 +303,7 @@ def test_only_errors_of_an_error_file_are_dead_letters_and_the_rest_is_counted(d
         if manifest.fetched
         for notice in manifest.fetched.notices
     }
-    assert notices == {"the server reports 1 warnings, 1 informations beside the resources"}
+    assert notices == {"the server reports 1 warnings, 1 informations in addition to the resources"}
 
 
 def _drop(*names: str) -> Callable[[Manifest, RequestedExport], object]:

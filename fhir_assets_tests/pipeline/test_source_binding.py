@@ -222,7 +222,7 @@ def test_the_message_ends_with_what_to_do(binding: Make) -> None:
         binding(fhir_partition="hourly").require()
     assert re.fullmatch(
         r"The settings of source default changed: FHIR_PARTITION was daily when the source was loaded, and is hourly "
-        r"now\. Its windows and checkpoints belong to the old value: either restore the old value, or decide: "
+        r"now\. Its windows and checkpoints belong to the old value: either restore the old value, or choose: "
         r"`fhir-assets sources carry-over` keeps what is loaded, and `fhir-assets sources start-anew` removes it and "
         r"loads the source again",
         str(caught.value),

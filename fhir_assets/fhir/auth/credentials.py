@@ -24,7 +24,10 @@ class Credentials(AuthBase):
     """
 
     is_token: bool = False
-    """Whether they are an access token, which a file server of another origin may ask for; a password never is."""
+    """Whether the credentials are an access token.
+
+    A file server of another origin may request a token, but not a password.
+    """
 
     def __init__(self, *, labels: ServerLabels = DEFAULT_LABELS) -> None:
         self.labels = labels

@@ -1,4 +1,4 @@
-"""The content of a downloaded file: decompressed, and whole to the end of every compressed stream."""
+"""The content of a downloaded file: decompressed, and checked to be complete."""
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -45,8 +45,8 @@ def parse_encodings(header: str | None) -> tuple[str, ...]:
 def decode_body(read: Callable[[int], bytes], codings: Sequence[str], *, may_be_empty: bool) -> Iterator[bytes]:
     """Yield the decompressed content of a body. A file that is itself compressed with gzip is decompressed too.
 
-    ``read(size)`` returns at most ``size`` bytes of the body, ``b""`` at its end. An empty body is a compressed stream
-    without its end unless ``may_be_empty``. Raises DamagedFile if a compressed stream is damaged or ends too early; the
+    ``read(size)`` returns at most ``size`` bytes of the body, ``b""`` at its end. An empty body counts as a truncated
+    compressed stream unless ``may_be_empty``. Raises DamagedFile if a compressed stream is damaged or truncated; the
     content before the damage has been yielded.
     """
     stream = _Stream(read)

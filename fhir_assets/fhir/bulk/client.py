@@ -23,9 +23,9 @@ from fhir_assets.retries import RetryPolicy, read_retry_after
 
 FIRST_POLL_SECONDS = 1.0
 _NO_CACHE = {"Cache-Control": "no-cache"}
-"""A cache in front of the server may keep the answer "not ready" (202), or an earlier manifest with old links."""
+"""A cache in front of the server may return an earlier "not ready" (202), or an earlier manifest with expired links."""
 _REFUSED_FILE = frozenset({400, 401, 403, 404, 410})
-"""Statuses of object stores for a link that has run out, and for a file that is gone."""
+"""The statuses with which object stores answer for an expired link, and for a file that was deleted."""
 MAX_POLL_SECONDS = 60.0
 _DELETE_POLICY = RetryPolicy(attempts=3, max_wait=2, max_retry_after=5, budget=30)
 """Retries of the deletion of an export. The deletion only frees space at the server, so they are few."""
@@ -53,7 +53,7 @@ class ExportGone(NotFhir):
 
 
 class LinkExpired(ServerRefused):
-    """The server or its object store refuses a file of the export: its link may have run out.
+    """The server or its object store refuses a file of the export, possibly because its link has expired.
 
     The status of the export may have new links.
     """

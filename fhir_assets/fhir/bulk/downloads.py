@@ -116,8 +116,8 @@ class Downloads:
         """Read the lines of a file of any size in batches, without blank lines, in bounded memory.
 
         If the connection breaks, the file is requested again, and the lines that have been returned are skipped. A file
-        that has fewer than ``expected`` lines is requested again a few times; then its end is accepted. Credentials are
-        sent to another origin only if ``authorized``, only if they are a token, and only over https. Raises
+        that has fewer than ``expected`` lines is requested again a few times; then it is accepted as it is. Credentials
+        are sent to another origin only if ``authorized``, only if they are a token, and only over https. Raises
         FileChanged, HttpStatusError, ServerUnavailable or NotFhir.
         """
         returned = ReturnedLines()

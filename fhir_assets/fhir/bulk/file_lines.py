@@ -14,9 +14,9 @@ _CUT_OFF = "the server cuts it off: run again to request a new export"
 
 
 class FileChanged(ServerUnavailable):
-    """A file broke off, and its second download does not begin with the lines of the first.
+    """The download of a file was interrupted, and a second download does not begin with the same lines.
 
-    The lines that have been returned are of no use: the file must be read again from its start.
+    The lines that have been returned cannot be used: the file must be read again from its start.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The refusal of an export by the server, explained by the types and the level that were asked for."""
+"""Refused exports: explains the refusal by the requested types and level."""
 
 import re
 from collections import Counter
@@ -64,7 +64,7 @@ def explain_refusal(response: FhirResponse, request: ExportRequest) -> ExportRef
 
 
 def _find_named(body: bytes, resource_types: Sequence[str]) -> list[str]:
-    """Return the types that a refusal names more often than the others: it may repeat the whole request."""
+    """Return the requested types that a refusal names more often than the others; it may repeat the whole request."""
     words = Counter(re.findall(r"[A-Za-z]+", body[: 1 << 16].decode("utf-8", "replace")))
     least = min(words[name] for name in resource_types)
     return [name for name in resource_types if words[name] > least]

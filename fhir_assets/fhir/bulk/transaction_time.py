@@ -1,7 +1,7 @@
-"""The time up to which an export is complete, as far as the server's word for it can be trusted.
+"""The time up to which an export is complete, after checks of the server's ``transactionTime``.
 
-A later export begins where an earlier one ended. A ``transactionTime`` that lies ahead of the clock that dates the
-resources would make it begin too late, and the resources in between would be in no export.
+A later export begins where an earlier one ended. If ``transactionTime`` is ahead of the clock that dates the resources,
+the later export begins too late, and no export contains the resources in between.
 """
 
 from datetime import datetime, timedelta
@@ -10,10 +10,10 @@ from fhir_assets.errors import NotFhir
 from fhir_assets.windows import add_clamped
 
 TOLERANCE = timedelta(minutes=1)
-"""How far ``transactionTime`` may lie ahead of the server's own clock."""
+"""How far ``transactionTime`` may be ahead of the server's own clock."""
 
 STALE = timedelta(days=31)
-"""From this age on, ``transactionTime`` must fit the resources of the export."""
+"""A ``transactionTime`` that is older than this must agree with the resources of the export."""
 
 _DATE_PRECISION = timedelta(seconds=1)
 _LATER = "nothing of this export is loaded, and nothing is lost. Ask the server's administrator to correct its clock"
@@ -30,8 +30,8 @@ def bound_transaction_time(
 ) -> datetime:
     """Return the earliest of ``transactionTime``, the kick-off, and the ``Date`` of the server's answers.
 
-    ``requested_at`` is the time of the kick-off by our clock; ``now`` takes the place of an absent ``answer_date``.
-    Raises NotFhir if ``claimed`` lies more than a minute ahead of the server's clock, or before ``since``.
+    ``requested_at`` is the time of the kick-off by the local clock; ``now`` is used if ``answer_date`` is None. Raises
+    NotFhir if ``claimed`` is more than a minute ahead of the server's clock, or before ``since``.
     """
     clock = answer_date or now
     if claimed - clock > TOLERANCE:
@@ -50,10 +50,10 @@ def bound_transaction_time(
 
 
 def check_stale_export(claimed: datetime, requested_at: datetime, newest: datetime | None) -> None:
-    """Raise NotFhir if a ``transactionTime`` of long ago contradicts the resources of the export.
+    """Raise NotFhir if an old ``transactionTime`` contradicts the resources of the export.
 
-    ``newest`` is the greatest ``lastUpdated`` of the export, None if it has no resources: that a server was empty long
-    ago does not say that it is empty now.
+    ``newest`` is the greatest ``lastUpdated`` of the export, None if it has no resources: an export that was empty long
+    ago does not show that the server is empty now.
     """
     if requested_at - claimed < STALE:
         return

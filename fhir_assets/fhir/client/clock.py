@@ -1,4 +1,7 @@
-"""The clock of a FHIR server, as the Date headers of its responses show it (https://www.rfc-editor.org/rfc/rfc9110#field.date)."""
+"""The clock of a FHIR server, derived from the Date headers of its responses.
+
+See https://www.rfc-editor.org/rfc/rfc9110#field.date.
+"""
 
 import re
 import time
@@ -11,13 +14,13 @@ from fhir_assets.notices import Notices, Severity
 from fhir_assets.windows import add_clamped
 
 MAX_SKEW = timedelta(minutes=1)
-"""A larger difference between the server's clock and this machine's is a notice."""
+"""If the server's clock differs from this machine's by more than this, a notice is added."""
 _MISLEADING_SKEW = timedelta(days=7)
-"""With a larger difference one of the clocks is plainly wrong, and windows are not loaded at the right time."""
+"""If the clocks differ by more than this, one of them is wrong, and windows are not loaded at the right time."""
 DATE_PRECISION = timedelta(seconds=3)
-"""How late a Date header may be: it has whole seconds, and servers renew it about once a second (uvicorn, nginx)."""
+"""How late a Date header may be: it has whole seconds, and servers update it about once a second (uvicorn, nginx)."""
 _MAX_AGE_DIGITS = 10
-"""A longer Age is not a number of seconds; what is left of it is still centuries."""
+"""Digits of an Age header that are read. The rest is cut, because the result is centuries anyway."""
 _HTTP_DATE = re.compile(r"[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT")
 
 

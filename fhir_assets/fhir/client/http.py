@@ -42,12 +42,13 @@ FHIR_JSON = "application/fhir+json"
 FIRST_CONTACT_POLICY = RetryPolicy(attempts=4, first_wait=0.5, max_wait=4, max_retry_after=60, budget=240)
 """Few retries, for ``/metadata`` and for a server that never answered: the likely cause is a wrong setting.
 
-A persistent client, of a run that nobody waits for, uses its own policy instead: the likely cause is an outage.
+A persistent client, for runs that no person waits for, uses its own policy instead: there the likely cause is an
+outage.
 """
 
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524, 529})
 _READ_HEADERS = {"Cache-Control": "no-cache"}
-"""Some servers answer a search or a count that equals an earlier one from a cache, HAPI for 60 seconds."""
+"""Some servers answer a repeated search or count from a cache, HAPI for 60 seconds."""
 _MAX_REDIRECTS = 5
 _MAX_CONNECT_SECONDS = 10.0
 _BODY_TIMEOUTS = 10
@@ -57,7 +58,7 @@ _CHUNK_BYTES = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """One HTTP response, before it is judged by its status. ``is_redirect`` means that it names another address."""
+    """One HTTP response, before its status is checked. ``is_redirect`` means that it names another address."""
 
     url: str
     status: int
@@ -72,10 +73,9 @@ class FhirClient:
     ``timeout`` (seconds) limits the wait for the first byte of a response and for each further byte; a complete
     response may take ten times as long. Each call is made within ``call_slot()``, a context manager that may block, so
     that the number of concurrent calls to a server is limited. ``labels`` are the names of the settings in messages.
-    ``link_base`` is the address that the server uses in links instead of the base URL; such links are rewritten.
-    A ``persistent`` client tries a server that never answered as often as any other, not only FIRST_CONTACT_POLICY.
-    ``notices`` collects what a person should know about the server's answers; ``clock`` is the server's clock.
-
+    ``link_base`` is the address that the server uses in links instead of the base URL; such links are rewritten. A
+    ``persistent`` client makes as many attempts with a server that never answered as with any other, instead of those
+    of FIRST_CONTACT_POLICY. ``notices`` collects notices about the server's answers; ``clock`` is the server's clock.
     Raises ConfigurationError if ``base_url`` is not an HTTP URL or contains credentials.
     """
 
@@ -150,7 +150,7 @@ class FhirClient:
         return url
 
     def rewrite(self, url: str) -> str:
-        """Return a URL that begins with the link base as one of the base URL; any other URL is unchanged."""
+        """Rewrite a URL that begins with the link base to the base URL. Any other URL is returned unchanged."""
         return rewrite_link(url, self._link_base, self.base_url)
 
     def leads_elsewhere(self, url: str) -> bool:
@@ -314,7 +314,7 @@ class FhirClient:
             raise ConfigurationError(f"{self.labels.base_url} is not a valid URL: correct it") from None
         except RequestException as error:
             self._unanswered += 1
-            # Once all attempts of the policy failed, the further calls of a run need not wait as long again.
+            # Once all attempts of the policy have failed, further calls of a run do not wait as long again.
             is_patient = self._is_persistent and self._unanswered <= self.retrier.policy.attempts
             is_quick = not (self._has_answered or is_patient)
             advice = f"{self._check_url} A server that has not answered before is tried only a few times"
@@ -325,7 +325,7 @@ class FhirClient:
             ) from None
 
     def _read_body(self, response: requests.Response) -> bytes:
-        """Read the body until a deadline: a server that sends single bytes would otherwise block the run for ever."""
+        """Read the body until a deadline: a server that sends single bytes would otherwise block the run forever."""
         seconds = _BODY_TIMEOUTS * self.timeout[1]
         deadline = time.monotonic() + seconds
         chunks = []

@@ -1,4 +1,4 @@
-"""Links in the answers of a FHIR server, which may name another base URL than the one that the client uses.
+"""Links in the answers of a FHIR server, which may have another base URL than the one that the client uses.
 
 A server behind a proxy often writes links with its own address. ``link_base`` is that address: links that begin with it
 are rewritten to the base URL.
@@ -10,7 +10,7 @@ from urllib.parse import urlsplit, urlunsplit
 from fhir_assets.fhir.client.origin import DEFAULT_PORTS, format_origin, parse_origin
 
 _BASE_SEGMENT = re.compile(r"(?![A-Z][a-z]+[A-Za-z]*$)(?!.*\d{4})[A-Za-z0-9][A-Za-z0-9._~-]{0,23}")
-"""A part of a path that is neither a resource type nor something like an id."""
+"""A path segment that is neither a resource type nor likely to be an id."""
 
 
 def is_http_url(text: str) -> bool:
@@ -41,7 +41,7 @@ def rewrite_link(url: str, link_base: str, base_url: str) -> str:
 def guess_base(url: str) -> str:
     """Return the base URL that a link seems to have, for messages: its origin and the path before the resource type.
 
-    Parts of the path that may be an id are left out. Raises ValueError if it is not a URL.
+    Path segments that may be an id are left out. Raises ValueError if it is not a URL.
     """
     segments = []
     for segment in urlsplit(url).path.strip("/").split("/"):

@@ -19,7 +19,7 @@ class HttpStatusError(ServerRefused):
 
 
 class InternalServerError(ServerUnavailable):
-    """A server answered every attempt with 500. Some servers answer so to a parameter that they do not support."""
+    """A server answered every attempt with 500, which some servers do for a parameter that they do not support."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -301,9 +301,9 @@ _TOO_LONG = "longer than the limit for one resource"
 
 
 def read_resources(content: LandedContent, body: bytes, location: str, pages: Pages) -> Iterator[FileItem]:
-    """Yield a resource, or what a container contains that is small enough to be decoded as a whole."""
+    """Yield a resource, or the contents of a container that is small enough to be decoded as a whole."""
     item = content.read_resource(body, location)
-    # Half a surrogate pair in one of its entries does not make the others of a container unreadable.
+    # Half a surrogate pair in one entry must not make the other entries of a container unreadable.
     resource_type = item.resource_type if isinstance(item, Record) else _read_type(mask_half_surrogates(item.body))
     if resource_type not in CONTAINERS:
         yield item

@@ -1,4 +1,4 @@
-"""The JSON texts of files that a person gives to a command: NDJSON, or one document on any number of lines.
+"""The JSON texts of files that a person passes to a command: NDJSON, or one document on any number of lines.
 
 The landing zone and the source ``ndjson`` have rules of their own (``formats``, ``ndjson``), which suit large files.
 """
@@ -15,7 +15,7 @@ from fhir_assets.fhir.lines import DamagedFile, read_lines
 from fhir_assets.fhir.record import MalformedResource, read_header
 
 MAX_TEXT_BYTES = 1 << 30
-"""The maximum size of a JSON text: what fits into memory."""
+"""The maximum size of a JSON text, which must fit into memory."""
 
 _LINES = (".ndjson", ".jsonl")
 _SUFFIXES = tuple(suffix + ending for suffix in (*_LINES, ".json") for ending in ("", ".gz"))
@@ -31,7 +31,7 @@ class JsonText:
 
 @dataclass(frozen=True, slots=True)
 class UnreadableText:
-    """A part of a file that cannot be read. ``message`` says why, without content of the file."""
+    """A part of a file that cannot be read. ``message`` gives the reason, without content of the file."""
 
     line: int
     message: str
@@ -67,9 +67,9 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
 def read_json_texts(file: Path, limit: int = MAX_TEXT_BYTES) -> Iterator[JsonText | UnreadableText]:
     """Yield the JSON texts of a file, gzipped or not. Blank lines are skipped.
 
-    The file is NDJSON if one of its first two lines is a resource, or if it is not one JSON text and either its name
-    says so or one of its lines is a resource. A line of more than ``limit`` bytes, and the end of a
-    damaged file, are unreadable; the lines before and after them are not.
+    The file is NDJSON if one of its first two lines is a resource. It is also NDJSON if it is not one JSON text, and
+    its name or one of its lines indicates NDJSON. A line of more than ``limit`` bytes, and the end of a damaged file,
+    are yielded as unreadable; the lines before and after them are read.
     """
     lines = _number_lines(file, limit)
     first = list(islice(lines, 2))

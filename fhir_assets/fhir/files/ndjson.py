@@ -2,7 +2,7 @@
 
 A file of lines whose name contains a type (``Patient.ndjson``, ``MimicPatient.000.ndjson.gz``) holds resources of that
 type. In any other file the type is read from each resource. A line, or a ``.json`` file, may be a container: a Bundle
-or Parameters. Whatever cannot be used becomes a RejectedInput with the name of the file and the place in it.
+or Parameters. Content that cannot be used becomes a RejectedInput with the name of the file and the location in it.
 """
 
 import glob
@@ -45,7 +45,7 @@ _TYPE_IN_NAME = re.compile(
     rf"(?:(?<![A-Za-z])|(?<=[a-z]))(?:{'|'.join(sorted(BY_NAME, key=len, reverse=True))})(?![a-z])"
 )
 _is_manifest = re.compile(rb'\s*\{(?:(?!"resourceType").)*"transactionTime"', re.DOTALL).match
-"""Whether JSON begins like the manifest of a bulk export, which often lies beside its files."""
+"""Whether JSON begins like the manifest of a bulk export, which is often in the same folder as its files."""
 
 _DELETION = "a deletion, which a source of files cannot express: give the file to the landing zone"
 _ALL_TIME = Interval(None, LATEST)
@@ -68,7 +68,7 @@ class _File:
 
 
 class NdjsonSource:
-    """The resources of a file, of all NDJSON and JSON files in a folder and below, or of the files that match a glob.
+    """The resources of a file, of all NDJSON and JSON files in a folder and its subfolders, or of a glob.
 
     ``skipped`` counts, by type, the resources of the last fetch whose type is not in the catalog. A resource without
     ``lastUpdated``, or with one in the future, is dated by the modification time of its file. The methods raise
@@ -147,7 +147,7 @@ class NdjsonSource:
         """Return None: files do not declare their number of resources."""
 
     def fetch_all(self, resource_type: str) -> Iterator[Record | RejectedInput]:
-        """Read all resources of a type, whatever their dates. Raises as ``fetch``."""
+        """Read all resources of a type, regardless of their dates. Raises as ``fetch``."""
         yield from self.fetch([resource_type], _ALL_TIME)
 
     def drain_notices(self) -> tuple[Notice, ...]:
@@ -188,7 +188,7 @@ class NdjsonSource:
         )
 
     def _read(self, file: _File, requested: list[str]) -> Iterator[Record | RejectedInput]:
-        """Read all resources of the requested types in a file, of any time."""
+        """Read all resources of the requested types in a file, regardless of their dates."""
         now = self._now()
         arrived = min(_modified_at(file), now)
         reader = _LineReader(file, requested, arrived, now, self.skipped)

@@ -1,4 +1,4 @@
-"""Values of intake records that a spreadsheet damaged, and dates that cannot be right. No message contains a value."""
+"""Values of intake records that a spreadsheet damaged, and implausible dates. No message contains a value."""
 
 import re
 import unicodedata
@@ -12,13 +12,13 @@ _NAMES = ("first_name", "last_name")
 EARLIEST_BIRTH = "1800-01-01"
 EARLIEST_VISIT = "1900-01-01"
 LATEST_VISIT = timedelta(days=366)
-"""How far ahead a planned visit may be."""
+"""How far in the future a planned visit may be."""
 
 _has_invisible = re.compile(
     "[\u007f-\u00a0\u00ad\u061c\u1680\u180e\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f-\u206f\u3000\ufe00-\ufe0f\ufeff"
     "\ufff9-\ufffc]"
 ).search
-"""Characters that look like nothing or like a blank. The joiners U+200C and U+200D are part of some scripts' names."""
+"""Characters that are invisible or look like a blank. The joiners U+200C and U+200D occur in names of some scripts."""
 
 _JOINERS = re.compile("[\u200c\u200d]")
 _MONTHS = "Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec"
@@ -51,7 +51,7 @@ def unwrap(value: str) -> str:
 _is_suspicious = re.compile(
     "|".join(f"(?:{pattern.pattern.removeprefix('(?i)')})" for pattern, _ in _NO_NUMBER), re.IGNORECASE
 ).fullmatch
-"""Whether a text may match one of the patterns: one call instead of one for each."""
+"""Return whether a text may match one of the patterns: one call instead of one for each pattern."""
 
 
 def compile_visit_check(today: date | None = None) -> Callable[[Mapping[str, str]], bool]:
@@ -73,7 +73,7 @@ def compile_visit_check(today: date | None = None) -> Callable[[Mapping[str, str
 
 
 def find_number_problem(value: str) -> str | None:
-    """Return why a text cannot be a record number, None if it can be one."""
+    """Return why a text cannot be a record number; None if it can be one."""
     for pattern, message in _NO_NUMBER:
         if pattern.fullmatch(value):
             return f"{message}: {_ADVICE}"
@@ -83,7 +83,7 @@ def find_number_problem(value: str) -> str | None:
 
 
 def find_invisible(value: str) -> str | None:
-    """Return which invisible character a text has, None if it has none."""
+    """Return the name of the first invisible character in a text; None if there is none."""
     found = _has_invisible(value)
     return _describe_character(found[0]) if found else None
 

@@ -45,7 +45,7 @@ def decode(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _find_encoding(head: bytes) -> str | None:
-    """Return the encoding if it is not UTF-8."""
+    """Return the encoding if it is not UTF-8, else None."""
     for mark, encoding in _MARKS:
         if head.startswith(mark):
             return encoding
@@ -75,7 +75,7 @@ def read_separator_line(text: str) -> str | None:
 
 
 def find_delimiter(header: str, columns: Collection[str]) -> str:
-    """Return the delimiter with which a header has the most of these columns."""
+    """Return the delimiter that splits a header into the most of these columns."""
 
     def count(delimiter: str) -> int:
         try:

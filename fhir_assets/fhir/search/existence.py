@@ -1,4 +1,7 @@
-"""Whether resources still exist at a server, found by reading them by id (https://hl7.org/fhir/R4/http.html#read)."""
+"""Checks whether resources still exist on a server, by reading them by id.
+
+See https://hl7.org/fhir/R4/http.html#read.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +16,7 @@ from fhir_assets.fhir.record import Deletion, MalformedResource, read_header
 from fhir_assets.notices import Notice
 
 MAX_KNOWN_IDS = 3
-"""How many resources that the server has just returned are read at most, to learn whether reads work."""
+"""The maximum number of resources that the server has just returned and that are read to check that reads work."""
 
 _GONE = 410
 _NOT_FOUND = 404
@@ -21,11 +24,12 @@ _IDS_PER_BATCH = 1000
 
 
 class ExistenceReader:
-    """Reads resources by id to learn which of them the server no longer has.
+    """Reads resources by id to find those that the server no longer has.
 
-    Status 410 says that a resource was deleted. A server that does not know deletions answers 404; but so does one that
-    hides resources or whose reads do not work. Status 404 counts only if a resource of the same type that the server
-    has just returned can be read. In every other case a resource counts as existing, and a notice says so.
+    Status 410 means that a resource was deleted. A server that does not keep deletions answers 404, but so does a
+    server that hides resources or whose reads do not work. Status 404 therefore counts only if a resource of the same
+    type that the server has just returned can be read. In every other case the resource counts as existing, and a
+    notice is added.
     """
 
     def __init__(self, client: FhirClient, *, connections: int = 4) -> None:

@@ -12,16 +12,16 @@ from fhir_assets.fhir.search.searches import Searches
 from fhir_assets.windows import Interval, add_clamped
 
 _OLDEST = datetime(2000, 1, 1, tzinfo=UTC)
-"""Servers with older resources are read from the first window on."""
+"""A server with resources older than this is read from the first window on."""
 _PRECISION = timedelta(hours=1)
 _UNSUPPORTED = frozenset({400, 422, 501})
 
 
 class ExtentFinder:
-    """Finds from when to when a server has resources of a type.
+    """Finds the interval in which a server has resources of a type.
 
-    The oldest match of a sorted search is believed if nothing older is found. Otherwise the server does not sort, and
-    the time before which nothing is found is searched by bisection.
+    The oldest match of a sorted search is used if nothing older is found. Otherwise the server does not sort, and the
+    time before which nothing is found is determined by bisection.
     """
 
     def __init__(self, searches: Searches, resource_type: str, now: datetime) -> None:
@@ -30,9 +30,9 @@ class ExtentFinder:
         self._now = now
 
     def find(self) -> Interval | None:
-        """Return the interval from the oldest resource to now, open below if the oldest is unknown; None if empty.
+        """Return the interval from the oldest resource to now; None if the server has no resource of the type.
 
-        Raises the errors of ``FhirClient.get``.
+        The interval has no start if the oldest resource is unknown. Raises the errors of ``FhirClient.get``.
         """
         page = self._searches.first_matches(self._type)
         first = self._read_match(page)
@@ -47,7 +47,7 @@ class ExtentFinder:
         return Interval(oldest and min(oldest, self._now), self._now)
 
     def _verify(self, first: Record | RejectedInput | None) -> datetime | None:
-        """Return the time of the first match of a sorted search if nothing is older; None if that is unknown."""
+        """Return the time of the first match of a sorted search if no match is older; None if that is unknown."""
         if not isinstance(first, Record):
             return None
         moment = first.last_updated if first.dated else self._now  # a time in the future does not count
@@ -86,6 +86,6 @@ class ExtentFinder:
 
 
 def _is_empty(page: SearchPage) -> bool:
-    """Return whether a page without matches means that there are none: nothing follows, and no error is reported."""
+    """Return whether a page proves that there are no matches: it has none and no next page, and reports no error."""
     errors = (isinstance(entry, SearchEntry) and is_error(bytes(entry.resource)) for entry in page.entries)
     return page.next_link is None and not page.total and not any(errors)

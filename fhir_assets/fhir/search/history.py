@@ -103,7 +103,7 @@ class DeletionHistory:
         started = monotonic()
         page = self._client.get(f"{resource_type}/_history", _parse_page, params=params)
         self.requested_at = page.date
-        # The server's time at the start of the request. A version that the history lacks is newer than that.
+        # The server's time at the start of the request. Versions missing in the history are newer than that.
         latest = page.date - timedelta(seconds=monotonic() - started) if page.date else None
         times = DeletionTimes(latest=latest, fallback=since)
         links = set()

@@ -1,5 +1,6 @@
-"""The OperationOutcomes in the answers of a search: what the server says about the answer
-(https://hl7.org/fhir/R4/search.html#status).
+"""The OperationOutcomes in the answers of a search, which describe the answer.
+
+See https://hl7.org/fhir/R4/search.html#status.
 """
 
 import msgspec
@@ -20,7 +21,7 @@ _decode = msgspec.json.Decoder(_Outcome).decode
 
 
 def is_error(outcome: bytes) -> bool:
-    """Return whether an OperationOutcome says that the answer is incomplete; False for any other resource."""
+    """Return whether an OperationOutcome means that the answer is incomplete; False for any other resource."""
     return bool(_read_severities(outcome) - {"warning"})
 
 
@@ -33,7 +34,7 @@ def _read_severities(outcome: bytes) -> set[str | None]:
 
 
 def note_outcome(notices: Notices, resource_type: str, outcome: bytes) -> None:
-    """Add a notice for an OperationOutcome among the entries of a search; for mere information add none.
+    """Add a notice for an OperationOutcome among the entries of a search, unless it is only information.
 
     An outcome with an issue of severity ``error`` or ``fatal``, or of a severity that is not defined, means that the
     answer is incomplete. The notice contains the codes of the issues, but no text of the server, which may contain

@@ -1,8 +1,7 @@
-"""One page of a search: a Bundle of type searchset, whose resources keep the bytes that the server sent
-(https://hl7.org/fhir/R4/search.html#return).
+"""One page of a search: a Bundle of type searchset, whose resources keep the bytes that the server sent.
 
-The envelope is read leniently: servers write ``null`` for an empty list, a total as text, or leave out the Bundle's
-type. Resources are read as they are.
+See https://hl7.org/fhir/R4/search.html#return. The envelope is read leniently, because servers write ``null`` for an
+empty list, write a total as text, or omit the Bundle's type. Resources are not changed.
 """
 
 from dataclasses import dataclass

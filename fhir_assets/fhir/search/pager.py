@@ -1,4 +1,4 @@
-"""One search over all of its pages: duplicates removed, expired pages handled, entries turned into records."""
+"""One search over all of its pages: removes duplicates, handles expired pages, and turns entries into records."""
 
 import threading
 from collections import Counter
@@ -33,12 +33,12 @@ from fhir_assets.windows import Interval
 T = TypeVar("T")
 
 TIME_TOLERANCE = timedelta(seconds=1)
-"""Some servers show ``lastUpdated`` less precisely than they compare it."""
+"""Some servers return ``lastUpdated`` less precisely than they compare it."""
 
 _MAX_RESTARTS_WITHOUT_PROGRESS = 3
 _MAX_PAGES_WITHOUT_PROGRESS = 1000
 _STEPS_THAT_PROVE_SORTING = 10
-"""After this many distinct ascending times, the matches count as sorted by the server."""
+"""After this many distinct ascending times, the server is assumed to sort the matches."""
 
 
 class PageExpired(Exception):
@@ -46,7 +46,7 @@ class PageExpired(Exception):
 
 
 class _PagesEnded(Exception):
-    """The pages of a search cannot be followed to an end that the server marks as one.
+    """The pages of a search cannot be followed to a page that the server marks as the last.
 
     ``pages`` have been read. ``error`` is to be raised if resources are missing. ``is_expired`` means that a new search
     may get further.
@@ -78,10 +78,13 @@ class SearchPager:
         self._seen = SeenVersions()
         self._rejected = 0
         self._order = _MatchOrder()
-        self._began: datetime | None = None
+        self._started_at: datetime | None = None
 
     def read_interval(self, interval: Interval) -> Iterator[Record | RejectedInput]:
-        """Read the resources of an interval. A page that expires restarts the search from the last time seen."""
+        """Read the resources of an interval.
+
+        If a page expires, the search is restarted from the last time that was read.
+        """
 
         def accept(record: Record) -> bool:
             return self._belongs(record, interval)
@@ -114,11 +117,11 @@ class SearchPager:
         yield from self._read_again([("_id", ",".join(ids))], accept)
 
     def read_all(self, params: Params) -> Iterator[Record | RejectedInput]:
-        """Read all matches of a search by other parameters than the date, or without any."""
+        """Read all matches of a search with other parameters than the date, or without parameters."""
         yield from self._read_again(params, lambda record: True)
 
     def _read_again(self, params: Params, accept: Callable[[Record], bool]) -> Iterator[Record | RejectedInput]:
-        """Read a search, from the start again if its pages end early."""
+        """Read a search. Restart it if its pages end too early."""
         for restarts in range(1, _MAX_RESTARTS_WITHOUT_PROGRESS + 1):
             try:
                 yield from self._read(params, accept)
@@ -129,10 +132,10 @@ class SearchPager:
                 self._raise_if_no_progress(restarts, ended)
 
     def _is_complete(self, params: Params, ended: _PagesEnded) -> bool:
-        """Return whether all matches that the server counts have come, so that the pages need no further reading.
+        """Return whether all matches that the server counts have been read, so that the search need not be restarted.
 
-        Rejected entries are left out, because the server may not count them.
-        Without an error to raise, the pages count as read in any case, and missing resources are a notice.
+        Rejected entries are not counted, because the server may not count them. If there is no error to raise, the
+        search counts as complete in any case, and missing resources are a notice.
         """
         total = None
         with suppress(FhirAssetsError):
@@ -181,7 +184,7 @@ class SearchPager:
             before = len(self._seen)
             if page_number == 1 and until is not None:
                 self._check_date(page, until)
-            self._began = self._began or page.date or self._now()
+            self._started_at = self._started_at or page.date or self._now()
             for entry_number, entry in enumerate(page.entries, 1):
                 item = self.read_entry(entry, f"page {page_number}, entry {entry_number}")
                 if item is None:
@@ -207,7 +210,7 @@ class SearchPager:
                 )
 
     def _check_date(self, page: SearchPage, until: datetime) -> None:
-        """Add a notice if the answer was made before the end of its interval, so that it cannot be complete."""
+        """Add a notice if the answer is older than the end of its interval, so that it cannot be complete."""
         if page.date is not None and page.date < until - MAX_SKEW:
             self._client.notices.add(
                 "error",
@@ -255,7 +258,7 @@ class SearchPager:
         if isinstance(entry, msgspec.Raw):
             return self._reject("structure", path, "an entry that is not a valid Bundle entry", bytes(entry))
         if entry.mode == "outcome":
-            return None  # heard when the page arrived
+            return None  # Its notices were added when the page arrived
         body = to_single_line(bytes(entry.resource))
         if entry.mode == "include" and not self._is_match(body):
             return None
@@ -277,7 +280,7 @@ class SearchPager:
             return self._reject(error.rule, path, str(error), body, resource_id)
 
     def _is_match(self, body: bytes) -> bool:
-        """Return whether an included resource is one of the type that is searched. No other type was asked for."""
+        """Return whether an included resource is of the type that is searched. No other type was requested."""
         resource_type = _resource_type(body)
         if resource_type == self._type:
             return True
@@ -299,8 +302,8 @@ class SearchPager:
         moment = record.last_updated
         if moment is None:
             return True
-        began = self._began or self._now()
-        if moment >= interval.end + TIME_TOLERANCE and moment >= began - CLOCK_SKEW:
+        started = self._started_at or self._now()
+        if moment >= interval.end + TIME_TOLERANCE and moment >= started - CLOCK_SKEW:
             return False
         early = interval.start is not None and moment < interval.start - TIME_TOLERANCE
         if early or moment >= interval.end + TIME_TOLERANCE:
@@ -313,14 +316,14 @@ class SearchPager:
 
 
 class _MatchOrder:
-    """Tracks whether the matches arrive in the requested order, and from which time a search can resume."""
+    """Tracks whether the matches arrive in the requested order, and the time from which a search can resume."""
 
     def __init__(self) -> None:
         self._newest: datetime | None = None
         self._steps = 0
         self._sorted = True
         self.is_descending = False
-        """Whether a match is older than one before it, so that the server does not sort."""
+        """Whether a match is older than the match before it, which means that the server does not sort."""
 
     def note(self, moment: datetime | None) -> None:
         """Record the ``lastUpdated`` of the next match."""

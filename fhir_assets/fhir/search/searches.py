@@ -1,7 +1,7 @@
 """The searches of one FHIR server, with the parameters that it supports.
 
-A parameter that the server refuses (``_sort``, ``_summary=count``, ``_total``) is left out from then on, and a page
-size above the server's maximum is halved. Each is a notice, once.
+A parameter that the server refuses (``_sort``, ``_summary=count``, ``_total``) is no longer sent, and a page size above
+the server's maximum is halved. A notice is added once for each.
 """
 
 from collections import defaultdict
@@ -34,8 +34,8 @@ class _Accepted:
         sort = [("_sort", SORT)] if self.sorts else []
         return [*sort, *([("_count", str(self.size))] if self.size else [])]
 
-    def weaker(self) -> Iterator["_Accepted"]:
-        """Yield what to try if the server refuses these parameters but accepts a search without any."""
+    def list_alternatives(self) -> Iterator["_Accepted"]:
+        """Yield the parameters to try next if the server refuses these but accepts a search without any."""
         sizes = [self.size] if self.size else []
         while sizes and sizes[-1] // 2 >= _MIN_PAGE_SIZE:
             sizes.append(sizes[-1] // 2)
@@ -59,7 +59,9 @@ class Searches:
         self._page_size: int | None = page_size
         self._unsorted: set[str] = set()
         self._refused_counts: defaultdict[tuple[str, frozenset[str]], set[int]] = defaultdict(set)
-        """The refused forms of a count by type and names of filters: a server may refuse the filters themselves."""
+        """For each type and set of filter names, the forms of a count that the server refused, possibly for its
+        filters.
+        """
         self._noticed: set[str] = set()
 
     def first_page(self, resource_type: str, filters: Params) -> SearchPage:
@@ -74,7 +76,7 @@ class Searches:
             if not _is_refusal(error) or not accepted.params():
                 raise
             self._get(resource_type, filters, _PROBE)  # raises if the search itself is refused
-            page, found = self._weaken(resource_type, filters, accepted, error)
+            page, found = self._find_accepted(resource_type, filters, accepted, error)
         if found.size != accepted.size:
             self._page_size = found.size
             self._notice(
@@ -104,7 +106,7 @@ class Searches:
         except (HttpStatusError, InternalServerError) as error:
             if not _is_refusal(error):
                 raise
-            return self._weaken(resource_type, filters, accepted, error)[0]
+            return self._find_accepted(resource_type, filters, accepted, error)[0]
 
     def count(self, resource_type: str, filters: Params) -> int | None:
         """Return the server's own total; None if it does not give one, which is a notice.
@@ -143,23 +145,23 @@ class Searches:
         self._notice(
             f"sort-{verb}",
             f"{self.client.base_url} {verb} _sort=_lastUpdated: resources are read in the order of the server, and a "
-            "search that breaks off begins anew",
+            "search that breaks off is restarted",
         )
 
-    def hear(self, resource_type: str, page: SearchPage) -> None:
+    def note_outcomes(self, resource_type: str, page: SearchPage) -> None:
         """Add notices for the OperationOutcomes among the entries of a page."""
         for entry in page.entries:
             if isinstance(entry, SearchEntry) and entry.mode == "outcome":
                 note_outcome(self.client.notices, resource_type, bytes(entry.resource))
 
-    def _weaken(
+    def _find_accepted(
         self, resource_type: str, filters: Params, accepted: _Accepted, refusal: FhirAssetsError
     ) -> tuple[SearchPage, _Accepted]:
-        """Return the page for the strongest parameters that the server accepts, and these parameters.
+        """Return the page for the most complete set of parameters that the server accepts, and these parameters.
 
         Raises ``refusal`` if it accepts none.
         """
-        for attempt in accepted.weaker():
+        for attempt in accepted.list_alternatives():
             try:
                 page = self._get(resource_type, [*filters, *attempt.params()], _PROBE)
             except (HttpStatusError, InternalServerError) as error:
@@ -184,7 +186,7 @@ class Searches:
             return page
 
         page = self.client.get(url or resource_type, read, params=params, policy=policy)
-        self.hear(resource_type, page)
+        self.note_outcomes(resource_type, page)
         return page
 
     def _notice_cache(self, age: int) -> None:

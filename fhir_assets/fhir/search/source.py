@@ -76,7 +76,7 @@ class SearchSource:
         return self._searches.count(resource_type, last_updated_params(interval))
 
     def find_extent(self, resource_types: Sequence[str]) -> Interval | None:
-        """Return the interval from the oldest resource to now, open below if the oldest of a type is unknown."""
+        """Return the interval from the oldest resource to now, without a start if the oldest of a type is unknown."""
         now = self._now()
         extents = [extent for name in resource_types if (extent := ExtentFinder(self._searches, name, now).find())]
         if not extents:
@@ -111,7 +111,7 @@ class SearchSource:
                     raise
 
     def count_all(self, resource_type: str) -> int | None:
-        """Return the server's own total of a type, whatever the dates; None if the server does not give one."""
+        """Return the server's own total of a type, regardless of dates; None if the server does not give one."""
         return self._searches.count(resource_type, [])
 
     def fetch_all(self, resource_type: str) -> Iterator[Record | RejectedInput]:
@@ -119,10 +119,10 @@ class SearchSource:
         yield from self._pager(resource_type).read_all([])
 
     def count_undated(self, resource_type: str) -> int | None:
-        """Return how many resources the server counts beyond those that a ``_lastUpdated`` filter matches.
+        """Return the number of resources that the server counts, but that no ``_lastUpdated`` filter matches.
 
-        These have no date, or one in the future. Returns None if the server does not count, or refuses a search
-        without a filter.
+        These resources have no date, or a date in the future. Return None if the server does not count, or refuses a
+        search without a filter.
         """
         try:
             total = self._searches.count(resource_type, [])
@@ -134,9 +134,9 @@ class SearchSource:
         return None if dated is None else max(0, total - dated)
 
     def fetch_undated(self, resource_type: str, *, filtered: bool) -> Iterator[Record | RejectedInput]:
-        """Read the resources without a ``lastUpdated`` that counts, by the modifier ``:missing`` or among all.
+        """Read the resources without a valid ``lastUpdated``, with the modifier ``:missing`` or among all resources.
 
-        A malformed entry is returned if it has no date: the searches by date return the others. Raises as ``fetch``.
+        A malformed entry is yielded if it has no date: the searches by date yield the others. Raises as ``fetch``.
         """
         params = [("_lastUpdated:missing", "true")] if filtered else []
         for item in self._pager(resource_type).read_all(params):

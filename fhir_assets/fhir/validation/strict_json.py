@@ -78,5 +78,5 @@ def _check_shape(root: Any, max_depth: int) -> None:
 
 
 def child_path(path: str, name: str) -> str:
-    """Return the path of a property. A name that does not look like an element name may be data and is omitted."""
+    """Return the path of a property. A name that is not like an element name may be patient data and is omitted."""
     return f"{path}.{name}" if _NAME(name) else path

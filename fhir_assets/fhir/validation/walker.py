@@ -169,7 +169,7 @@ class Walker:
             if value is None:
                 self.add(STRUCTURE, path, "null is not allowed; leave the element out")
             elif companion is None:
-                self.add(STRUCTURE, path, "null is not allowed beside a value; leave the element out")
+                self.add(STRUCTURE, path, "null is not allowed in addition to a value; leave the element out")
             else:
                 self._check_primitive(element, type_, value, companion, path, scope)
             return

@@ -44,12 +44,12 @@ def run_view(
     check_types = _TypeCheck(view)
     counts = Counter[str]()
 
-    def pass_over(location: str, error: NotFhir) -> None:
+    def skip(location: str, error: NotFhir) -> None:
         counts["unreadable"] += 1
         if on_error is not None:
             on_error(location, error)
 
-    for location, resource in read_resources(data, pass_over if on_error else None):
+    for location, resource in read_resources(data, skip if on_error else None):
         counts["resources"] += 1
         if resource["resourceType"] != view.resource_type:
             continue

@@ -16,7 +16,7 @@ _ARRAYS = {"Bundle": "entry", "Parameters": "parameter"}
 def read_resources(
     paths: Iterable[Path], on_error: Callable[[str, NotFhir], None] | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each resource with its location (``Patient.ndjson:17``); a container is followed by what it contains.
+    """Yield each resource with its location (``Patient.ndjson:17``); a container is followed by its contents.
 
     For a folder, its NDJSON and JSON files are read. What is not a resource is skipped: ``on_error`` is called with
     its location and the reason, without content of the file; without ``on_error``, the NotFhir is raised. Raises

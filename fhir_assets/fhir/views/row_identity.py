@@ -1,6 +1,4 @@
-"""What the definition of a view says about its rows: which column is the key of the resource, which columns are keys of
-other resources, and which columns identify a row.
-"""
+"""Derives from the definition of a view which columns identify its rows and its resource, and which are references."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,10 +54,10 @@ def find_key_column(view: View) -> str | None:
 
 
 def find_identity(view: View) -> tuple[str, ...]:
-    """Return the columns whose values no two rows of a source share: the key, and the position in each loop.
+    """Return the columns that together identify a row of a source: the key, and the position in each loop.
 
-    Returns an empty tuple if the definition does not show such columns: without a column of the key, with ``unionAll``,
-    or if a loop has no column with the path ``%rowIndex``.
+    Return an empty tuple if the definition has no such columns: without a column of the key, with ``unionAll``, or if a
+    loop has no column with the path ``%rowIndex``.
     """
     key = find_key_column(view)
     positions = _find_positions(view.plan.selects)

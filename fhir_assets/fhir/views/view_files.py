@@ -58,14 +58,14 @@ def _decode(path: Path, content: bytes) -> dict[str, Any]:
 
 @lru_cache(maxsize=1024)
 def _parse(path: Path, content: bytes) -> View:
-    """Parse the content of a file. A command reads all views several times, and parsing them takes a quarter second."""
+    """Parse the content of a file. The result is cached, because commands read all views several times."""
     return parse_view(_decode(path, content), path)
 
 
 def load_views(folders: Sequence[Path], reference_bases: Bases = None) -> ViewSet:
     """Load every ``*.json`` file of the folders. A view whose name another view already has is reported as broken.
 
-    Absolute references make keys only if they begin with one of ``reference_bases``; None: any.
+    Absolute references have keys only if they begin with one of ``reference_bases``; None: any.
     """
     paths = [path for folder in folders for path in sorted(folder.glob("*.json"))]
     views: dict[str, View] = {}

@@ -1,4 +1,4 @@
-"""Whether the tables no longer match the consents."""
+"""Whether consent has to be applied again, because the tables no longer match the consents."""
 
 from datetime import datetime
 
@@ -10,7 +10,7 @@ from fhir_assets.warehouse.postgres.db.connections import Connection
 def has_due_decisions(conn: Connection, consent_gate: ConsentGate, now: datetime) -> bool:
     """Return whether decisions are due at ``now``, or the tables were made with another policy than ``consent_gate``.
 
-    A decision changes when the period of a consent begins or ends, and when the policy changes.
+    A decision is due when the period of a consent begins or ends, or when the policy changes.
     """
     applied = consents.get_applied_policy(conn).consent_gate
     if applied != consent_gate:

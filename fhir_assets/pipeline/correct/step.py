@@ -1,4 +1,4 @@
-"""Correct dead letters by hand: validate and store a corrected resource, which the next replay uses."""
+"""Corrects dead letters by hand: validates and stores a corrected resource, which the next replay uses."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime

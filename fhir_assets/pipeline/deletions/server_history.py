@@ -1,4 +1,4 @@
-"""Apply the deletions in the history of a FHIR server to the tables."""
+"""Applies the deletions in the history of a FHIR server to the tables."""
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -46,7 +46,8 @@ def apply_server_deletions(
                 history.note_refused(name, error)
                 continue
             with connect() as conn, conn.transaction():
-                # The server's clock may be behind this machine's: its next deletions may be dated before `now`.
+                # The server's clock may be behind the clock of this machine: its next deletions may be dated before
+                # `now`.
                 deletions.advance_checkpoint(conn, name, min(now, history.requested_at or now), run_id)
     failures.raise_collected()
     return deleted

@@ -30,7 +30,7 @@ PROGRESS_INTERVAL = 5.0
 """The seconds between two progress reports of a download."""
 
 _GROUP_ATTEMPTS = 3
-"""How often a group is downloaded whose files the server gives in another order after they broke off."""
+"""The maximum number of downloads of a group whose files the server returns in another order after an interruption."""
 
 BATCH_RESOURCES = 500
 """One thread downloads small files one after another, up to this many resources in total."""
@@ -62,10 +62,10 @@ class Download:
         self._on_progress = on_progress
 
     def download_groups(self, done: Collection[int]) -> Iterator[tuple[Mapping[str, Sequence[Part]], Sequence[int]]]:
-        """Download the files whose indexes are not in ``done``. Yield, for each group, its parts by resource type and
-        the indexes of its files in the manifest.
+        """Download the files whose indexes are not in ``done``.
 
-        Raises ServerUnavailable, ServerRefused, NotFhir or StoreError; nothing of the current group is stored then.
+        Yield, for each group, its parts by resource type and the indexes of its files in the manifest. Raises
+        ServerUnavailable, ServerRefused, NotFhir or StoreError; nothing of the current group is stored then.
         """
         pending = [(index, file) for index, file in enumerate(self._manifest.output) if index not in done]
         if unwanted := {file.resource_type for _, file in pending}.difference(self._export.resource_types):
@@ -88,7 +88,8 @@ class Download:
                         stored = self._download_group(files, downloads, pool, progress)
                         break
                     except FileChanged:
-                        # Nothing of the group is stored: all of its files are read again, so that no line is twice.
+                        # Nothing of the group is stored: all of its files are read again, so that no line is stored
+                        # twice.
                         if attempt + 1 == _GROUP_ATTEMPTS:
                             raise
                         progress.reset(before)
@@ -141,12 +142,12 @@ class _Progress:
             self.done += files
 
     def position(self) -> tuple[int, int, int]:
-        """Return the counts, to which ``reset`` can return."""
+        """Return the counts, which ``reset`` can restore."""
         with self.lock:
             return self.done, self.resources, self.size
 
     def reset(self, position: tuple[int, int, int]) -> None:
-        """Return to earlier counts, because the downloads since then are discarded."""
+        """Restore earlier counts, because the downloads since then are discarded."""
         with self.lock:
             self.done, self.resources, self.size = position
 
@@ -209,7 +210,7 @@ class _FileDownloader:
 
 
 def default_last_updated(transaction_time: datetime) -> datetime:
-    """Return the time for resources without ``lastUpdated``: the last moment that the export covers."""
+    """Return the time that resources without ``lastUpdated`` get: the last moment that the export covers."""
     return transaction_time - timedelta(milliseconds=1)
 
 

@@ -1,7 +1,8 @@
-"""One bulk export: request it, wait for it, download it into the store, and finish it.
+"""One bulk export: requests it, waits for it, downloads it into the store, and finishes it.
 
 After a failed run the next run continues the same export: its status URL is stored in the database at the kick-off, and
-stored files are not downloaded again. The export is cancelled only if a person cancels the run.
+stored files are not downloaded again. The export is cancelled only if a person cancels the run. Choosing exports for a
+load is in ``bulk_source``.
 """
 
 import logging
@@ -31,12 +32,12 @@ from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSessio
 _MAX_AGE_IN_STORE = timedelta(days=1)
 """How long an export stays in the store for the runs that read it."""
 _GONE_ATTEMPTS = 3
-"""How often one run requests an export that the server loses before it is downloaded."""
+"""How many times one run requests an export that the server loses before it is downloaded."""
 _log = logging.getLogger(__name__)
 
 
 class ExportRunner:
-    """Brings exports of one server into the store.
+    """Requests exports from one server and downloads them into the store.
 
     An export that takes longer than ``time_limit`` fails. ``on_progress`` receives the progress as text, in addition to
     the log.
@@ -67,7 +68,7 @@ class ExportRunner:
         self._links_refused = False
 
     def request(self, conn: Session, request: ExportRequest) -> BulkExport:
-        """Request an export and return it as done. If the server loses it, another one is requested.
+        """Request an export and return it when it is complete. If the server loses the export, request another one.
 
         Raises ExportGone, ServerRefused, ServerUnavailable, NotFhir or StoreError.
         """
@@ -82,7 +83,7 @@ class ExportRunner:
         raise AssertionError("the last attempt returns or raises")
 
     def resume(self, conn: Session, export: BulkExport) -> BulkExport | None:
-        """Continue an export and return it as done; None if the server no longer has it.
+        """Continue an export and return it when it is complete; None if the server no longer has it.
 
         Raises ServerRefused, ServerUnavailable, NotFhir or StoreError.
         """
@@ -93,7 +94,9 @@ class ExportRunner:
             return None
 
     def _complete(self, conn: Session, export: BulkExport) -> BulkExport:
-        """Download the export into the store, apply its deletions, record its errors, and return it as done."""
+        """Download the export into the store, apply its deletions, record its errors, and return the completed
+        export.
+        """
         try:
             export = self._download_with_new_links(conn, export)
         except (ExportFailed, NotFhir) as error:
@@ -137,10 +140,11 @@ class ExportRunner:
         return export
 
     def _download_with_new_links(self, conn: Session, export: BulkExport) -> BulkExport:
-        """Download everything. If links have run out, ask the status for new ones, once for each group of files.
+        """Download everything. If links have expired, request new links from the status, once for each group of files.
 
-        Raises ExportGone if the new links are refused too, so that a new export is requested. If its links are refused
-        as well, their age is not the reason: LinkExpired is raised, and the export is kept for the next run.
+        Raises ExportGone if the new links are refused too, so that a new export is requested. If the links of the new
+        export are refused as well, the cause is not their age: LinkExpired is raised, and the export is kept for the
+        next run.
         """
         if export.manifest is None:
             export = self._await_manifest(conn, export)
@@ -170,7 +174,9 @@ class ExportRunner:
         return replace(export, notices=export.notices + new_notices)
 
     def _renew_links(self, conn: Session, export: BulkExport, old: ExportManifest) -> BulkExport:
-        """Return the export with the links of its present manifest, and with the stored files that are in it."""
+        """Return the export with the links of its current manifest, and with those stored files that the manifest
+        contains.
+        """
         manifest = self._poll(export)
         paths = {_path(file): index for index, file in enumerate(manifest.output)}
         done = [paths.get(_path(old.output[index])) for index in export.files_done]
@@ -292,5 +298,5 @@ class ExportRunner:
 
 
 def _path(file: ExportFile) -> tuple[str, str]:
-    """Return what a new link of a file has in common with an old one: its type, and its address without the query."""
+    """Return what the old and the new link of a file have in common: its type, and its address without the query."""
     return file.resource_type, urlsplit(file.url)._replace(query="", fragment="").geturl()

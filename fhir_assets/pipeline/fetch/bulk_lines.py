@@ -13,8 +13,8 @@ Route = tuple[str, datetime | None]
 def route_line(line: bytes, file_type: str, requested: Collection[str]) -> Route | None:
     """Return the type to store a line as, and its ``lastUpdated``; None for a container (see ``unpack_line``).
 
-    A resource of another type that was asked for belongs to its own type. Any other line stays with the type of its
-    file and becomes a dead letter when it is read.
+    A resource of another requested type is stored as its own type. Any other line is stored as the type of its file,
+    and becomes a dead letter when it is read.
     """
     try:
         header = read_header(line)
@@ -31,8 +31,8 @@ def route_line(line: bytes, file_type: str, requested: Collection[str]) -> Route
 def unpack_line(line: bytes, file_type: str, requested: Collection[str]) -> Iterator[tuple[bytes, Route]]:
     """Yield the resources of a line that is a Bundle or Parameters.
 
-    If a part of it cannot be used, such as a deletion or a page without the next one, the line itself is yielded too
-    and becomes a dead letter.
+    If a part of it cannot be used, such as a deletion or a page whose next page is missing, the line itself is yielded
+    too and becomes a dead letter.
     """
     pages = Pages()
     parts = [*unpack(line, "line", pages), *pages.unfollowed()]

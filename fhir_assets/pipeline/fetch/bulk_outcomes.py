@@ -1,4 +1,4 @@
-"""What a bulk export says beside its resources: deletions, errors, and counts of lines."""
+"""The contents of a bulk export other than resources: deletions, errors, and counts of lines."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -50,7 +50,9 @@ def read_errors(lines: Iterable[bytes], export_id: str, notices: Notices) -> Ite
     if harmless:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(harmless.items(), reverse=True))
         notices.add(
-            "warning", "export-outcomes", f"export {export_id}: the server reports {counts} beside the resources"
+            "warning",
+            "export-outcomes",
+            f"export {export_id}: the server reports {counts} in addition to the resources",
         )
 
 

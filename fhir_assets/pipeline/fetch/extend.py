@@ -1,7 +1,7 @@
-"""Extend windows to which the source has added nothing, so that no run has to load them.
+"""Extends windows to which the source has added nothing, so that no run has to load them.
 
-A run writes a dozen events for each asset. Most ticks of the schedule find nothing new: this step asks the source the
-same questions as a fetch, and moves the checkpoint if the answers contain nothing that the store lacks.
+A run writes a dozen events for each asset. Most ticks of the schedule find nothing new: this step sends the source the
+same requests as a fetch, and moves the checkpoint if the answers contain only what the store has.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,12 +34,12 @@ _ACTOR = "extension"
 """The run id of checkpoints that an extension moved."""
 
 _MAX_DELETIONS = 1000
-"""A history with this many deletions since the checkpoint gets a run, even if all of them are applied."""
+"""A type with this many deletions since its checkpoint needs a run, even if all of them are applied."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRules:
-    """What makes the layers of a window complete.
+    """The conditions under which the layers of a window are complete.
 
     ``rules_version`` is that of the validator, and ``views`` are all views. ``delivery_url`` is the server to which
     loaded windows are delivered; empty if there is none.
@@ -81,11 +81,11 @@ class ExtendStep:
     def run(self, resource_types: Sequence[str], windows: WindowRange, *, seconds: float) -> list[str]:
         """Extend the windows of the types to which the source has added nothing. Return the other types, in order.
 
-        A run has to load the other types: the source has something new, a window of theirs ends, a layer is not
-        complete, something waits to be loaded, the last run failed, or the source gives no clear answer. Types are
-        not examined once ``seconds`` have passed or the source is unavailable. Types that the source does not offer
-        are returned when the first of the windows has ended. Raises ServerUnavailable if the source does not say
-        which types it offers, DatabaseUnavailable, and StoreError.
+        A run has to load a type if the source has new resources or gives no clear answer, if one of its windows ends,
+        if a layer is not complete, if resources are waiting to be loaded, or if the last run failed. Types are not
+        examined once ``seconds`` have passed or the source is unavailable. Types that the source does not offer are
+        returned when the first of the windows has ended. Raises ServerUnavailable if the source does not say which
+        types it offers, DatabaseUnavailable, and StoreError.
         """
         deadline = monotonic() + seconds
         offered = self._source.list_types()
@@ -109,7 +109,7 @@ class ExtendStep:
         return types
 
     def _extend(self, name: str, windows: WindowRange) -> bool:
-        """Return whether the windows of a type need no run; they are extended then."""
+        """Extend the windows of a type if they need no run. Return whether they were extended."""
         now = min(self._now, self._source.complete_until({name: windows.interval}).get(name, self._now))
         begun = [window for window in windows.windows if window.start is None or window.start < now]
         keys = [window.key for window in begun]
@@ -140,14 +140,16 @@ class ExtendStep:
             if found is None:
                 return False
             fetches |= found
-        if not self._has_no_deletions(name):
+        if not self._confirm_deletions_applied(name):
             return False
         if not self._commit(name, begun, raw, planned, fetches):
             return False
         return not self._verified or self._reconciles(name, keys)
 
     def _is_loaded(self, name: str, raw: Mapping[str, Manifest]) -> bool:
-        """Return whether everything in these raw partitions is validated, loaded and delivered, and nothing waits."""
+        """Return whether everything in these raw partitions is validated, loaded and delivered, and nothing is
+        pending.
+        """
         keys = list(raw)
         validated = self._store.manifests("validated", name, keys)
         if len(validated) < len(raw):
@@ -180,7 +182,9 @@ class ExtendStep:
             return not any(window.faults for window in counts)
 
     def _is_delivered(self, conn: Connection, name: str, validated: Sequence[Manifest]) -> bool:
-        """Return whether nothing of a type waits for a delivery: parts of these windows, or windows held back."""
+        """Return whether no delivery of a type is pending: neither parts of these windows, nor windows that are
+        held back.
+        """
         if not self._rules.delivery_url:
             return True
         if any(held == name and target.startswith("delivered ") for target, held, _ in held_windows.list_held(conn)):
@@ -201,7 +205,7 @@ class ExtendStep:
         )
 
     def _fetch(self, name: str, windows: WindowRange, sequence: Sequence[PlannedFetch]) -> dict[str, Fetch] | None:
-        """Return the fetches of adjacent intervals by partition key, or None if they need a run."""
+        """Return the fetches of adjacent intervals by partition key, or None if the intervals need a run."""
         interval = covering_interval(sequence)
         known = {plan.window.key: self._read_versions(plan) for plan in sequence}
         repeated = dict.fromkeys(known, 0)
@@ -234,7 +238,7 @@ class ExtendStep:
         }
 
     def _read_versions(self, plan: PlannedFetch) -> set[object]:
-        """Return the versions in the overlap of a window that the store has."""
+        """Return the versions in the overlap of a window that the store already has."""
         if plan.base is None or plan.interval.start is None:
             return set()
         since = plan.interval.start - ROUNDING
@@ -245,10 +249,11 @@ class ExtendStep:
             for line in batch
         }
 
-    def _has_no_deletions(self, name: str) -> bool:
-        """Return whether all deletions in the source's history are applied. The checkpoint of deletions is then moved.
+    def _confirm_deletions_applied(self, name: str) -> bool:
+        """Return whether all deletions in the source's history are applied, and move the checkpoint of deletions if so.
 
-        The history is read from before the checkpoint, so that it has deletions that were applied.
+        The history is read from a time before the checkpoint, and therefore contains deletions that are already
+        applied.
         """
         history = self._history
         if history is None:
@@ -298,7 +303,10 @@ class ExtendStep:
 
 
 def _extend_manifest(plan: PlannedFetch, fetch: Fetch, now: datetime) -> Manifest:
-    """Return the manifest of an open window after a fetch that brought nothing. It keeps the run of its parts."""
+    """Return the manifest of an open window after a fetch that returned nothing new.
+
+    It keeps the run id of its parts.
+    """
     base = plan.base
     assert base is not None
     assert base.fetched is not None

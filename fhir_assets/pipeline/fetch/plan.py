@@ -1,4 +1,4 @@
-"""Plan a fetch: determine the interval of each window that is not fetched yet."""
+"""Plans a fetch: determines the interval of each window that is not fetched yet."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -31,14 +31,14 @@ def plan_window(
 
     An extension starts ``overlap`` before the end of the last fetch, because a server may commit a resource late, with
     an earlier ``lastUpdated``. A window with a fetch that may have missed resources is read from its start, so that its
-    check is green again once the cause is gone. ``source_state`` is the result of Source.compute_state: a source that
-    has one is always read from the start.
+    check passes again once the cause is gone. ``source_state`` is the result of Source.compute_state: a source that has
+    one is always read from the start.
     """
     if window.start is not None and window.start >= now:
         return None
     from_start = PlannedFetch(window, Interval(window.start, min(window.end, now)), None)
     fetched = existing.fetched if existing else None
-    if fetched is None or refresh is Refresh.FULL or not _has_borders(fetched, window):
+    if fetched is None or refresh is Refresh.FULL or not _has_boundaries(fetched, window):
         return from_start
     if any(fetch.is_doubtful for fetch in fetched.fetches):
         return from_start
@@ -52,8 +52,8 @@ def plan_window(
     return PlannedFetch(window, Interval(start, min(window.end, now)), existing)
 
 
-def _has_borders(fetched: Fetched, window: Window) -> bool:
-    """Return whether the fetches are of a window with these borders: the same key may belong to a day and a month."""
+def _has_boundaries(fetched: Fetched, window: Window) -> bool:
+    """Return whether the fetches belong to a window with these boundaries: a day and a month may have the same key."""
     if fetched.fetches and fetched.fetches[0].start != window.start:
         return False
     return fetched.until == window.end if fetched.complete else fetched.until <= window.end

@@ -1,8 +1,8 @@
-"""Remove from the tables what a server no longer has, after its windows were read again from their start.
+"""Removes resources from the tables that a server no longer has, after its windows were read again from their start.
 
-Only this finds deletions at a server without a history, or with FHIR_DELETES off. A resource is removed after a look by
-id: not because the server did not return it, which may have other reasons. Resources that came through another channel
-than the source (landing zone, HTTP, CSV) stay.
+This is the only way to find deletions at a server without a history, or with FHIR_DELETES off. A resource is removed
+only if a read by its id confirms the deletion; the server may have other reasons not to return it. Resources that came
+through another channel than the source (landing zone, HTTP, CSV) are kept.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,10 +22,10 @@ MAX_READS = 50_000
 """How many resources of a type are looked up by id in one run."""
 
 MISSING_REFERENCES = "missing:"
-"""The origins of resources that were read from the source itself, because others refer to them."""
+"""The origins of resources that were read from the source itself because other resources refer to them."""
 
 
-class FindsGone(Protocol):
+class ReadableById(Protocol):
     """A server whose resources can be read by id."""
 
     def find_gone(self, resource_type: str, ids: Sequence[str], known_ids: Sequence[str]) -> Iterator[Deletion]:
@@ -37,7 +37,7 @@ class VanishedStep:
     """Removes the resources that a server no longer has from the tables, for windows that were read again."""
 
     def __init__(
-        self, connect: OpenSession, store: Store, deletion_log: DeletionLog, server: FindsGone, *, run_id: str
+        self, connect: OpenSession, store: Store, deletion_log: DeletionLog, server: ReadableById, *, run_id: str
     ) -> None:
         self._connect = connect
         self._store = store

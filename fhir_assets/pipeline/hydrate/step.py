@@ -1,4 +1,4 @@
-"""Fetch resources that other resources refer to and that are missing in the tables, and receive them into raw."""
+"""Fetches resources that other resources refer to and that the tables lack, and receives them into raw."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,12 @@ from fhir_assets.warehouse.postgres.queries import references
 from fhir_assets.warehouse.postgres.tables import view_tables
 
 IDS_PER_BATCH = 5000
-"""How many missing ids are looked up and fetched at once."""
+"""The number of missing ids that are looked up and fetched in one batch."""
 
 MAX_READS_PER_BATCH = 500
-"""How many ids that a search did not return are read one by one, to learn whether they are deleted."""
+"""The maximum number of ids that a search did not return and that are read one by one, to find out if they are
+deleted.
+"""
 
 FIRST_TYPE = "Patient"
 """The type whose missing resources are fetched first, because most other types refer to it."""

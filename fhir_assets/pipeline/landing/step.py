@@ -1,4 +1,4 @@
-"""Receive the files of the landing zone. Files with the same content are received once; files are not changed."""
+"""Receives the files of the landing zone. Files with the same content are received once; files are not changed."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ _BATCH_BYTES = 64 << 20
 
 
 class _FileChanged(FhirAssetsError):
-    """A file changed while it was read, or joined its batch too late. It is received again by a later run."""
+    """A file changed while it was read, or was added to its batch too late. A later run receives it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class LandingStep:
     def scan(self, *, assume_complete: bool = False) -> int:
         """Record the files of the zone in the database. Return the number of files that are ready to be received.
 
-        A file is complete if it did not change since the last scan or has a ``.done`` file beside it. With
+        A file is complete if it did not change since the last scan or has a ``.done`` marker file. With
         ``assume_complete`` every file counts as complete. Raises StoreError or DatabaseUnavailable.
         """
         with self._connect() as conn, conn.transaction():
@@ -321,7 +321,7 @@ class _HashingReader:
 
 
 def _is_done(name: str, done: set[str]) -> bool:
-    """Return whether ``x.ndjson.done`` or ``x.done`` is beside ``x.ndjson``."""
+    """Return whether the marker ``x.ndjson.done`` or ``x.done`` of the file ``x.ndjson`` exists."""
     stem = name
     while True:
         if stem + DONE in done:

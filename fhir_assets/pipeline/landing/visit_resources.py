@@ -1,12 +1,13 @@
-"""Turn the rows of visit files into FHIR resources: a Patient for each MRN, an Encounter for each visit account number.
+"""Turns the rows of visit files into FHIR resources: a Patient for each MRN, an Encounter for each visit account
+number.
 
-The ledger (``warehouse/ops/visits.py``) has hashes of all earlier rows, so that only new visits and new or changed
+The ledger (``warehouse/ops/visits.py``) contains hashes of all earlier rows, so that only new visits and new or changed
 persons become resources. It is written in the transaction that records the file as received: after a crash the ledger
 is unchanged and the file is received again.
 
 If files contain different data of a person, the newest file wins, regardless of the order of arrival. Within a file the
-last row wins. A row with another name and another birth date than the person of its number has is no new data: it is
-the row of another person, and becomes a dead letter.
+last row wins. If both the name and the birth date of a row differ from those of the person with its record number, the
+row is taken for another person's, and becomes a dead letter.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from fhir_assets.warehouse.ops.visits import KnownVisit, Person, VisitFileCounts
 from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 
 CONFLICT = "visit-conflict"
-"""The rule of dead letters for visits whose account number is known with other content."""
+"""The rule of dead letters for visits whose account number is already used by a visit with other content."""
 
 PERSON_CONFLICT = "person-conflict"
 """The rule of dead letters for rows whose record number is that of a person with another name and birth date."""
@@ -126,7 +127,10 @@ class _Row:
 
 
 def _find_contradicted(rows: Sequence[_Row], people: Mapping[str, Person]) -> set[str]:
-    """Return the ids of unknown persons about whom the rows contradict each other: no row tells whose number it is."""
+    """Return the ids of unknown persons about whom the rows contradict each other.
+
+    No row then shows to whom the record number belongs.
+    """
     first: dict[str, Person] = {}
     contradicted = set[str]()
     for row in rows:

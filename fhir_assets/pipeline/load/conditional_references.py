@@ -1,8 +1,8 @@
-"""Resolve conditional references (``Patient?identifier=system|value``) by the identifiers of loaded resources.
+"""Resolves conditional references (``Patient?identifier=system|value``) by the identifiers of loaded resources.
 
-A load writes a resource whose references wait without their keys. This step, which runs after each load, looks at all
-resources that wait, of any type: what the load brought may be what they wait for. Two loads at once miss nothing, as
-each of them looks after it has committed.
+A load writes rows of resources before their conditional references are resolved; the key columns are empty then. This
+step runs after each load and examines all resources with unresolved references, of any type, because the load may have
+written their targets. Two concurrent loads miss nothing, because each runs the step after its commit.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,16 +24,19 @@ from fhir_assets.warehouse.postgres.tables.loading import NO_CONSENT_GATE, Loade
 
 _RESOURCES_PER_TRANSACTION = 1000
 _BUSY_SECONDS = 20.0
-"""How long a step waits for loads that have locked what it needs. What is left waits for the next load."""
+"""For how long a step waits for rows that loads have locked.
+
+The remaining resources are resolved after the next load.
+"""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class ConditionalReferenceStep:
-    """Gives the keys to the rows of resources whose conditional references have found their resources.
+    """Writes the keys of conditional references into the rows of resources once the targets are loaded.
 
-    A reference to which several resources belong, and one to a resource that consent withholds, stay without a key.
-    Each batch is committed separately, so that a run continues where a stopped run ended.
+    A reference stays without a key if several resources match it, or if consent withholds the target. Each batch is
+    committed separately, so that a run continues where a stopped run ended.
     """
 
     def __init__(
@@ -66,11 +69,11 @@ class ConditionalReferenceStep:
             return sum(self._resolve_type(conn, name) for name in types)
 
     def _resolve_type(self, conn: Session, resource_type: str) -> int:
-        """Resolve the references of all waiting resources of a type."""
+        """Resolve the references of all resources of a type that have unresolved ones."""
         resolved = 0
         with self._connect() as reading:
             for ids, conditions in identifiers.stream_waiting(reading, resource_type):
-                # The conditions of what was never looked at are known after the first pass.
+                # The conditions of resources that were never examined are known after the first pass.
                 unread = self._resolve_batch(conn, resource_type, ids, conditions)
                 resolved += unread[0]
                 if unread[1]:
@@ -160,7 +163,7 @@ class ConditionalReferenceStep:
 
 
 def read_resolved(row_builder: RowBuilder, batch: Batch, *, with_patients: bool) -> Iterator[ResolvedResource]:
-    """Yield what the rows of resources in a batch say about their references."""
+    """Yield what the rows of a batch say about their references."""
     for line in batch.lines:
         record = row_builder.read(line, batch)
         if record is not None:

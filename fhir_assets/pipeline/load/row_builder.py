@@ -1,4 +1,4 @@
-"""Build the table rows of batches of valid resources; runs in the worker processes of a load."""
+"""Builds the table rows of batches of valid resources; runs in the worker processes of a load."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -55,7 +55,7 @@ class Batch(NamedTuple):
 
 
 class FailedResource(Protocol):
-    """What is known about a resource that failed before: a dead letter."""
+    """The data of a dead letter that is needed to load its resource."""
 
     @property
     def partition_key(self) -> str:
@@ -74,9 +74,9 @@ class FailedResource(Protocol):
 
 
 def build_batch_of_one(line: bytes, failed: FailedResource, arrived: datetime) -> Batch:
-    """Return the batch that loads a resource which failed before, as ``line``, in the order of its first arrival.
+    """Return the batch that loads a resource that failed before, as ``line``, in the order of its first arrival.
 
-    ``arrived`` takes the place of an arrival that is not known.
+    ``arrived`` is used if the time of the first arrival is not known.
     """
     arrivals = (Arrival(1, failed.arrived),) if failed.arrived else ()
     return Batch([line], failed.partition_key, arrived, arrivals, failed.dated)
@@ -118,8 +118,8 @@ class BuiltRows(NamedTuple):
 class RowBuilder:
     """Builds the rows of all ``views`` of one resource type, with encrypted columns if ``cipher`` has keys.
 
-    ``with_subjects`` determines whom the resources are about, which a consent policy needs. A pickle contains the
-    arguments only; the views are compiled again when it is loaded.
+    ``with_subjects`` also determines which patients each resource is about, which a consent policy needs. A pickle
+    contains the arguments only; the views are compiled again when it is loaded.
     """
 
     def __init__(self, views: Sequence[View], cipher: Cipher, *, with_subjects: bool = False) -> None:
@@ -178,7 +178,7 @@ class RowBuilder:
         record = replace(record, keyless=find_keyless(resource, resolved_body, bases))
         if not self._with_subjects:
             return resource, replace(record, patients=find_patient_ids(resource, bases))
-        # Consent finds patients by identifier itself, among the withheld ones too: ``patients`` keeps the tokens.
+        # Consent matches patients by identifier itself, including withheld ones: ``patients`` keeps the tokens.
         mentions = find_subjects(resource, bases, hash_identifier).mentions
         return resource, replace(record, mentions=tuple(dict.fromkeys((*(record.mentions or ()), *mentions))))
 

@@ -1,4 +1,4 @@
-"""Load validated partitions into tables: build the rows of all views of a type in one pass, and commit windows."""
+"""Loads validated partitions into tables: builds the rows of all views of a type in one pass, and commits windows."""
 
 import hashlib
 from collections import Counter
@@ -310,13 +310,13 @@ class LoadStep:
         return self._row_builder
 
     def _identify(self, conn: Session, batch: Batch) -> Batch:
-        """Return a batch with the resources to which its conditional references lead, as far as they are loaded."""
+        """Return the batch with the loaded targets of its conditional references."""
         targets = None
         if self._finds_targets:
             hash_identifier, bases = cipher_of(conn).fingerprint, self._views[0].reference_bases
             conditions = {each for line in batch.lines for each in list_conditions(line, bases, hash_identifier)}
             if conditions:
-                # The connection of the load is in use by the thread that writes.
+                # The writing thread uses the connection of the load.
                 with self._connect() as own:
                     targets = identifiers.find_targets(own, conditions)
         return batch._replace(targets=targets, with_identifiers=self._with_identifiers)
@@ -367,7 +367,7 @@ def build_load_audit_records(
 
 
 def compute_views_ruleset(views: Sequence[View]) -> str:
-    """Return a hash of the definitions of views. It changes whenever the views may reject other resources."""
+    """Return a hash of the definitions of views. It changes whenever the views may reject different resources."""
     text = "\0".join(sorted(f"{view.name} {view.fingerprint}" for view in views))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

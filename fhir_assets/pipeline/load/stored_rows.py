@@ -1,4 +1,4 @@
-"""Building the rows of resources that are stored already, with the keys that their conditional references have."""
+"""Builds the rows of resources that are already stored, with the resolved keys of their conditional references."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -17,7 +17,7 @@ def build_stored_rows(
 ) -> BuiltRows:
     """Build the rows of stored resources, given by their ids and JSON, again.
 
-    Resources whose conditional references have lost their target are marked, so that the next load looks at them. The
+    Resources whose conditional references have lost their target are marked, so that the next load resolves them. The
     caller must hold the locks of the resources.
     """
     conditions = identifiers.find_conditions(conn, resource_type, ids)

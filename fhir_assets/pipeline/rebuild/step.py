@@ -1,8 +1,8 @@
-"""Fill changed tables of views from ``fhir.resource``, while loads run.
+"""Fills changed tables of views from ``fhir.resource``, while loads run.
 
-A changed view outdates the rows of its resource type. Here they are rebuilt at once, in batches, each a transaction of
-its own. If this is stopped, or if a resource gives no rows any more, the parts of the type count as not loaded: the
-next load of each window writes its rows, or a dead letter.
+When a view changes, the rows of its resource type are outdated. This step rebuilds them in batches, each in a
+transaction of its own. If it is stopped, or if a resource no longer yields rows, the parts of the type count as not
+loaded: the next load of each window writes their rows, or a dead letter.
 """
 
 from collections import defaultdict
@@ -23,7 +23,7 @@ from fhir_assets.warehouse.postgres.tables import rebuilding, view_tables
 
 @dataclass(frozen=True, slots=True)
 class RebuildProgress:
-    """The progress of one resource type: the resources whose rows were rebuilt, of how many."""
+    """The progress of one resource type: the number of resources whose rows were rebuilt, and the total."""
 
     resource_type: str
     done: int
@@ -32,7 +32,7 @@ class RebuildProgress:
 
 @dataclass(slots=True)
 class RebuildResult:
-    """The numbers of resources by type: whose rows were rebuilt, and whose rows could not be rebuilt."""
+    """The numbers of resources by type whose rows were rebuilt, and whose rows could not be rebuilt."""
 
     rebuilt: dict[str, int] = field(default_factory=dict)
     refused: dict[str, int] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class RebuildStep:
         self._on_progress = on_progress
 
     def run(self, *, drop_columns: bool = False, cascade: bool = False) -> RebuildResult:
-        """Change the tables and rebuild the rows that this outdates.
+        """Change the tables and rebuild the rows that become outdated.
 
         ``drop_columns`` and ``cascade`` allow changes that lose data, as in ``view_tables.apply_changes``. Raises
         ViewError, ConfigurationError or DatabaseUnavailable.
@@ -95,7 +95,10 @@ class RebuildStep:
         conn.commit()
 
     def _rebuild(self, conn: Session, resource_type: str) -> Iterator[tuple[int, int, int]]:
-        """Rebuild the rows of a type. Yields after each batch: resources so far, in all, and refused of the batch."""
+        """Rebuild the rows of a type.
+
+        Yield after each batch: resources processed, total, and refused ones of the batch.
+        """
         total = rebuilding.count_resources(conn, resource_type)
         if not total:
             return
@@ -113,7 +116,7 @@ class RebuildStep:
         conn.commit()
 
     def _rebuild_batch(self, conn: Session, resource_type: str, row_builder: RowBuilder, ids: Sequence[str]) -> int:
-        """Rebuild the rows of a batch of resources. Return the number of those whose rows stay as they are."""
+        """Rebuild the rows of a batch of resources. Return the number of resources whose rows could not be rebuilt."""
         refused = 0
         with conn.transaction():
             readable, bodies = [], []

@@ -1,4 +1,4 @@
-"""Validate records that are posted over HTTP, and turn the accepted ones into Records for a Receiver."""
+"""Validates records that are posted over HTTP, and turns the accepted ones into Records for a Receiver."""
 
 import hashlib
 from collections.abc import Iterable, Sequence

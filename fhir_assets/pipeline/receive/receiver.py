@@ -1,8 +1,8 @@
-"""Receive resources into raw from every ingestion channel except the configured source.
+"""Receives resources into raw from every ingestion channel except the configured source.
 
 The channels are landing files, HTTP intake, missing references and corrections. Later fetches of a window keep its
-received parts. Table ``ops.received`` lists the received parts; the job ``load_received``, or any other run over the
-same windows, loads them into the tables.
+received parts. The table ``ops.received`` lists the received parts; the job ``load_received``, or any other run over
+the same windows, loads them into the tables.
 """
 
 from collections import Counter, defaultdict
@@ -111,8 +111,10 @@ class Receiver:
         audit_records: Callable[[Received], Iterable[AuditRecord]] = lambda _: (),
         before_commit: Callable[[Session], None] = lambda _: None,
     ) -> Received:
-        """Receive like ``receive``, with records from ``read_records``. Its writes through the connection are committed
-        in the transaction that records the origin as received.
+        """Receive like ``receive``, with records from ``read_records``.
+
+        The statements that ``read_records`` executes on the connection are committed in the transaction that records
+        the origin as received.
         """
         self.check()
         with self._connect() as conn:
@@ -151,7 +153,7 @@ class Receiver:
 def _require_lock(conn: Session) -> None:
     """Raise DatabaseUnavailable if the session that holds the lock of the origin was lost.
 
-    Another process may be receiving the same origin then, and parts of both would be committed.
+    Another process may then be receiving the same origin, and the parts of both would be committed.
     """
     try:
         is_alive(conn)

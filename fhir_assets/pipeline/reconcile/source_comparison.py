@@ -1,4 +1,4 @@
-"""Compare a source with the store and the tables on demand: by totals, or by the ids and versions of all resources."""
+"""Compares a source with the store and the tables on demand: by totals, or by the ids and versions of all resources."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,8 +25,8 @@ _END = datetime(2200, 1, 1, tzinfo=UTC)
 
 
 @runtime_checkable
-class ListsAll(Protocol):
-    """A source that can be asked for all resources of a type, whatever their dates."""
+class ComparableSource(Protocol):
+    """A source that can return all resources of a type, regardless of their dates."""
 
     def count_all(self, resource_type: str) -> int | None:
         """Return the number of resources as declared by the source; None if it declares none."""
@@ -50,7 +50,7 @@ class TypeComparison:
     source_total: int | None = None
     """The source's resources: its own count, or those that it returned; None if it does not count."""
     older: int | None = 0
-    """Resources from before FHIR_LAST_UPDATED_GTE, which are not loaded; None if the source does not count them."""
+    """Resources older than FHIR_LAST_UPDATED_GTE, which are not loaded; None if the source does not count them."""
     due: int | None = 0
     """Resources that were updated after the last load; None if the source does not count them."""
     missing: int | None = None
@@ -73,7 +73,7 @@ class TypeComparison:
 
 def compare_type(
     conn: Session,
-    source: ListsAll,
+    source: ComparableSource,
     store: Store,
     views: Sequence[View],
     scheme: WindowScheme,
@@ -87,13 +87,13 @@ def compare_type(
     """
     keys = sorted({key for layer in ("raw", "validated") for key in store.partition_keys(layer, resource_type)})
     windows = reconcile(conn, store, resource_type, keys, main_view=find_main_view(views, resource_type))
-    red = tuple(window for window in windows if window.faults)
+    unreconciled = tuple(window for window in windows if window.faults)
     checkpoint = checkpoints.get(conn, [resource_type]).get(resource_type)
     loaded_until = checkpoint.loaded_until if checkpoint else None
     start = None if scheme.open_start else scheme.start
     conn.commit()
     accounted = source_comparison.count_accounted(conn, resource_type)
-    comparison = TypeComparison(resource_type, accounted, unreconciled_windows=red)
+    comparison = TypeComparison(resource_type, accounted, unreconciled_windows=unreconciled)
     if deep:
         return _compare_versions(conn, source.fetch_all(resource_type), comparison, start, loaded_until)
     total = source.count_all(resource_type)

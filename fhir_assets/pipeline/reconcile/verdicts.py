@@ -28,7 +28,7 @@ def evaluate_windows(
 def evaluate_doubtful_windows(
     conn: Session, store: Store, resource_type: str, partition_keys: Sequence[str], *, main_view: View | None
 ) -> None:
-    """Evaluate those of the windows whose last evaluation failed, or that were not evaluated since they changed."""
+    """Evaluate those of the windows that failed their last evaluation or were not evaluated since their last change."""
     passed = window_verdicts.find_evaluated(conn, resource_type, partition_keys)
     doubtful = [key for key in partition_keys if key not in passed]
     if doubtful:

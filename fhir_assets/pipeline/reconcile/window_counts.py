@@ -1,4 +1,4 @@
-"""Reconcile windows: count the resources of a window in each layer, and report counts that do not match."""
+"""Reconciles windows: counts the resources of a window in each layer, and reports counts that do not match."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -62,7 +62,7 @@ class WindowCounts:
     versions: int | None = None
     """Distinct versions of the window in the tables; None if they were not counted."""
     notices: tuple[Notice, ...] = ()
-    """What the source said or did during the fetches of the window. Those of severity ``error`` are faults."""
+    """The notices of the source during the fetches of the window. Those of severity ``error`` are faults."""
     lost: int = 0
     """Resources that validation rejected and that are neither a dead letter nor in the tables."""
     surplus: int = 0

@@ -1,4 +1,4 @@
-"""Compare the number of resources of a window with the windows before it."""
+"""Compares the number of resources of a window with the windows before it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Count how many items in the database and in the store each encryption key encrypts."""
+"""Counts how many items in the database and in the store each encryption key encrypts."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,9 @@
-"""Reencrypt the tables, the encrypted tables of ``ops`` and the store with the newest key, while loads run.
+"""Re-encrypts the tables, the encrypted tables of ``ops`` and the store with the newest key, while loads run.
 
-Resources are decrypted and encrypted again, and the rows of their views are rebuilt. This covers data of older keys,
-data that was stored before keys were set, and columns whose type depends on whether keys are set. Each batch is a
-transaction of its own. Reencrypted data is recognized by its key id, so that a rotation continues a stopped one.
+Resources are decrypted and encrypted again, and the rows of their views are rebuilt. This covers data encrypted with
+older keys, data that was stored before keys were set, and columns whose type depends on whether keys are set. Each
+batch is a transaction of its own. Re-encrypted data is recognized by its key id, so that a rotation can be stopped and
+continued.
 """
 
 from collections import Counter, defaultdict
@@ -89,10 +90,10 @@ class ReencryptStep:
         self._result = ReencryptResult()
 
     def run(self) -> ReencryptResult:
-        """Reencrypt everything with the newest key. Items that cannot be reencrypted stay unchanged and are reported.
+        """Encrypt everything with the newest key. Items that cannot be re-encrypted stay unchanged and are reported.
 
-        Raises ConfigurationError without keys, TransientError if another rotation is running, ViewError if a table
-        does not match its view, DatabaseUnavailable, or StoreError.
+        Raises ConfigurationError without keys, TransientError if another rotation is running, ViewError if a table does
+        not match its view, DatabaseUnavailable, or StoreError.
         """
         with self._connect() as conn, self._connect() as guard:
             cipher = cipher_of(conn)
@@ -137,7 +138,7 @@ class ReencryptStep:
             rebuild = partial(self._rebuild, conn, resource_type, RowBuilder(views, cipher))
             for source in sources:
                 self._reencrypt_batches(conn, RESOURCES, resource_type, source, rebuild)
-        # Rows without a resource to rebuild them from, or of tables without a view.
+        # Rows without a resource from which they could be rebuilt, or in tables without a view.
         for table, has_column in reencryption_batches.find_tables_with_phi(conn, ()).items():
             if has_column:
                 left_over = partial(reencryption_batches.find_leftover_rows, conn, table, older)

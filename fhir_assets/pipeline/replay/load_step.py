@@ -1,4 +1,4 @@
-"""Replay dead letters of the stages ``transform`` and ``load``: load their stored resources again."""
+"""Replays dead letters of the stages ``transform`` and ``load``: loads their stored resources again."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

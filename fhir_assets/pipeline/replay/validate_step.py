@@ -1,8 +1,9 @@
-"""Replay dead letters of the stage ``validate``: validate their stored resources again, not whole windows.
+"""Replays dead letters of the stage ``validate``: validates their stored resources again, not whole windows.
 
 Resources that are valid now become an additional part of the validated partition, whose counts are corrected, and are
 loaded like any other part. The manifest names the replay run (``replay:<run>``) as an input, so that dead letters are
-not replayed twice if the run stops after its commit: a dead letter that a run in the manifest has claimed is resolved.
+not replayed twice if the run stops after its commit: a dead letter that was claimed by a run in the manifest is
+resolved.
 """
 
 from collections import Counter
@@ -25,8 +26,9 @@ STAGE = "validate"
 
 @dataclass(frozen=True, slots=True)
 class ReplayResult:
-    """The update of the validated partitions, not committed yet, and by partition key the number of dead letters that
-    were resolved and that failed again.
+    """The uncommitted update of the validated partitions, and the numbers of resolved and failed dead letters.
+
+    The numbers are by partition key.
     """
 
     update: ValidatedUpdate

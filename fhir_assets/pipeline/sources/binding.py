@@ -1,7 +1,7 @@
-"""The binding of a source: the settings that its windows, checkpoints and partitions belong to.
+"""The binding of a source to settings: the settings with which its windows, checkpoints and partitions were made.
 
-A load under other settings would read old state as if it were of the new settings: windows of another length would
-count as complete, and resources of another server as already loaded. It is refused.
+A load with other settings would misread that state: windows of another length would count as complete, and resources of
+another server as already loaded. It is therefore refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,16 +21,16 @@ from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSessio
 from fhir_assets.windows import WindowScheme
 
 WAYS_ON = (
-    "either restore the old value, or decide: `fhir-assets sources carry-over` keeps what is loaded, and "
+    "either restore the old value, or choose: `fhir-assets sources carry-over` keeps what is loaded, and "
     "`fhir-assets sources start-anew` removes it and loads the source again"
 )
 
 
 class Effect(StrEnum):
-    """What a setting determines, and therefore what becomes false when its value changes."""
+    """What a setting determines, and therefore what becomes invalid when its value changes."""
 
     WINDOWS = "windows"
-    """The length of windows: partitions have other borders."""
+    """The length of windows: partitions have other boundaries."""
     START = "start"
     """The start of the first window: older resources are not loaded."""
     SERVER = "server"
@@ -45,7 +45,7 @@ _OF_RECEIVED = frozenset({Effect.WINDOWS, Effect.START})
 
 @dataclass(frozen=True, slots=True)
 class BoundSetting:
-    """The current value of a setting that the state of a source belongs to; an empty text if it is unset."""
+    """The current value of a setting on which the state of a source depends; an empty text if it is unset."""
 
     name: str
     value: str
@@ -54,7 +54,7 @@ class BoundSetting:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A setting whose value differs from the bound one."""
+    """A setting whose current value differs from the bound value."""
 
     setting: BoundSetting
     bound: str
@@ -65,7 +65,7 @@ class Change:
 
 
 class SourceBinding:
-    """Compares the settings of a deployment with those that the state of a source belongs to.
+    """Compares the settings of a deployment with those to which the state of a source is bound.
 
     ``labels`` are the settings that select the store and the database, for messages.
     """
@@ -89,10 +89,10 @@ class SourceBinding:
         self._marker: StoreMarker | None = None
 
     def require(self, *, fetches: bool = False) -> None:
-        """Check that the state of the source belongs to the current settings, at the beginning of a load.
+        """Raise ConfigurationError, at the beginning of a load, if the state of the source belongs to other settings.
 
-        Settings that are not bound yet are bound; those of the server only if the load ``fetches`` from it. Raises
-        ConfigurationError, which names the settings that changed and both ways on, and StoreError.
+        The message names the settings that changed and both ways to continue. Settings that are not bound yet are
+        bound; those of the server only if the load ``fetches`` from it. Raises StoreError.
         """
         with self._connect() as conn:
             bound = sources.read_settings(conn, self.source) or {}
@@ -111,7 +111,7 @@ class SourceBinding:
         ]
 
     def find_changes(self, conn: Connection) -> tuple[list[Change], list[str]]:
-        """Return the settings that changed, and what is wrong with the pair of store and database."""
+        """Return the settings that changed, and the problem with the pair of store and database, if any."""
         self._marker = read_marker(self.store)
         of_store = self._marker.sources.get(self.source, {}) if self._marker else {}
         of_database = sources.read_settings(conn, self.source) or {}
@@ -119,7 +119,7 @@ class SourceBinding:
         return list(changes.values()), self._find_store_problem(conn)[1]
 
     def rebind(self, conn: Connection) -> None:
-        """Bind the current settings, and make the store the one of this database. Commits."""
+        """Bind the current settings, and assign the store to this database. Commits."""
         link = sources.create_link(conn)
         conn.commit()
         marker = read_marker(self.store)
@@ -153,7 +153,8 @@ class SourceBinding:
             )
 
     def _bind(self, conn: Connection, current: Mapping[str, str]) -> Mapping[str, str]:
-        """Bind settings for the first time, and return what is bound: another process may have been faster.
+        """Bind settings for the first time, and return the bound settings, because another process may have bound them
+        first.
 
         The marker is written between two commits, so that a crash is harmless.
         """
@@ -169,9 +170,9 @@ class SourceBinding:
         return bound
 
     def _find_store_problem(self, conn: Connection) -> tuple[StoreLink | None, list[str]]:
-        """Return the link of the database, and a sentence if the store and the database do not belong together.
+        """Return the link of the database, and a message if the store and the database do not belong together.
 
-        A problem is confirmed by a second look, because another process may bind both between the reads of the first.
+        A problem is confirmed by a second read, because another process may bind both between the reads of the first.
         """
         for _ in range(2):
             link = sources.read_link(conn)

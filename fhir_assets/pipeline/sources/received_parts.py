@@ -1,7 +1,7 @@
-"""Received parts of raw partitions, when the partitions of their source are set aside or get other windows.
+"""Moves or keeps the received parts of raw partitions when the fetched partitions of their source are set aside.
 
-Received parts come from other channels than the source: landing files, the HTTP API, CSV visits, corrections. They stay
-when the fetched parts of a partition are set aside, and move when the windows get other borders.
+Received parts come from other channels than the source: landing files, the HTTP API, CSV visits, corrections. They are
+kept when the fetched parts of a partition are set aside, and moved when the boundaries of windows change.
 """
 
 from collections import Counter, defaultdict
@@ -32,7 +32,7 @@ def is_window(scheme: WindowScheme, key: str) -> bool:
 
 
 def keep_received(manifest: Manifest, dropped: Container[str]) -> Manifest:
-    """Return the manifest with its received parts only, without those of the origins in ``dropped``."""
+    """Return the manifest with its received parts only, except those whose origins are in ``dropped``."""
     parts = tuple(part for part in manifest.parts if part.origin is not None and part.origin not in dropped)
     receipts = tuple(receipt for receipt in manifest.receipts if receipt.origin not in dropped)
     return msgspec.structs.replace(manifest, parts=parts, receipts=receipts, fetched=None)
@@ -43,7 +43,7 @@ def move_received(
 ) -> tuple[dict[_Key, Manifest], dict[str, list[ReceivedWindow]]]:
     """Write the received parts of raw partitions again, into the windows of ``scheme``.
 
-    Returns the new partitions by resource type and key, and the windows of each origin for ``ops.received``. The given
+    Return the new partitions by resource type and key, and the windows of each origin for ``ops.received``. The given
     partitions are not changed. Raises StoreError.
     """
     partitions: dict[_Key, Manifest] = {}
@@ -98,7 +98,7 @@ def _read_last_updated(line: bytes, *, dated: bool, arrival_known: bool) -> date
 
 
 def _add(current: Manifest | None, new: Manifest) -> Manifest:
-    """Add parts to a partition. Receipts of one origin, which came from several old windows, become one."""
+    """Add parts to a partition. Receipts of one origin that came from several old windows are merged."""
     if current is None:
         return new
     receipts = {receipt.origin: receipt for receipt in current.receipts}

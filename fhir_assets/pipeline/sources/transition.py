@@ -1,7 +1,7 @@
-"""Changed settings of a source: carry its state over to them, or start anew.
+"""Transitions of a source to changed settings: carries its state over, or removes it and starts over.
 
-Both first change the store and then the database in one transaction, which also binds the new settings. A step that
-was interrupted is repeated: until it is complete, loads are refused.
+Both first change the store and then the database in one transaction, which also binds the new settings. An interrupted
+transition can be repeated; loads are refused until it is complete.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,10 +27,10 @@ _BULK = "bulk"
 
 @dataclass(frozen=True, slots=True)
 class TransitionResult:
-    """What a transition did.
+    """The result of a transition.
 
-    ``changes`` are sentences. ``set_aside`` counts partitions of raw and validated, ``removed`` resources of the
-    tables, and ``received`` the received windows that have to be loaded again.
+    ``changes`` are messages. ``set_aside`` counts partitions of raw and validated, ``removed`` resources of the tables,
+    and ``received`` the received windows that have to be loaded again.
     """
 
     changes: tuple[str, ...]
@@ -65,16 +65,16 @@ class SourceTransition:
         self._now = now
 
     def carry_over(self) -> TransitionResult:
-        """Keep the tables and all state that stays true under the current settings, and bind these.
+        """Keep the tables and all state that is valid under the current settings, and bind these settings.
 
-        - Another server: everything is kept; the caller states that it has the same data under another address.
+        - Another server: everything is kept; the caller confirms that it has the same data under another address.
         - Other windows (FHIR_PARTITION): fetched partitions are set aside, received ones are moved into the new
-          windows. Checkpoints are times and stay true; the window that contains one is fetched from its start.
+          windows. Checkpoints are times and stay valid; the window that contains one is fetched from its start.
         - Another start (FHIR_LAST_UPDATED_GTE): an earlier one removes the checkpoints, so that the windows before the
           old start are loaded and complete windows are skipped; for a later one, older partitions are set aside.
-        - Other coverage (FHIR_SOURCE, FHIR_BULK_LEVEL, …): every window is fetched again, because the old fetches do
-          not say what they left out.
-        - Another store or database: they belong together from now on.
+        - Other coverage (FHIR_SOURCE, FHIR_BULK_LEVEL, …): every window is fetched again, because the earlier fetches
+          may have excluded resources.
+        - Another store or database: they are assigned to each other.
 
         Raises ConfigurationError if a load is running, StoreError or DatabaseUnavailable.
         """
@@ -145,10 +145,10 @@ class SourceTransition:
     def _rearrange(
         self, *, strip: bool, move: bool, deletions: bool = False, dropped: frozenset[str] = frozenset()
     ) -> _Rearranged:
-        """Set partitions aside: with ``strip`` all that were fetched, and those that are no window of the scheme.
+        """Set partitions aside: with ``strip`` all fetched ones, and those that are not windows of the scheme.
 
-        With ``move`` the windows have other borders, so that received parts are written again. Received parts of the
-        origins in ``dropped`` are set aside too.
+        With ``move`` the boundaries of windows have changed, so that received parts are written again. Received parts
+        of the origins in ``dropped`` are set aside too.
         """
         scheme, at = self._binding.scheme, self._now()
         foreign: list[Manifest] = []
@@ -184,7 +184,7 @@ class SourceTransition:
         return _Rearranged(sum(m.layer in ("raw", "validated") for m in old), windows, keys)
 
     def _split_deletions(self, new: dict[tuple[str, str], Manifest], dropped: frozenset[str]) -> list[Manifest]:
-        """Return the partitions of deletions; those that other channels sent are added to ``new``."""
+        """Return the partitions of deletions. Those received through other channels are added to ``new``."""
         manifests = read_all_manifests(self._store, DELETED)
         for manifest in manifests:
             received = keep_received(manifest, dropped)
@@ -222,7 +222,9 @@ def _refuse_running(conn: Connection) -> None:
 
 
 def _refuse_started(conn: Connection) -> None:
-    """Refuse the transition if runs are loading, also if they began after its first look: they use old settings."""
+    """Refuse the transition if runs are loading, including runs that began after the first check: they use old
+    settings.
+    """
     if running := source_state.find_running(conn):
         raise ConfigurationError(
             f"{len(running)} runs are loading data (`fhir-assets runs list`): wait until they end, or cancel them, "

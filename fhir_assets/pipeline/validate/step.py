@@ -1,4 +1,4 @@
-"""Validate raw partitions: copy valid resources byte for byte, and record invalid ones as dead letters."""
+"""Validates raw partitions: copies valid resources byte for byte, and records invalid ones as dead letters."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence

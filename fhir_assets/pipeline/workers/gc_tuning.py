@@ -12,7 +12,7 @@ def infrequent_gc() -> Iterator[None]:
     """Run the garbage collector about a hundred times less often, and exclude the objects that exist already.
 
     Parsed resources and their rows contain no cycles and are freed by reference counting. The collector would only
-    traverse each batch and Dagster's definitions again and again, which takes a tenth of a load's time. It stays on for
+    traverse each batch and Dagster's definitions repeatedly, which takes a tenth of a load's time. It stays enabled for
     the few cycles of exceptions and connections. Usable as a context manager and as a decorator.
     """
     before = gc.get_threshold()

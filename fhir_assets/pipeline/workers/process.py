@@ -1,4 +1,4 @@
-"""The main module of a worker process: read jobs from standard input, and write results to standard output."""
+"""The main module of a worker process: reads jobs from standard input, and writes results to standard output."""
 
 import os
 import pickle
