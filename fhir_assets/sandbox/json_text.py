@@ -1,4 +1,4 @@
-"""Edit the members of a JSON object without decoding their values, so that digits and the order are preserved."""
+"""Edits the members of a JSON object without decoding their values, so that digits and the order are preserved."""
 
 from collections.abc import Mapping
 

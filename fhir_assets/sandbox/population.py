@@ -1,4 +1,4 @@
-"""Generate a synthetic population: linked, plausible resources of all types of the catalog, reproducible by seed.
+"""Generates a synthetic population: linked, plausible resources of all types of the catalog, reproducible by seed.
 
 ``generate`` yields resources, ``write_population`` writes files ``<Type>.ndjson.gz``. A share of the resources can be
 given known defects (``synthetic/defects.py``) without changing the other resources.
@@ -205,8 +205,8 @@ class _Part:
 def write_population(folder: Path, population: Population) -> Summary:
     """Write ``<Type>.ndjson.gz`` for every type, then ``.defects.json`` with each defective resource and its rule.
 
-    The files of an earlier population are replaced when all files are complete. Raises OSError, without a change of
-    these files, if the folder cannot be written.
+    The files of an earlier population are replaced when all files are complete. If the folder cannot be written, these
+    files are unchanged, and OSError is raised.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = {t.name: _Part(folder / f"{t.name}.ndjson.gz") for t in CATALOG}

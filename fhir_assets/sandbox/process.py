@@ -1,4 +1,4 @@
-"""Run the sandbox server in this process, in a thread (for tests), or in a subprocess."""
+"""Runs the sandbox server in this process, in a thread (for tests), or in a subprocess."""
 
 import signal
 import socket

@@ -225,11 +225,11 @@ class BulkSource:
             for export in usable:
                 for name, interval in intervals.items():
                     until = loaded[name].loaded_until if name in loaded else None
-                    serves = export.status == "done" and export.serves(name, starts[name])
-                    if serves and name not in chosen and self._can_reuse(export, interval, until):
+                    covers = export.status == "done" and export.covers(name, starts[name])
+                    if covers and name not in chosen and self._can_reuse(export, interval, until):
                         chosen[name] = export
             for export in usable:
-                names = [name for name in intervals if name not in chosen and export.serves(name, starts[name])]
+                names = [name for name in intervals if name not in chosen and export.covers(name, starts[name])]
                 if names and export.status != "done" and (done := self._runner.resume(conn, export)):
                     chosen |= dict.fromkeys(names, done)
             self.refused = self._request_missing(conn, starts, chosen)

@@ -1,4 +1,4 @@
-"""Format times since 1970 as FHIR dates by means of tables, because generators spend much of their time on dates."""
+"""Formats times since 1970 as FHIR dates by means of tables, because generators spend much of their time on dates."""
 
 from datetime import date
 

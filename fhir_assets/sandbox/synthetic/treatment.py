@@ -25,8 +25,9 @@ _IMMUNE = hl7("v3-ActReason", "IMMUNE", "immunity")
 def generate_medication(person: Person, visit: Visit, disorder: Disorder, condition: str) -> Resources:
     """Yield the resources of a medication for a disorder.
 
-    These are always a MedicationRequest, often a MedicationDispense, a MedicationStatement for a chronic disorder, and
-    a MedicationAdministration for an emergency or a stay in hospital. ``condition`` is the id of the Condition.
+    The first is always a MedicationRequest. A MedicationDispense is frequent; a MedicationStatement is added for a
+    chronic disorder, and a MedicationAdministration for an emergency or a stay in hospital. ``condition`` is the id of
+    the Condition.
     """
     random = person.random
     drug = MEDICATIONS[disorder.medication]

@@ -1,4 +1,4 @@
-"""What Dagster does at the moment, in Dagster's own database: daemons, ticks and unfinished runs.
+"""The current activity of Dagster, from its own database: daemons, ticks and unfinished runs.
 
 The tables are those of the pinned Dagster 1.13.
 """
@@ -13,7 +13,10 @@ from fhir_assets.warehouse.postgres.db.connections import Connection
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """The latest tick of a schedule or sensor. ``status`` is Dagster's, such as SUCCESS, SKIPPED or FAILURE."""
+    """The latest tick of a schedule or sensor.
+
+    ``status`` is the status in Dagster: SUCCESS, SKIPPED, FAILURE or STARTED.
+    """
 
     name: str
     status: str
@@ -31,7 +34,7 @@ class Activity:
 
 
 def read_activity(conn: Connection) -> Activity:
-    """Return what Dagster does. It is empty before Dagster has created its tables."""
+    """Return the activity. It is empty before Dagster has created its tables."""
     try:
         return Activity(_read_heartbeats(conn), _read_ticks(conn), _count_unfinished_runs(conn))
     except psycopg.errors.UndefinedTable:

@@ -11,7 +11,7 @@ from fhir_assets.warehouse.postgres.db.connections import Connection
 def find_failed_partitions(conn: Connection, check: str) -> list[tuple[tuple[str, ...], str]]:
     """Return the asset key and the partition of each latest evaluation of ``check`` that failed, in order.
 
-    Evaluations without a partition, which sum up the partitions of a run, are left out.
+    Evaluations without a partition, which summarize the partitions of a run, are left out.
     """
     rows = conn.execute(
         """

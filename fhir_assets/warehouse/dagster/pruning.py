@@ -81,7 +81,7 @@ def delete_old_events(conn: Connection, before: datetime) -> int:
 
 
 def count_old_ticks(conn: Connection, before: datetime) -> int:
-    """Count the ticks from before a time, without the last tick of each sensor and schedule."""
+    """Count the ticks before a time, without the last tick of each sensor and schedule."""
     return _count(conn, _OLD_TICKS, before)
 
 
@@ -91,7 +91,7 @@ def delete_old_ticks(conn: Connection, before: datetime) -> int:
 
 
 def find_superseded_runs(conn: Connection, before: datetime) -> list[str]:
-    """Return the ids of the runs that ended before a time and of which a later run repeated every asset and check."""
+    """Return the ids of runs that ended before a time and whose assets and checks were all repeated by later runs."""
     return [run_id for (run_id,) in conn.execute(_SUPERSEDED_RUNS, {"before": before})]
 
 

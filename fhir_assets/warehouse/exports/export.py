@@ -48,8 +48,8 @@ class ExportedFile:
 class Export:
     """Writes files into one folder of ``target``, as a context manager. ``finish`` writes the manifest last.
 
-    In a local folder, ``finish`` moves all files to their names; a ``with`` block that ends without it leaves an
-    earlier export as it was. In a bucket, each file appears when it is complete, because all of them may not fit on the
+    In a local folder, ``finish`` moves all files to their final names; a ``with`` block that ends without it does not
+    change an earlier export. In a bucket, each file appears when it is complete, because all of them may not fit on the
     disk of this machine. The manifest of an earlier export is deleted before its first file is replaced, because its
     hashes no longer match.
 
@@ -102,7 +102,7 @@ class Export:
         path = self._target.spool() / f"{os.urandom(8).hex()}.export{UNFINISHED}"
         try:
             file = self._write(name, path, write)
-            # End the reading transaction first: writers of the audit log wait for each other until theirs end.
+            # End the reading transaction first: other writers of the audit log wait until it ends.
             self.conn.commit()
             with self.conn.transaction():
                 audit_record = AuditRecord(
@@ -122,7 +122,7 @@ class Export:
         try:
             rows = write(path)
             with path.open("rb") as file:
-                # Flushed here, so that nothing can fail between the first file that appears and the last.
+                # Flushed here, so that nothing can fail while the files appear one after the other.
                 os.fsync(file.fileno())
             return ExportedFile(name, rows, path.stat().st_size, _compute_sha256(path))
         except OSError as error:
@@ -132,7 +132,7 @@ class Export:
             ) from None
 
     def _publish(self) -> None:
-        """Move the complete files to their names in the target. Raises StoreError."""
+        """Move the complete files to their final names in the target. Raises StoreError."""
         if not self._publishing:
             self._target.delete(self._path(self._manifest))
             self._publishing = True
@@ -141,9 +141,10 @@ class Export:
             del self._complete[name]
 
     def finish(self, *, unreconciled: Mapping[str, Mapping[str, str]] | None = None) -> str:
-        """Let all files appear, then write the manifest. Return the URL of the folder. Raises StoreError.
+        """Move all files to their final names, then write the manifest. Return the URL of the folder. Raises
+        StoreError.
 
-        ``unreconciled`` are the windows that do not reconcile, by resource type, each with the reason. The manifest
+        ``unreconciled`` has the windows that do not reconcile, by resource type, each with the reason. The manifest
         names them.
         """
         self._publish()

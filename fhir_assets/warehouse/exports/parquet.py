@@ -80,7 +80,7 @@ def _build_array(values: Sequence[Any], arrow_type: "pa.DataType") -> "pa.Array"
 
 
 def _is_unusual(value: Any) -> bool:
-    """Return whether a time is one that ``time_loaders`` loads as text or in another zone than UTC."""
+    """Return whether a time is one that ``time_loaders`` loads as text or in a zone other than UTC."""
     return value.__class__ is str or (value.__class__ is datetime and value.year in (1, 9999))
 
 

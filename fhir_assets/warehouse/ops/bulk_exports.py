@@ -45,7 +45,7 @@ _FIND_FULLY_LOADED = """
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What exports of one deployment have in common: the server, the level and the type filter."""
+    """What all exports of one deployment have in common: the server, the level and the type filter."""
 
     base_url: str
     level: str
@@ -56,10 +56,10 @@ class Scope:
 class BulkExport:
     """A bulk export. ``manifest`` is None until the export is complete on the server.
 
-    ``files_done`` contains the index in the manifest's ``output`` of every file that is in the store. The export has
-    every resource of its types that was updated from ``since`` (None: from the first one) to ``transaction_time``.
-    ``used_at`` is the time at which a load first used it. ``kick_off_date`` is the ``Date`` of the server's response to
-    the request.
+    ``files_done`` contains the index in the manifest's ``output`` of every file that is in the store. The export
+    contains every resource of its types that was updated from ``since`` (None: without a lower limit) to
+    ``transaction_time``. ``used_at`` is the time at which a load first used it. ``kick_off_date`` is the ``Date`` of
+    the server's response to the request.
     """
 
     id: str
@@ -83,8 +83,8 @@ class BulkExport:
         assert self.transaction_time is not None
         return self.transaction_time
 
-    def serves(self, resource_type: str, since: datetime | None) -> bool:
-        """Return whether the export has the resources of a type from ``since`` on."""
+    def covers(self, resource_type: str, since: datetime | None) -> bool:
+        """Return whether the export contains all resources of a type that were updated since ``since``."""
         return resource_type in self.resource_types and (
             self.since is None or (since is not None and self.since <= since)
         )
@@ -113,7 +113,8 @@ def find_usable(conn: Connection, scope: Scope) -> list[BulkExport]:
 def find_fully_loaded_types(conn: Connection, scope: Scope, resource_types: Sequence[str]) -> frozenset[str]:
     """Return the types for which an export of all resources is loaded into the tables.
 
-    Only for these an export of later changes suffices: a server need not give resources without ``lastUpdated`` again.
+    For these types an export of later changes suffices. For other types it does not, because a server need not return
+    resources without ``lastUpdated`` in such an export.
     """
     rows = conn.execute(_FIND_FULLY_LOADED, {**_parameters(scope), "types": list(resource_types)}).fetchall()
     conn.commit()
@@ -157,7 +158,7 @@ def record_manifest(conn: Connection, export_id: str, manifest: ExportManifest, 
 
 
 def renew_manifest(conn: Connection, export_id: str, manifest: ExportManifest, files_done: Collection[int]) -> None:
-    """Replace the links of an export. Without ``files_done`` its download begins anew. Commits."""
+    """Replace the links of an export. Without ``files_done`` its download is restarted. Commits."""
     conn.execute(
         "UPDATE ops.bulk_exports SET manifest = %s, files_done = %s WHERE id = %s",
         [Jsonb(manifest_to_json(manifest)), list(files_done), export_id],

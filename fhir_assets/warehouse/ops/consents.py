@@ -1,17 +1,17 @@
 """The decisions that follow from Consents.
 
 ``ops.consents`` holds the decision for each patient and purpose, ``ops.consent_changes`` the time at which each patient
-must be decided on again, and ``ops.consent_policy`` the policy that the tables follow. A patient is named by a key of
-``withheld_conditions``: the id, a token of an identifier, or the delivery of a Consent whose patient is not known. The
-Consents are in the module ``consent_records``, and the resources that a decision keeps out of the tables in
+must be decided on again, and ``ops.consent_policy`` the policy that the tables follow. A patient is identified by a key
+of ``withheld_conditions``: the id, a token of an identifier, or the delivery of a Consent whose patient is not known.
+The Consents are in the module ``consent_records``, and the resources that a decision keeps out of the tables are in
 ``withheld_resources``.
 
 Loads hold a shared lock while they read decisions. A change of decisions holds the same lock exclusively until the
 tables are changed, so that a running load cannot insert a resource that was just withheld.
 
-A posted Consent decides at once, in the transaction that receives it (``decide_at_once``). It does not wait for loads:
-the patients stay marked in ``ops.consent_changes``, so that the next change of decisions makes the tables follow, and
-reads ask ``ops.consents`` until then. A lock of their own keeps posts and changes of decisions apart.
+A posted Consent takes effect at once, in the transaction that receives it (``decide_at_once``). It does not wait for
+loads: the patients stay marked in ``ops.consent_changes``, so that the next change of decisions updates the tables, and
+until then reads consult ``ops.consents``. A separate lock serializes posts and changes of decisions.
 """
 
 from collections import defaultdict
@@ -41,18 +41,21 @@ _parse = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 def lock_decisions_for_load(conn: Connection) -> None:
-    """Keep all decisions unchanged until the transaction of a load ends. Several loads hold this lock together."""
+    """Prevent changes of decisions until the transaction of a load ends. Several loads hold this lock together."""
     conn.execute("SELECT pg_advisory_xact_lock_shared(%s)", [advisory_locks.CONSENT_DECISIONS])
 
 
 def lock_decisions_for_change(conn: Connection) -> None:
-    """Wait for running loads and posts to end, and keep others waiting until this transaction ends."""
+    """Wait for running loads and posts to end, and block others until this transaction ends."""
     conn.execute("SELECT pg_advisory_xact_lock(%s)", [advisory_locks.CONSENT_DECISIONS])
     lock_decisions_for_post(conn)
 
 
 def lock_decisions_for_post(conn: Connection) -> None:
-    """Wait for other posts of Consents and for a change of decisions, but for no load, until this transaction ends."""
+    """Wait for other posts of Consents and for a change of decisions, but not for loads.
+
+    Block these until this transaction ends.
+    """
     conn.execute("SELECT pg_advisory_xact_lock(%s)", [advisory_locks.CONSENT_POSTS])
 
 
@@ -174,9 +177,9 @@ def update_decisions(conn: Session, patients: Sequence[str], at: datetime) -> in
 
 
 def decide_at_once(conn: Session, patients: Sequence[str], at: datetime) -> int:
-    """Decide on patients at time ``at``, and keep them marked, because the tables do not follow the decisions yet.
+    """Decide on patients at time ``at``, and keep them marked, because the tables are not updated yet.
 
-    The caller holds the lock of ``lock_decisions_for_post``. Returns the number of decisions that changed. Raises
+    The caller holds the lock of ``lock_decisions_for_post``. Return the number of decisions that changed. Raises
     EncryptionError.
     """
     changed = update_decisions(conn, patients, at)
@@ -195,8 +198,8 @@ def decide_at_once(conn: Session, patients: Sequence[str], at: datetime) -> int:
 def _read_consents(conn: Session, patients: Sequence[str]) -> Mapping[str, list[tuple[Consent, str | None]]]:
     """Return the Consents of each patient with their version ids.
 
-    A Consent concerns a patient whom it names by id, or by an identifier that the Patient has. Its permits count only
-    if the patient is among its keys, and if its identifiers do not lead to several Patients.
+    A Consent concerns a patient that it names by id, or by an identifier that the Patient has. Its permits count only
+    if the patient is among its keys, and if its identifiers do not match several Patients.
     """
     cipher = cipher_of(conn)
     consents: defaultdict[str, list[tuple[Consent, str | None]]] = defaultdict(list)

@@ -1,8 +1,9 @@
-"""Consents that are dead letters: until they are corrected, what they may deny is withheld.
+"""Consents that are dead letters: until they are corrected, the resources that they may deny are withheld.
 
 Each unresolved dead letter of a Consent has a record in ``ops.consent_records``, whose id is PREFIX and the number of
-the dead letter. Its content is a denial for every purpose if the Consent may be one, otherwise a Consent that decides
-nothing. Its keys name the patient, as far as the dead letter does, otherwise what arrived with it.
+the dead letter. The content of the record is a denial for every purpose if the Consent may be one, otherwise a Consent
+that decides nothing. Its keys identify the patient if the dead letter does, otherwise the resources that arrived with
+it.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from fhir_assets.privacy.encryption import as_json
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 
 PREFIX = "dead-letter/"
-"""The beginning of the ids of these records. No id of FHIR contains a slash."""
+"""The beginning of the ids of these records. Ids in FHIR cannot contain a slash."""
 
 _DENIAL = b'{"resourceType":"Consent","status":"active","provision":{"type":"deny"}}'
 _NOTHING = b'{"resourceType":"Consent","status":"inactive"}'
@@ -23,7 +24,7 @@ _NOTHING = b'{"resourceType":"Consent","status":"inactive"}'
 
 @dataclass(frozen=True, slots=True)
 class DeadConsent:
-    """An unresolved dead letter of a Consent with its decrypted content, None if it has none."""
+    """An unresolved dead letter of a Consent with its decrypted content; None if it has no content."""
 
     id: int
     body: bytes | None
@@ -34,10 +35,10 @@ class DeadConsent:
 
 @dataclass(frozen=True, slots=True)
 class PossibleDenial:
-    """What a dead letter may deny.
+    """The possible effect of a dead letter.
 
-    ``patients`` are ids of patients, ``tokens`` those of identifiers that the patient may have. Without ``denies`` the
-    Consent is none that denies anything.
+    ``patients`` are ids of patients, ``tokens`` those of identifiers that the patient may have. If ``denies`` is False,
+    the Consent cannot be a denial.
     """
 
     consent: DeadConsent
@@ -47,7 +48,7 @@ class PossibleDenial:
 
 
 def is_changed(conn: Connection) -> bool:
-    """Return whether a Consent became a dead letter, or is none any more, since the records were written."""
+    """Return whether the unresolved dead letters of Consents changed since the records were written."""
     row = conn.execute(sql.SQL("SELECT EXISTS ({}) OR EXISTS ({})").format(_UNRECORDED, _RECORDED_IN_VAIN)).fetchone()
     return bool(row and row[0])
 
@@ -63,10 +64,10 @@ def find_unrecorded(conn: Session, limit: int) -> list[DeadConsent]:
 
 
 def record(conn: Session, denial: PossibleDenial, *, by_file: bool) -> None:
-    """Record what a dead letter may deny, and mark the patients for a decision.
+    """Record the possible effect of a dead letter, and mark the patients for a decision.
 
-    If the patient is not known, what arrived in the same file or request is held back. With ``by_file``, resources with
-    an equal time of arrival are of one file.
+    If the patient is not known, the resources that arrived in the same file or request are withheld. With ``by_file``,
+    resources with an equal time of arrival are of one file.
     """
     cipher = cipher_of(conn)
     consent = denial.consent

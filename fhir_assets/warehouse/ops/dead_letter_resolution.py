@@ -101,10 +101,10 @@ def resolve_dead_letters(conn: Connection, resolution: DeadLetterResolution) -> 
 def count_dead(
     conn: Connection, resource_type: str, partition_keys: Sequence[str], *, replayed_by: Sequence[str] = ()
 ) -> dict[str, int]:
-    """Return the number of resources that validation made dead letters, by partition key.
+    """Return the number of resources that became dead letters in validation, by partition key.
 
-    Counted are the dead letters that account for a resource: those that are not resolved, and those that a newer
-    version superseded. Those that a run in ``replayed_by`` has claimed are left out.
+    Dead letters that account for a resource are counted: those that are not resolved, and those that a newer version
+    superseded. Those that a run in ``replayed_by`` has claimed are left out.
     """
     rows = conn.execute(
         """

@@ -3,8 +3,8 @@
 This module records, lists and counts dead letters. Their resolution by a load is in ``dead_letter_resolution``, replays
 are in ``replays``, and corrections by hand are in ``corrections``.
 
-Each time a dead letter is recorded, ``recorded`` becomes the next number of a sequence. The numbers tell what was
-recorded since a step began, independently of clocks and of the order of commits.
+Each time a dead letter is recorded, ``recorded`` is set to the next number of a sequence. The numbers show which dead
+letters were recorded since a step began, independently of clocks and of the order of commits.
 """
 
 import re
@@ -59,7 +59,7 @@ class DeadLetter:
     """Whether the ``meta.lastUpdated`` of the resource counts: see ``fhir.record``."""
 
     def fingerprint(self, cipher: Cipher) -> bytes:
-        """Return the keyed hash of stage, type, partition and content, which identifies a repeated failure."""
+        """Return the keyed hash of stage, type, partition and content, by which a repeated failure is recognized."""
         content = self.resource
         if content is None:
             content = "\0".join((self.resource_id or "", self.rule, self.path, self.message)).encode(*_UTF8)
@@ -371,7 +371,7 @@ _UPSERT = sql.SQL("""
         replay_requested_at = CASE WHEN {is_claimed} THEN known.replay_requested_at END,
         recorded = nextval('ops.dead_letter_records')
 """).format(
-    # A corrected dead letter of stage fetch stays resolved: it fails again whenever its window is fetched.
+    # A corrected dead letter of stage fetch stays resolved, although it fails again whenever its window is fetched.
     stays=sql.SQL("known.status = 'discarded' OR known.stage = 'fetch' AND known.resolution = 'corrected'"),
     is_claimed=sql.SQL("known.status = 'replaying' AND known.claimed_by = ANY(%(live_claimers)s)"),
 )

@@ -41,7 +41,7 @@ def unlock(conn: Connection, cipher: Cipher) -> Cipher:
 
 
 def reencrypt(conn: Connection, cipher: Cipher) -> bool:
-    """Encrypt the secret with the newest key. Return True if its key was another one before."""
+    """Encrypt the secret with the newest key. Return True if it was encrypted with another key before."""
     with conn.transaction():
         encrypted = _read_encrypted_secret(conn, lock=True)
         if encrypted is None or encrypted[0] == cipher.key_id:

@@ -18,7 +18,7 @@ def hold(conn: Connection, destination: str, resource_type: str, partition_keys:
 
 
 def release(conn: Connection, destination: str, resource_type: str, partition_keys: Iterable[str]) -> None:
-    """Remove windows that a run has included."""
+    """Remove the records of windows that a run has included."""
     conn.execute(
         """
         DELETE FROM ops.held_windows

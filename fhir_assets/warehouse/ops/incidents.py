@@ -87,10 +87,10 @@ def record_recovery(conn: Connection, kind: Kind, name: str, partitions: Iterabl
 
 
 def announce(conn: Connection, deliver: Callable[[list[Incident], list[Incident]], bool]) -> None:
-    """Call ``deliver(started, ended)`` with the incidents that are not announced yet; if it returns True, record that.
+    """Call ``deliver(opened, closed)`` with the incidents that are not announced yet; record that if it returns True.
 
-    An incident that opened and closed in one transaction is not announced. The rows are locked during the call, so
-    that concurrent callers do not announce them twice. Commits.
+    An incident that opened and closed in one transaction is not announced. The rows are locked during the call, so that
+    concurrent callers do not announce them twice. Commits.
     """
     with conn.transaction():
         started = _lock_unannounced(conn, "alerted_at IS NULL AND closed_at IS DISTINCT FROM opened_at")
@@ -126,7 +126,7 @@ def list_open(conn: Connection) -> list[Incident]:
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """The ids of the last events of runs and of checks that are recorded as incidents."""
+    """The ids of the last run event and the last check event whose incidents are recorded."""
 
     runs: int = 0
     checks: int = 0
@@ -139,7 +139,7 @@ def get_cursor(conn: Connection) -> Cursor | None:
 
 
 def set_cursor(conn: Connection, cursor: Cursor) -> None:
-    """Store the cursor, in the transaction of the incidents of the events up to it."""
+    """Store the cursor, in the transaction that records the incidents of the events up to it."""
     conn.execute(
         """
         INSERT INTO ops.alert_cursor (runs, checks)

@@ -16,7 +16,7 @@ from fhir_assets.warehouse.postgres.db.connections import Connection, Session, c
 class Rotation:
     """A rotation of the encryption keys.
 
-    ``left_over``, the number of rows and parts that could not be encrypted again, is None until the rotation ended;
+    ``left_over``, the number of rows and parts that could not be encrypted again, is None until the rotation has ended;
     ``at_work`` is True while its process runs.
     """
 

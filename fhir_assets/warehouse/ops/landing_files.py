@@ -67,10 +67,9 @@ class ReadyFile:
 def record_listing(conn: Connection, zone: str, files: Iterable[tuple[ListedFile, bool | None]]) -> None:
     """Record the current listing of a zone: pairs of a file and whether the file is known to be complete.
 
-    None in place of the latter is a file that the zone passes over: it has the status ``ignored``.
-
-    A file is ready if it is known to be complete or unchanged since the last listing. The row of a changed file is
-    reset. The rows of files that were removed from the zone before they were loaded are deleted.
+    None in place of the latter marks a file that the zone ignores: it has the status ``ignored``. A file is ready if it
+    is known to be complete or unchanged since the last listing. The row of a changed file is reset. The rows of files
+    that were removed from the zone before they were loaded are deleted.
     """
     with conn.cursor() as cursor:
         cursor.execute(
@@ -129,7 +128,7 @@ def find_ready(conn: Connection, zone: str, *, now: datetime, limit: int) -> lis
 def assign_batch(conn: Connection, zone: str, files: Sequence[ReadyFile], batch: str) -> list[ReadyFile]:
     """Assign files to a batch and return the files that were assigned.
 
-    The files of a batch are received together, also when a crashed attempt is repeated. Files that another process has
+    The files of a batch are received together, even if a crashed attempt is repeated. Files that another process has
     assigned in the meantime are not returned.
     """
     rows = conn.execute(

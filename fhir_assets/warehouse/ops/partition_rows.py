@@ -1,4 +1,4 @@
-"""``ops.partition_rows``: how many resources each partition of raw and validated has, as its manifest counts them."""
+"""``ops.partition_rows``: the number of resources in each partition of raw and validated, from its manifest."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ from fhir_assets.warehouse.postgres.db.connections import Connection
 
 
 def record(conn: Connection, layer: str, resource_type: str, rows_by_partition: Mapping[str, int | None]) -> None:
-    """Set the number of resources of partitions. None stands for unknown: the partition is about to change."""
+    """Set the numbers of resources of partitions. None means unknown: the partition is about to change."""
     keys = sorted(rows_by_partition)
     conn.execute(
         """
@@ -25,7 +25,7 @@ def record(conn: Connection, layer: str, resource_type: str, rows_by_partition: 
 
 
 def record_missing(conn: Connection, layer: str, resource_type: str, rows_by_partition: Mapping[str, int]) -> None:
-    """Set the numbers that are unknown; those that a commit has recorded meanwhile stay."""
+    """Set the numbers that are unknown. Numbers that a commit has recorded in the meantime are kept."""
     conn.execute(
         """
         UPDATE ops.partition_rows r

@@ -1,4 +1,4 @@
-"""``ops.received``: inputs that entered through another channel than the source, and whether they are loaded.
+"""``ops.received``: inputs that were received through another channel than the source, and whether they are loaded.
 
 An origin (``<channel>:<identity>``, for example ``landing:<sha256>``) identifies an input; it has a row for each window
 and resource type.
@@ -33,7 +33,7 @@ class ReceivedWindow:
 
 @dataclass(frozen=True, slots=True)
 class PendingWindow:
-    """A window of a type that is not loaded yet. ``asked`` is the number of requested runs."""
+    """A window of a type that is not loaded yet. ``asked`` is the number of runs that were requested to load it."""
 
     resource_type: str
     partition_key: str
@@ -66,7 +66,7 @@ def record(
 ) -> None:
     """Record that an origin was received completely. Windows without parts are marked as loaded.
 
-    ``arrivals`` are the times of arrival of its resources. They tell which resources came in the same delivery.
+    ``arrivals`` are the times of arrival of its resources, by which resources of the same delivery are recognized.
     """
     channel = origin.partition(":")[0]
     with conn.cursor() as cursor:
@@ -97,7 +97,7 @@ def record(
 def find_pending(conn: Connection, *, origin: str | None = None, now: datetime | None = None) -> list[PendingWindow]:
     """Return the received windows that are not loaded, in order; only those of ``origin`` if it is given.
 
-    With ``now``, windows are left out while the waiting time since their last requested run has not elapsed.
+    With ``now``, windows are left out if the waiting time since their last requested run has not elapsed.
     """
     rows = conn.execute(
         """
@@ -119,7 +119,7 @@ def find_pending(conn: Connection, *, origin: str | None = None, now: datetime |
 
 
 def find_pending_windows(conn: Connection, resource_type: str, partition_keys: Sequence[str]) -> list[str]:
-    """Return those of the windows of a type that have received resources which are not loaded."""
+    """Return those of the windows of a type that have received resources that are not loaded yet."""
     rows = conn.execute(
         """
         SELECT DISTINCT partition_key

@@ -341,10 +341,10 @@ _WITHHELD = sql.SQL("(SELECT *, NULL::timestamptz AS deleted_at FROM ops.withhel
 
 
 def resolve_superseded(conn: Connection, run_id: str, resource_type: str, partition_keys: Sequence[str]) -> set[str]:
-    """Resolve dead letters whose resource has a newer version in the tables, or one that consent withholds, and return
-    their partition keys.
+    """Resolve dead letters whose resource has a newer version in the tables or among the withheld resources.
 
-    A dead letter is considered if its own partition, or the partition of the newer version, is in ``partition_keys``.
+    Return their partition keys. A dead letter is considered if its own partition, or the partition of the newer
+    version, is in ``partition_keys``.
     """
     row = conn.execute(
         """

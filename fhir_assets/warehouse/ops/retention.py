@@ -44,8 +44,8 @@ def delete_expired_rows(conn: Connection, table: str, before: datetime) -> int:
 def find_oldest_running(conn: Connection) -> datetime | None:
     """Return the start of the oldest load or receipt that is in progress, None if there is none.
 
-    The start of a receipt is that of the session that holds the lock of its origin. If this user may not see it, the
-    result is a time before that of any file.
+    The start of a receipt is that of the session that holds the lock of its origin. If this user may not see it, a time
+    before all files is returned.
     """
     row = conn.execute(
         """

@@ -16,14 +16,14 @@ from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 COUNTS = ("server_total", "fetched", "older", "valid", "dead", "withheld", "superseded", "loaded")
-"""What a run did with the resources of a type and a window.
+"""The counts of a run for one resource type and window.
 
-``fetched`` resources came from the source, without those that the store had already. ``older`` ones were updated
-before FHIR_LAST_UPDATED_GTE and not kept; ``dead`` ones became dead letters, in any step; ``withheld`` ones are kept
-out of the tables by consent; of ``superseded`` ones the tables have the same version or a newer one; ``loaded`` ones
-are distinct versions that are in the tables. In a run that validates and loads everything that it fetches:
-fetched = older + dead + withheld + superseded + loaded. ``valid`` resources were given to the load: those that are
-superseded, loaded, or dead letters of the load.
+``fetched`` resources came from the source, without those that the store already had. ``older`` ones were updated before
+FHIR_LAST_UPDATED_GTE and not kept; ``dead`` ones became dead letters, in any step; ``withheld`` ones are kept out of
+the tables by consent; of ``superseded`` ones the tables have the same version or a newer one; ``loaded`` ones are
+distinct versions that are in the tables. In a run that validates and loads everything that it fetches: fetched = older
++ dead + withheld + superseded + loaded. ``valid`` resources were passed to the load: those that are superseded, loaded,
+or dead letters of the load.
 """
 
 _SUMMED = COUNTS[1:]
@@ -42,7 +42,7 @@ _FIND_ALIVE = """
 
 
 RESULTS = ("valid", "loaded", "superseded", "dead", "withheld")
-"""Those of COUNTS that say what became of the resources of a window."""
+"""The members of COUNTS that describe the outcome of the resources of a window."""
 
 
 def start(
@@ -170,7 +170,7 @@ def reduce_loaded(conn: Connection, run_id: str, resource_type: str, partition_k
 def find_counts(
     conn: Connection, run_id: str, resource_type: str, partition_keys: Sequence[str]
 ) -> dict[str, dict[str, int]]:
-    """Return what a run did with the resources of each window, by partition key: RESULTS by name."""
+    """Return the outcome of a run for each window by partition key: the members of RESULTS by name."""
     rows = conn.execute(
         """
         SELECT partition_key, coalesce(valid, 0), coalesce(loaded, 0), coalesce(superseded, 0), coalesce(dead, 0),

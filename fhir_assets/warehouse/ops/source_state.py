@@ -1,4 +1,4 @@
-"""The state of a source in the database: remove it, or adapt it to other settings.
+"""The state of a source in the database: removes it, or adapts it to other settings.
 
 The functions change checkpoints, loaded parts, exports, dead letters and received inputs. They run in the caller's
 transaction.
@@ -19,7 +19,7 @@ _STATE = (
 """Tables of ``ops`` with the state of the loads of a source."""
 
 _CONTENT = ("withheld", "consent_records", "consents", "consent_changes")
-"""Tables of ``ops`` with facts from resources of a source. The load of these resources fills them."""
+"""Tables of ``ops`` with data from resources of a source. The load of these resources fills them."""
 
 
 def find_running(conn: Connection) -> list[str]:
@@ -53,8 +53,8 @@ def list_origins(conn: Connection) -> frozenset[str]:
 def remove_state(conn: Connection, origins: Collection[str]) -> None:
     """Remove checkpoints, loaded parts, deletions, exports, withheld resources and consents of the source.
 
-    The loads of its windows then begin anew. Received inputs of the given ``origins`` are forgotten. Open dead letters
-    that came from the source or from these origins are discarded, and the corrections of fetched resources removed.
+    Its windows are then loaded from the start. Received inputs of the given ``origins`` are removed. Open dead letters
+    that came from the source or from these origins are discarded, and the corrections of fetched resources are removed.
     """
     for table in (*_STATE, *_CONTENT):
         conn.execute(sql.SQL("DELETE FROM {} WHERE source = ops.current_source()").format(sql.Identifier("ops", table)))
@@ -89,7 +89,9 @@ def remove_state(conn: Connection, origins: Collection[str]) -> None:
 
 
 def remove_exports(conn: Connection) -> None:
-    """End the bulk exports of the source and forget their files, so that no run continues or reads them."""
+    """End the bulk exports of the source and remove the records of their files, so that no run continues or reads
+    them.
+    """
     conn.execute(
         """
         DELETE FROM ops.bulk_parts

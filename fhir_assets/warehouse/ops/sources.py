@@ -1,4 +1,4 @@
-"""``ops.sources`` and ``ops.deployment``: the settings that the state of a source belongs to, and the store's id."""
+"""``ops.sources`` and ``ops.deployment``: the settings to which a source is bound, and the id of the store."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from fhir_assets.warehouse.postgres.db.connections import Connection
 
 @dataclass(frozen=True, slots=True)
 class StoreLink:
-    """The ids of a database and of its store. ``confirmed`` is whether the marker of the store names both."""
+    """The ids of a database and of its store. ``confirmed`` is True if the marker of the store names both."""
 
     database_id: str
     store_id: str

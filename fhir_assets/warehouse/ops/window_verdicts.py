@@ -1,4 +1,4 @@
-"""``ops.window_verdicts``: whether each window reconciles, for everything that leaves this database.
+"""``ops.window_verdicts``: whether each window reconciles. Deliveries, exports and the lake depend on it.
 
 A commit of a partition invalidates the verdict of its window. A window without a row was loaded before this table
 existed, or has no partition.
@@ -12,7 +12,7 @@ NOT_EVALUATED = "the window changed since it was last reconciled"
 
 
 def invalidate(conn: Connection, resource_type: str, partition_keys: Sequence[str]) -> None:
-    """Record that the partitions of windows change: their verdicts are unknown until the next evaluation."""
+    """Record that the partitions of windows are about to change: the verdicts are unknown until the next evaluation."""
     conn.execute(
         """
         INSERT INTO ops.window_verdicts AS v (resource_type, partition_key)
@@ -28,7 +28,7 @@ def invalidate(conn: Connection, resource_type: str, partition_keys: Sequence[st
 
 
 def read_changes(conn: Connection, resource_type: str, partition_keys: Sequence[str]) -> dict[str, int]:
-    """Return the numbers to pass to ``record``. Call it before the windows are reconciled."""
+    """Return the change numbers of windows, to be passed to ``record``. Call it before the windows are reconciled."""
     rows = conn.execute(
         """
         SELECT partition_key, changes
@@ -87,7 +87,7 @@ def find_evaluated(conn: Connection, resource_type: str, partition_keys: Sequenc
 
 
 def find_faults(conn: Connection, resource_type: str, partition_keys: Sequence[str] | None) -> dict[str, str]:
-    """Return the reason by window, for those of the windows that do not reconcile or changed since they did.
+    """Return the reason for each of the windows that does not reconcile or has changed since its last evaluation.
 
     ``partition_keys`` None stands for all windows.
     """

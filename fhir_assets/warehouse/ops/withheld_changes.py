@@ -1,9 +1,9 @@
-"""Changes of what consent withholds: resources move between schema ``fhir`` and ``ops.withheld``.
+"""Changes in what consent withholds: moves resources between schema ``fhir`` and ``ops.withheld``.
 
 Each resource that was just withheld, or that may be released, is marked as ``due`` in ``ops.withheld``. An application
-of consent processes the marked resources in batches: it finds the patients who have become known, withholds what refers
-to the resources, and releases the resources that nothing withholds any more. A mark is committed together with the
-change that set it, so that the next application continues one that was stopped.
+of consent processes the marked resources in batches: it finds the patients who have become known, withholds the
+resources that refer to the marked ones, and releases the resources that need not be withheld any more. A mark is
+committed together with the change that set it, so that the next application continues one that was stopped.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ def _batch_params(keys: Sequence[ResourceKey]) -> dict[str, list[str]]:
 
 
 def find_due(conn: Connection, limit: int) -> list[ResourceKey]:
-    """Return at most ``limit`` withheld resources that an application of consent must look at."""
+    """Return at most ``limit`` withheld resources that an application of consent must examine."""
     return conn.execute(
         """
         SELECT resource_type, id
@@ -81,9 +81,9 @@ def clear_due(conn: Connection, batch: Sequence[ResourceKey]) -> None:
 
 
 def resolve_patients(conn: Connection, batch: Sequence[ResourceKey]) -> list[str]:
-    """Find the patients whom withheld resources name by an identifier.
+    """Find the patients that withheld resources name by an identifier.
 
-    Returns the ids of the Consents whose patients were not all known before and are now.
+    Return the ids of the Consents all of whose patients have become known.
     """
     rows = conn.execute(
         sql.SQL("""
@@ -98,7 +98,7 @@ def resolve_patients(conn: Connection, batch: Sequence[ResourceKey]) -> list[str
 
 
 def resolve_loaded_patients(conn: Connection) -> None:
-    """Find the patients whom resources in ``fhir.resource`` name by an identifier, after subjects were determined."""
+    """Find the patients that resources in ``fhir.resource`` name by an identifier, after subjects were determined."""
     conn.execute(
         sql.SQL("""
             UPDATE fhir.resource w
@@ -194,7 +194,7 @@ def _list_deliveries(keys: Sequence[str]) -> list[str]:
 
 
 def _list_mentions(keys: Sequence[str]) -> list[str]:
-    """Return the values that the column ``mentions`` can have for keys: a token as it is, an id as ``Patient/id``."""
+    """Return the values that the column ``mentions`` can have for keys: a token unchanged, an id as ``Patient/id``."""
     return [*keys, *(f"Patient/{key}" for key in keys)]
 
 
@@ -212,7 +212,7 @@ class WithheldResource:
 
 
 def find_releasable(conn: Session, batch: Sequence[ResourceKey]) -> list[WithheldResource]:
-    """Return those of the withheld resources that nothing withholds any more, by type and partition.
+    """Return those of the withheld resources that need not be withheld any more, by type and partition.
 
     A resource stays withheld as long as consent itself withholds one that it refers to, directly or through other
     withheld resources. Raises EncryptionError if a resource cannot be decrypted.
@@ -276,7 +276,7 @@ def find_releasable(conn: Session, batch: Sequence[ResourceKey]) -> list[Withhel
 def remove_released(conn: Connection, resource_type: str, ids: Sequence[str]) -> None:
     """Delete loaded resources from ``ops.withheld``. Call it in the transaction of the load.
 
-    Patients who were named by an identifier stay resolved, and what refers to the resources is marked.
+    Patients who were named by an identifier stay resolved, and resources that refer to the deleted ones are marked.
     """
     conn.execute(
         """
@@ -301,7 +301,9 @@ def remove_released(conn: Connection, resource_type: str, ids: Sequence[str]) ->
 
 
 def count_unresolved(conn: Connection, resource_type: str) -> list[tuple[str, int]]:
-    """Return the number of withheld resources of a type whose patient is not known, by how the patient is named."""
+    """Return the number of withheld resources of a type whose patient is unknown, by the form of the reference to
+    it.
+    """
     return conn.execute(
         sql.SQL("""
             SELECT CASE WHEN '?' = ANY(w.patients) THEN 'no id' ELSE 'identifier' END, count(*)

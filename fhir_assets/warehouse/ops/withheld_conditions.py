@@ -3,9 +3,10 @@
 The row must have the columns ``patients``, ``mentions`` and ``arrived``. ``ops.consents`` has decisions for these keys:
 
 - the id of a patient
-- ``#<hash>``, a token of an identifier, from a Consent that names its patient by it
+- ``#<hash>``, a token of an identifier, from a Consent that names its patient by an identifier
 - ``@<time>``, the arrival of a file or request with a Consent whose patient is not known
-- ``?<id>``, a Consent whose patient is not known and which did not arrive with others: it concerns no resource
+- ``?<id>``, a Consent whose patient is not known and which was the only resource of its delivery: it concerns no
+  resource
 """
 
 from psycopg import sql
@@ -40,7 +41,7 @@ def build_withheld_condition(consent_gate: ConsentGate, table: str) -> sql.Compo
 
 
 def build_unresolved_condition(table: str) -> sql.Composed:
-    """Return the SQL condition for rows of ``table`` of which a patient is not known."""
+    """Return the SQL condition for rows of ``table`` that have an unknown patient."""
     return sql.SQL("EXISTS (SELECT FROM unnest({}) p WHERE left(p, 1) IN ('?', '#'))").format(
         sql.Identifier(table, "patients")
     )
@@ -115,9 +116,9 @@ def build_reference_condition(table: str, resource_type: sql.Composable) -> sql.
 
 
 def build_resolved_patients(table: str) -> sql.Composed:
-    """Return the SQL expression for ``patients`` of a row of ``table`` with the patients whom its tokens identify.
+    """Return the SQL expression for ``patients`` of a row of ``table``, with identified patients in place of tokens.
 
-    Tokens that identify nobody stay. Known are the Patients in the tables and the withheld ones.
+    Tokens that identify no known Patient are kept. Patients in the tables and withheld Patients are known.
     """
     return sql.SQL("""
         ARRAY(

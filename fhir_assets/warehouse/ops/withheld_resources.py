@@ -22,20 +22,28 @@ class ConsentGateStatements:
     """The statements that a load runs on a staged chunk before it writes the chunk to the table."""
 
     resolve: tuple[sql.Composed, ...]
-    """Find the patients in the stage who are named by an identifier; of staged Patients, mark the resources and
-    Consents that they concern."""
+    """Find the patients in the stage that are named by an identifier.
+
+    For staged Patients, mark the resources and Consents that they concern.
+    """
     withhold: tuple[sql.Composed, ...]
-    """Move withheld resources from the stage to ``ops.withheld``, first those that consent itself withholds, then those
-    that refer to withheld ones, and return their ids. Parameters: run, key_id."""
+    """Move withheld resources from the stage to ``ops.withheld``, and return their ids.
+
+    Resources that consent itself withholds are moved first, then those that refer to withheld ones. Parameters: run,
+    key_id.
+    """
     remove_superseded: sql.Composed
-    """Delete from the stage the resources that ``ops.withheld`` has in a newer version."""
+    """Delete from the stage the resources of which ``ops.withheld`` has a newer version."""
     remove_released: sql.Composed
     """Delete from ``ops.withheld`` the resources that are in the stage, and return their ids and mentions."""
     remove_loaded: sql.Composed
     """Delete older versions of withheld resources from the table and return their ids. Parameter: ids."""
     remove_outdated: sql.Composed
-    """Delete from ``ops.withheld`` the resources that the table has in a newer version, and return their ids and
-    mentions. Parameter: ids."""
+    """Delete from ``ops.withheld`` the resources of which the table has a newer version, and return their ids and
+    mentions.
+
+    Parameter: ids.
+    """
 
 
 def build_consent_gate_statements(

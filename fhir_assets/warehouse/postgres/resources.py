@@ -63,8 +63,10 @@ def read(conn: Session, resource_type: str, resource_id: str) -> StoredResource 
 
 @dataclass(frozen=True, slots=True)
 class StoredVersion:
-    """The version of a resource in the tables: ``last_updated`` (None if it does not count) or ``arrived`` (None if it
-    is not known) is its time in the order of versions.
+    """The version of a resource in the tables.
+
+    Its time in the order of versions is ``last_updated`` (None if it does not count) or ``arrived`` (None if it is not
+    known).
     """
 
     last_updated: datetime | None

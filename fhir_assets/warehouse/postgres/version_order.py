@@ -67,8 +67,9 @@ def supersedes(new: str, old: str) -> sql.Composed:
     """Return the condition that the version in the row ``new`` replaces the one in ``old``; an equal version does.
 
     - If both have ``last_updated``, or neither has, the greater (``as_of``, ``version_number``) is the newer one.
-    - If only one has it, the one that arrived last is the newer one. But a version that comes again does not replace
-      the later one that had replaced it, nor does an older version: hence ``replaced_last_updated``.
+    - If only one has it, the one that arrived last is the newer one. However, a version that is received again must not
+      replace the later version that had replaced it, and neither must an older version: hence
+      ``replaced_last_updated``.
     """
     return sql.SQL(_SUPERSEDES).format(new=sql.Identifier(new), old=sql.Identifier(old))
 
@@ -85,7 +86,9 @@ def supersedes_stored(new: str, stored: str) -> sql.Composed:
 
 
 def deletes(deletion: str, stored: str) -> sql.Composed:
-    """Return the condition that a tombstone replaces a row of ``fhir.resource``; a deletion at an equal time does."""
+    """Return the condition that a tombstone replaces a row of ``fhir.resource``, which it also does at an equal
+    time.
+    """
     return sql.SQL(_DELETES).format(deletion=sql.Identifier(deletion), stored=sql.Identifier(stored))
 
 

@@ -1,4 +1,4 @@
-"""The whole resources, dead letters, runs and checkpoints."""
+"""Complete resources, dead letters, runs and checkpoints."""
 
 from alembic import op
 
@@ -7,7 +7,10 @@ down_revision = None
 
 
 def upgrade() -> None:
-    """Partitions of fhir.resource are not here: the catalog says which there are, see warehouse/migrate.py."""
+    """Create the first tables.
+
+    The partitions of fhir.resource are created from the catalog (``warehouse.postgres.db.migrations``).
+    """
     op.execute("""
         CREATE SCHEMA fhir;
         CREATE SCHEMA IF NOT EXISTS health;

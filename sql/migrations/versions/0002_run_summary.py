@@ -1,4 +1,4 @@
-"""How long a type kept a run busy, and the views that sum the runs up."""
+"""The working time of a run for each type, and the views that summarize runs."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    """``ops.run_types`` has a row a run and type, ``ops.run_summary`` a row a run."""
+    """``ops.run_types`` has a row for each run and type, ``ops.run_summary`` a row for each run."""
     op.execute("""
         ALTER TABLE ops.ingestion_runs ADD COLUMN seconds double precision NOT NULL DEFAULT 0;
         COMMENT ON COLUMN ops.ingestion_runs.seconds IS

@@ -1,4 +1,4 @@
-"""Patient data that is sealed: with which key, and the patients that a resource belongs to."""
+"""Encrypted patient data: the id of its key, and the patients to whom a resource belongs."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = "0002"
 
 
 def upgrade() -> None:
-    """A sealed resource is a JSON string in the column that else holds the resource's JSON object."""
+    """An encrypted resource is a JSON string in the column that otherwise holds the resource's JSON object."""
     op.execute("""
         CREATE TABLE ops.encryption (
             one boolean PRIMARY KEY DEFAULT true CHECK (one),

@@ -1,4 +1,4 @@
-"""Day two: replays and corrections of dead letters, references that a server does not have, indexes of the listing."""
+"""Replays and corrections of dead letters, references that a server does not have, and indexes for lists of them."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = "0003"
 
 
 def upgrade() -> None:
-    """The listing is ordered by the last failure, so that a range of dates is a stretch of each index."""
+    """The list is ordered by the last failure, so that a range of dates is a range of each index."""
     op.execute("""
         ALTER TABLE ops.dead_letters
             ADD COLUMN last_updated timestamptz,

@@ -1,4 +1,4 @@
-"""The audit log: append-only, each record linked to the one before."""
+"""The audit log: append-only, each record linked to the previous one."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = "0004"
 
 
 def upgrade() -> None:
-    """``ops.audit_head`` is what the log says it ends with, and the lock that keeps its records in a row."""
+    """``ops.audit_head`` has the number and link of the last record, and serves as the lock that serializes records."""
     op.execute("""
         CREATE TABLE ops.audit_log (
             seq bigint PRIMARY KEY,

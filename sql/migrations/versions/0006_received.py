@@ -1,4 +1,4 @@
-"""What was received by other doors than the source: landing files, intake, corrections."""
+"""Inputs that were received through other channels than the source: landing files, intake, corrections."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = "0005"
 
 
 def upgrade() -> None:
-    """``ops.received`` has a row an origin, type and window; a dead letter says by which origin it came."""
+    """``ops.received`` has a row for each origin, type and window; dead letters have the column ``origin``."""
     op.execute("""
         CREATE TABLE ops.received (
             origin text NOT NULL,

@@ -1,4 +1,4 @@
-"""Tombstones: what the source deleted leaves the views, and fhir.resource says when."""
+"""Tombstones: resources that the source deleted are removed from the views, and fhir.resource has their time."""
 
 from alembic import op
 

@@ -1,4 +1,4 @@
-"""What is wrong right now, and who was told."""
+"""Incidents, and the alerts about them."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = "0007"
 
 
 def upgrade() -> None:
-    """``ops.incidents``: a row from the first failure until nothing of it is left."""
+    """``ops.incidents``: a row from the first failure until all of its partitions have recovered."""
     op.execute("""
         CREATE TABLE ops.incidents (
             id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,

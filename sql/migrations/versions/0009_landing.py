@@ -7,7 +7,7 @@ down_revision = "0008"
 
 
 def upgrade() -> None:
-    """``ops.landing_files`` has a row a file, as it was last seen."""
+    """``ops.landing_files`` has a row for each file, as of the last scan."""
     op.execute("""
         CREATE TABLE ops.landing_files (
             zone text NOT NULL,

@@ -1,4 +1,4 @@
-"""Up to where a server's history was read for deletions."""
+"""The time up to which a server's history was read for deletions."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = "0009"
 
 
 def upgrade() -> None:
-    """``ops.deletion_checkpoints`` has a row a type."""
+    """``ops.deletion_checkpoints`` has a row for each type."""
     op.execute("""
         CREATE TABLE ops.deletion_checkpoints (
             resource_type text PRIMARY KEY,

@@ -1,4 +1,4 @@
-"""Requests of the API that bear an Idempotency-Key, and what they were answered."""
+"""API requests with an Idempotency-Key, and their responses."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = "0010"
 
 
 def upgrade() -> None:
-    """``ops.idempotency``: a row a request, for a day."""
+    """``ops.idempotency`` has a row for each request, which is kept for a day."""
     op.execute("""
         CREATE TABLE ops.idempotency (
             key bytea PRIMARY KEY,

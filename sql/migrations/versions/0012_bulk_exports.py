@@ -1,4 +1,4 @@
-"""Bulk exports, so that whatever happens goes on with the one that was asked for."""
+"""Bulk exports, so that the next run continues an export after a failure."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = "0011"
 
 
 def upgrade() -> None:
-    """``ops.bulk_exports`` has a row an export, ``ops.bulk_parts`` what of it is in the store."""
+    """``ops.bulk_exports`` has a row for each export, ``ops.bulk_parts`` one for each of its parts in the store."""
     op.execute("""
         CREATE TABLE ops.bulk_exports (
             id text PRIMARY KEY,

@@ -1,4 +1,4 @@
-"""Consent: what the Consent resources say, what follows from it, and what is withheld until that changes."""
+"""Consent: the Consent resources, the decisions that follow from them, and the withheld resources."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = "0012"
 
 
 def upgrade() -> None:
-    """A withheld resource waits in ``ops.withheld``, as it would stand in ``fhir.resource``."""
+    """A withheld resource is in ``ops.withheld``, in the same form as in ``fhir.resource``."""
     op.execute("""
         CREATE TABLE ops.consent_records (
             consent_id text PRIMARY KEY,

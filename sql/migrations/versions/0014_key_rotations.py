@@ -1,4 +1,4 @@
-"""Rotations of the keys, and how far each one is."""
+"""Rotations of the encryption keys, and their progress."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = "0013"
 
 
 def upgrade() -> None:
-    """What is done shows in the data itself; the table is for those who watch."""
+    """A rotation does not need the table to continue; the table shows its progress to people."""
     op.execute("""
         CREATE TABLE ops.key_rotations (
             id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,

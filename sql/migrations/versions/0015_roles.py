@@ -1,4 +1,4 @@
-"""Group roles: who may read the tables, who looks after what failed, what loads. Nobody logs in as one of them."""
+"""Group roles for readers, operators and loaders. They cannot log in."""
 
 from alembic import op
 
@@ -7,9 +7,10 @@ down_revision = "0014"
 
 
 def upgrade() -> None:
-    """Roles belong to the whole server: they may be there already, and a migration may not be allowed to make them.
+    """Roles belong to the whole server: they may exist already, and the migrating user may not be allowed to create
+    them.
 
-    What they may do is said in warehouse/roles.py, after each migration anew.
+    Their rights are granted by ``warehouse/postgres/db/roles.py`` after each migration.
     """
     op.execute("""
         DO $$

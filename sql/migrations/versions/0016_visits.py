@@ -1,4 +1,4 @@
-"""Visits that come as CSV: who and what is known already, and what each file brought."""
+"""Visits that are received as CSV: known persons and visits, and the counts of each file."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = "0015"
 
 
 def upgrade() -> None:
-    """Two ledgers of ids and keyed hashes, no patient data; a row a file, and a row a post."""
+    """Two ledgers of ids and keyed hashes without patient data, a row for each file, and a row for each post."""
     op.execute("""
         CREATE TABLE ops.visit_persons (
             id text PRIMARY KEY,

@@ -1,4 +1,4 @@
-"""Which deletions of the store a database has applied."""
+"""The deletions of the store that a database has applied."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = "0016"
 
 
 def upgrade() -> None:
-    """``ops.deletion_parts`` has a row a part of the layer ``deleted``."""
+    """``ops.deletion_parts`` has a row for each part of the layer ``deleted``."""
     op.execute("""
         CREATE TABLE ops.deletion_parts (
             name text PRIMARY KEY,

@@ -1,4 +1,4 @@
-"""Persons of visits of whom another door said something."""
+"""Persons of visits about whom another channel received data."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = "0017"
 
 
 def upgrade() -> None:
-    """A table of its own, so that a post never waits for a file that is being received."""
+    """A separate table, so that a post never waits for a file that is being received."""
     op.execute("""
         CREATE TABLE ops.visit_persons_elsewhere (
             id text PRIMARY KEY,

@@ -1,4 +1,4 @@
-"""Files of visits are received together."""
+"""Batches of visit files that are received together."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = "0018"
 
 
 def upgrade() -> None:
-    """A batch is written down before it is begun, so that after a crash the same files come again as the same."""
+    """A batch is recorded before it is received, so that the same files form the same batch after a crash."""
     op.execute("""
         ALTER TABLE ops.landing_files ADD COLUMN batch text;
         COMMENT ON COLUMN ops.landing_files.batch IS 'With which others of the same batch a file of visits is received';

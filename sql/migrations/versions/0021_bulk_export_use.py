@@ -1,4 +1,4 @@
-"""The use of bulk exports: whether a load has begun to read one, and what was noticed about it."""
+"""The use of bulk exports: whether a load has begun to read one, and the notices about it."""
 
 from alembic import op
 

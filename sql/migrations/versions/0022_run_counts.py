@@ -1,4 +1,4 @@
-"""Counts of a run that add up: resources older than the first window, and versions that the tables had already."""
+"""Counts of a run that add up: resources older than the first window, and versions that the tables already had."""
 
 from alembic import op
 

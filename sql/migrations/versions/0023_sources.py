@@ -1,4 +1,4 @@
-"""The settings that the state of a source belongs to, and the store that belongs to the database."""
+"""The settings to which a source is bound, and the store that belongs to the database."""
 
 from alembic import op
 

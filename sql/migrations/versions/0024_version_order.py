@@ -1,4 +1,4 @@
-"""Versions without a ``lastUpdated`` that counts are ordered by their arrival."""
+"""The order of versions: a version without a valid ``lastUpdated`` is ordered by its time of arrival."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = "0023"
 
 
 def upgrade() -> None:
-    """Add the columns of the order of versions, and take the time of loading for versions dated in the future."""
+    """Add the columns of the order of versions. Versions dated in the future get the time of their load."""
     for table in ("fhir.resource", "ops.withheld", "ops.consent_records"):
         op.execute(f"ALTER TABLE {table} ADD COLUMN arrived timestamptz, ADD COLUMN replaced_last_updated timestamptz")
         op.execute(f"COMMENT ON COLUMN {table}.arrived IS 'Time of arrival; null in rows of earlier releases'")

@@ -1,4 +1,4 @@
-"""Hashes of the name and of the birth date of a person of visits; files that the landing zone passes over."""
+"""Hashes of the name and the birth date of persons of visits; ignored files of the landing zone."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = "0024"
 
 
 def upgrade() -> None:
-    """Persons that were received before have empty hashes until their next row: what they hash is not known."""
+    """Persons that were received before have empty hashes until their next row, because their data is not stored."""
     op.execute("""
         ALTER TABLE ops.visit_persons
             ADD COLUMN name bytea NOT NULL DEFAULT '',

@@ -1,4 +1,4 @@
-"""The references of a resource that make no key."""
+"""The references of a resource that have no key."""
 
 from alembic import op
 
@@ -7,7 +7,7 @@ down_revision = "0025"
 
 
 def upgrade() -> None:
-    """Resources that were loaded before have null until they are loaded again: their references were not looked at."""
+    """Resources that were loaded before have null until they are loaded again, because their references are unknown."""
     op.execute("""
         ALTER TABLE fhir.resource ADD COLUMN keyless text[];
         CREATE INDEX ON fhir.resource (resource_type) WHERE keyless <> '{}';

@@ -1,4 +1,4 @@
-"""A source in every key: ids of two servers never meet."""
+"""The source as a part of every key, because ids of two servers may be equal."""
 
 from alembic import op
 

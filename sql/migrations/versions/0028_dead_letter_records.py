@@ -7,7 +7,7 @@ down_revision = "0027"
 
 
 def upgrade() -> None:
-    """Dead letters that were recorded before have the number 0: every load that begins now may settle them."""
+    """Dead letters that were recorded before have the number 0: every load that begins now may resolve them."""
     op.execute("""
         CREATE SEQUENCE ops.dead_letter_records;
         COMMENT ON SEQUENCE ops.dead_letter_records IS 'Numbers the records of dead letters, and the begins of loads';

@@ -1,4 +1,4 @@
-"""Whom resources are about, beyond the patients of their compartments, and denials whose patient is not known."""
+"""The subjects of resources beyond the patients of their compartments, and denials whose patient is not known."""
 
 from alembic import op
 

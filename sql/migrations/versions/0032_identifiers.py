@@ -7,9 +7,9 @@ down_revision = "0031"
 
 
 def upgrade() -> None:
-    """Resources with conditional references are marked: the next load looks at them.
+    """Resources with conditional references are marked, so that the next load examines them. All others keep null.
 
-    All other resources keep null. The identifiers of a type are determined when a conditional reference names it.
+    The identifiers of a type are determined when a conditional reference names it.
     """
     op.execute("""
         ALTER TABLE fhir.resource ADD COLUMN identifiers text[];

@@ -1,4 +1,4 @@
-"""Failed ticks are incidents, and the position of the alerts sensor is stored beside the incidents."""
+"""Failed ticks are incidents, and the position of the alerts sensor is stored with the incidents."""
 
 from alembic import op
 

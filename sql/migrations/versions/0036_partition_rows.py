@@ -1,4 +1,4 @@
-"""How many resources the partitions of raw and validated have, for the row counts in the catalog."""
+"""The number of resources in the partitions of raw and validated, for the row counts in the catalog."""
 
 from alembic import op
 

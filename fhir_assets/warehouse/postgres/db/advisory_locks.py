@@ -1,11 +1,9 @@
-"""The keys of every advisory lock of Postgres that the project takes.
+"""The keys of every advisory lock of Postgres that the project takes, so that no two locks share a key by accident.
 
-All locks are listed here, so that no two of them share a key by accident. A value spells four ASCII characters, which
-are visible in ``pg_locks.classid`` and ``objid``. Values never change: processes of the old and the new version share a
-database during an upgrade.
-
-A lock with two keys takes one of these constants first and a number second: a counter, or ``hashtext`` of a name.
-``warehouse/lake`` locks a view by the 64-bit hash of its name, which is a key space of its own.
+A value spells four ASCII characters, which are visible in ``pg_locks.classid`` and ``objid``. Values never change:
+processes of the old and the new version share a database during an upgrade. A lock with two keys has one of these
+constants as first key and a number as second: a counter, or ``hashtext`` of a name. ``warehouse/lake`` locks a view by
+the 64-bit hash of its name, which is a separate key space.
 """
 
 from typing import Final
@@ -29,14 +27,16 @@ BULK_EXPORT: Final = 0x66686265
 """First key of a server whose bulk export is in progress; the second key is the hash of its URL. "fhbe"."""
 
 CONSENT_DECISIONS: Final = 0x66686370
-"""The consent decisions: loads hold it shared, a change of decisions holds it alone. "fhcp"."""
+"""The consent decisions: loads hold the lock shared, a change of decisions holds it exclusively. "fhcp"."""
 
 IDENTIFIER_TYPE: Final = 0x66686974
-"""First key of a type whose resources are found by identifier: loads of the type hold it shared, the first conditional
-reference to the type takes it alone. The second key is the hash of the type. "fhit"."""
+"""First key of a type whose resources are found by identifier; the second key is the hash of the type. "fhit".
+
+Loads of the type hold the lock shared, the first conditional reference to the type takes it exclusively.
+"""
 
 CONSENT_POSTS: Final = 0x66686371
-"""The decisions of posted Consents: requests, and changes of decisions, hold it one at a time. "fhcq"."""
+"""The decisions of posted Consents: requests and changes of decisions hold the lock exclusively. "fhcq"."""
 
 IDEMPOTENT_REQUEST: Final = 0x66686964
 """First key of an API request in progress; the second key is the hash of its idempotency key. "fhid"."""

@@ -25,7 +25,7 @@ OLDEST_SERVER = 15
 """The oldest major version of Postgres that is supported."""
 
 Connection = psycopg.Connection[tuple[Any, ...]]
-"""Any connection to a database of the project. Patient data is read and written only through a ``Session``."""
+"""Any connection to a database of the project. Patient data is read and written through a ``Session`` only."""
 
 _SCHEME = re.compile(r"^postgres(?:ql)?(?:\+\w+)?://")
 _HINTS = (
@@ -39,7 +39,7 @@ _HINTS = (
 class Session(psycopg.Connection[tuple[Any, ...]]):
     """A connection with the cipher of the patient data that is read and written through it, and with its source.
 
-    Without encryption keys the cipher is ``NO_ENCRYPTION``, which is set explicitly as well.
+    Without encryption keys the cipher is ``NO_ENCRYPTION``, which is also set explicitly.
     """
 
     cipher: Cipher
@@ -130,7 +130,7 @@ def borrow_session(url: str, *, cipher: Cipher, source: str = DEFAULT_SOURCE) ->
     session = CONNECTION_CACHE.take(key) or connect(url, cipher=cipher, source=source)
     assert isinstance(session, Session)
     session.cipher = cipher
-    # Prepared statements end with the block, and few blocks run a statement often enough to profit from one.
+    # Prepared statements are dropped at the end of the block, and few blocks repeat a statement often enough to profit.
     session.prepare_threshold = None
     try:
         yield session
@@ -157,7 +157,8 @@ def connection_pool(
         max_size=size,
         timeout=10,
         max_idle=60,
-        # The default retries with growing waits, so that a pool may stay unusable long after the database is available.
+        # By default the pool retries with growing waits, so that it may stay unusable long after the database is
+        # available.
         reconnect_timeout=2,
         configure=set_cipher,
         check=ConnectionPool.check_connection,

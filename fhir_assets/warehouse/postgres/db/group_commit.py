@@ -1,6 +1,6 @@
 """Group commit: requests of several threads are processed in batches.
 
-This is faster if a batch costs as much as a single request. Requests that arrive while a commit is written to the disk
+This is faster if a batch takes as long as a single request. Requests that arrive while a commit is written to the disk
 share the next commit.
 """
 

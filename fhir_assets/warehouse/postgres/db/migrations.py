@@ -22,11 +22,10 @@ from fhir_assets.warehouse.postgres.db.schema_state import (
 
 
 def upgrade(url: str) -> None:
-    """Upgrade the database to the newest schema, in one transaction.
+    """Upgrade the database to the newest schema, in one transaction. Several processes may call this concurrently.
 
-    Several processes may call this at once. A database that is current is not changed, so that a user without rights to
-    the schema may call this too. Raises DatabaseUnavailable, or ConfigurationError if the user lacks a right or the
-    schema is newer than this version.
+    A database that is current is not changed, so that a user without rights to the schema may call this too. Raises
+    DatabaseUnavailable, or ConfigurationError if the user lacks a right or the schema is newer than this version.
     """
     if is_current(url):
         return

@@ -1,6 +1,6 @@
-"""The state of a database's schema: its revision beside that of this version, without Alembic.
+"""The state of a database's schema, compared with the revision of this version, without Alembic.
 
-Every command looks at it before it opens the database, and importing Alembic and SQLAlchemy takes longer than most
+Every command checks it before it opens the database, and importing Alembic and SQLAlchemy takes longer than most
 commands: only an upgrade, in ``migrations``, needs them.
 """
 
@@ -38,7 +38,7 @@ def sql_folder() -> Path:
     for folder in (package / "sql", package.parent / "sql"):
         if (folder / "migrations" / "env.py").is_file():
             return folder
-    raise ConfigurationError(f"The folder sql/ is missing beside or inside {package}: install fhir-assets again")
+    raise ConfigurationError(f"The folder sql/ is missing next to or inside {package}: install fhir-assets again")
 
 
 @cache

@@ -1,7 +1,7 @@
 """A semaphore over all processes on all machines that share the database.
 
-A slot of the semaphore is an advisory lock of Postgres. Postgres frees it as soon as its process ends, also after a
-kill. Dagster's concurrency pools are no substitute: they limit steps, not calls; a run that waits for a slot sleeps
+A slot of the semaphore is an advisory lock of Postgres. Postgres frees it as soon as its process ends, even if it is
+killed. Dagster's concurrency pools are no substitute: they limit steps, not calls; a run that waits for a slot sleeps
 up to 15 seconds; and a run that was killed keeps its slot until an operator frees it.
 """
 

@@ -6,10 +6,10 @@ from fhir_assets.warehouse.postgres.db.connections import Connection
 
 
 def disable_sequential_scans(conn: Connection) -> None:
-    """Make the planner of this connection use indexes, also for tables that have no statistics yet."""
+    """Make the planner of this connection use indexes, even for tables that have no statistics yet."""
     conn.execute("SET enable_seqscan = off")
 
 
 def limit_lock_wait(conn: Connection, milliseconds: int) -> None:
-    """Let statements of this transaction fail with LockNotAvailable when they wait longer for a lock."""
+    """Make statements of this transaction fail with LockNotAvailable if they wait longer for a lock."""
     conn.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(milliseconds)))

@@ -1,8 +1,8 @@
-"""Loaders for the times that Postgres stores and no ``datetime`` in UTC holds.
+"""Loaders for times that Postgres stores but that cannot be represented as a ``datetime`` in UTC.
 
-FHIR's times are of the years 1 to 9999 in any zone. In UTC some of them are of the year 10000 or of the year before
-year 1, for which ``datetime`` has no value; a ``datetime`` in a zone of fourteen hours holds them. The time of day
-24:00:00, as Postgres stores the leap second 23:59:60, is loaded as text.
+FHIR's times are of the years 1 to 9999 in any zone. Some of them are in the year 10000 or in the year before year 1 in
+UTC, for which ``datetime`` has no value; a ``datetime`` in a zone with an offset of fourteen hours can represent them.
+The time of day 24:00:00, as which Postgres stores the leap second 23:59:60, is loaded as text.
 """
 
 import re
@@ -23,7 +23,7 @@ _OFFSETS = (timedelta(hours=14), timedelta(hours=15, minutes=59))
 
 
 def parse_outside_of_utc(text: str) -> datetime | None:
-    """Return a time of 10000-01-01 or of 0001-12-31 BC, as Postgres writes it in UTC, in a zone in which it exists.
+    """Return a time of 10000-01-01 or of 0001-12-31 BC, as Postgres writes it in UTC, in a zone that can represent it.
 
     Return None for any other text.
     """
@@ -43,7 +43,7 @@ def parse_outside_of_utc(text: str) -> datetime | None:
 
 
 class _WrappingLoader(Loader):
-    """A loader that calls psycopg's own one, which cannot be subclassed."""
+    """A loader that delegates to psycopg's own loader, which cannot be subclassed."""
 
     def __init__(self, oid: int, context: AdaptContext | None = None) -> None:
         super().__init__(oid, context)
@@ -52,7 +52,7 @@ class _WrappingLoader(Loader):
 
 class _AnyTimestamptzLoader(_WrappingLoader):
     def load(self, data: Buffer) -> Any:
-        """Return a time as ``datetime``: in UTC, or in the zone in which it exists."""
+        """Return a time as ``datetime``: in UTC, or in a zone that can represent it."""
         try:
             return self._load(data)
         except psycopg.DataError:

@@ -1,4 +1,4 @@
-"""Fill the columns ``patients`` and ``mentions`` of resources that were loaded without them.
+"""Fills the columns ``patients`` and ``mentions`` of resources that were loaded without them.
 
 Loads always fill ``patients``, and ``mentions`` if a consent policy is on. This module fills both for resources that
 were loaded or withheld before, and for all resources if the rules that find subjects have changed.
@@ -26,7 +26,7 @@ class UnassignedResource:
 
 
 def reset_subjects(conn: Connection) -> None:
-    """Forget the subjects of all resources, so that ``lock_unassigned_resources`` returns them."""
+    """Clear the subjects of all resources, so that ``lock_unassigned_resources`` returns them."""
     for table in TABLES:
         conn.execute(
             sql.SQL("""

@@ -1,8 +1,8 @@
-"""The column ``fhir.resource.identifiers``: find resources by identifier, and resources that refer to others by one.
+"""The column ``fhir.resource.identifiers``: finds resources by identifier, and resources that refer to others by one.
 
-Loads record the identifiers of a resource only if conditional references name its type. ``ops.identifier_types`` has
-these types. ``complete`` states that all loaded resources of the type have their identifiers, ``tokens`` by which rules
-and key they were hashed.
+Loads record the identifiers of a resource only if conditional references name its type. ``ops.identifier_types``
+contains these types. ``complete`` states that all loaded resources of the type have their identifiers; ``tokens``
+identifies the rules and the key with which they were hashed.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from fhir_assets.warehouse.postgres.db.connections import Connection, Session, c
 from fhir_assets.warehouse.postgres.resources import decrypt_text
 
 _REVISION = "1"
-"""To be changed whenever identifiers get other tokens."""
+"""Increase this number whenever identifiers are hashed to other tokens."""
 
 _ROWS_PER_BATCH = 500
 
@@ -34,7 +34,7 @@ class LockedResource:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedResource:
-    """What changes in the row of a resource whose conditional references were resolved; None: it stays as it is."""
+    """The changed values in the row of a resource whose conditional references were resolved; None: unchanged."""
 
     id: str
     identifiers: Sequence[str]
@@ -49,7 +49,10 @@ def identify_tokens(conn: Session) -> str:
 
 
 def hold_type(conn: Session, resource_type: str) -> bool:
-    """Return whether resources of a type are loaded with their identifiers, until the transaction ends."""
+    """Return whether resources of a type are loaded with their identifiers.
+
+    The answer is valid until the transaction ends.
+    """
     conn.execute(
         "SELECT pg_advisory_xact_lock_shared(%s, hashtext(%s))", [advisory_locks.IDENTIFIER_TYPE, resource_type]
     )
@@ -88,9 +91,10 @@ def is_complete(conn: Session, resource_type: str) -> bool:
 
 
 def add_type(conn: Session, resource_type: str) -> bool:
-    """Let all later transactions load a type with its identifiers. Call it in a transaction of its own.
+    """Make all later transactions load a type with its identifiers. Call it in a transaction of its own.
 
-    Return False and change nothing while a transaction loads the type. To wait for it would make other loads wait.
+    Return False and change nothing while another transaction loads the type, because waiting for it would block other
+    loads.
     """
     row = conn.execute(
         "SELECT pg_try_advisory_xact_lock(%s, hashtext(%s))", [advisory_locks.IDENTIFIER_TYPE, resource_type]
@@ -111,7 +115,9 @@ def add_type(conn: Session, resource_type: str) -> bool:
 
 
 def forget_other_tokens(conn: Session) -> None:
-    """Mark all resources with conditions to be looked at, if identifiers were hashed by other rules or another key."""
+    """Mark all resources with conditions to be examined, if identifiers were hashed by other rules or with another
+    key.
+    """
     removed = conn.execute(
         "DELETE FROM ops.identifier_types WHERE source = ops.current_source() AND tokens <> %s", [identify_tokens(conn)]
     ).rowcount
@@ -128,7 +134,7 @@ def forget_other_tokens(conn: Session) -> None:
 
 
 def lock_unidentified(conn: Session, resource_type: str, after: str, limit: int) -> list[LockedResource]:
-    """Lock and return the next resources of a type whose identifiers are not known, by id, without locked rows.
+    """Lock and return the next resources of a type whose identifiers are not known, by id. Locked rows are skipped.
 
     Raises EncryptionError.
     """
@@ -152,7 +158,7 @@ def lock_unidentified(conn: Session, resource_type: str, after: str, limit: int)
 
 
 def set_identifiers(conn: Connection, resource_type: str, identifiers: Iterable[tuple[str, Sequence[str]]]) -> None:
-    """Store the tokens of resources, given by id, beside their conditions. The rows must be locked."""
+    """Store the tokens of resources, given by id, in addition to their conditions. The rows must be locked."""
     with conn.cursor() as cursor:
         cursor.executemany(
             """
@@ -165,7 +171,7 @@ def set_identifiers(conn: Connection, resource_type: str, identifiers: Iterable[
 
 
 def mark_complete(conn: Connection, resource_type: str) -> bool:
-    """Record that all resources of a type have their identifiers, and return True if they have."""
+    """Mark a type as complete if all of its resources have their identifiers. Return whether they have."""
     return bool(
         conn.execute(
             """
@@ -187,7 +193,7 @@ def mark_complete(conn: Connection, resource_type: str) -> bool:
 
 
 def find_waiting_types(conn: Connection) -> list[str]:
-    """Return the types of the resources that wait for others."""
+    """Return the types of the resources that have unresolved conditional references."""
     rows = conn.execute(
         """
         SELECT DISTINCT resource_type
@@ -201,9 +207,9 @@ def find_waiting_types(conn: Connection) -> list[str]:
 
 
 def stream_waiting(conn: Connection, resource_type: str) -> Iterator[tuple[list[str], set[str]]]:
-    """Yield the ids of resources that wait, in batches ordered by id, with all of their conditions.
+    """Yield the ids of resources with unresolved references, in batches ordered by id, with all of their conditions.
 
-    Resources whose conditions are not known yet have none. ``conn`` is in a transaction until the iterator is closed.
+    The conditions are empty if they are not known yet. ``conn`` is in a transaction until the iterator is closed.
     """
     with closing(conn.cursor(name="waiting")) as cursor:
         cursor.execute(
@@ -221,7 +227,7 @@ def stream_waiting(conn: Connection, resource_type: str) -> Iterator[tuple[list[
 
 
 def find_conditions(conn: Connection, resource_type: str, ids: Sequence[str]) -> dict[str, list[str]]:
-    """Return the conditions of those of the resources that have some, by id."""
+    """Return the conditions of those of the resources that have any, by id."""
     rows = conn.execute(
         """
         SELECT id, ARRAY(SELECT i FROM unnest(identifiers) i WHERE starts_with(i, '?') AND i <> '?')
@@ -237,7 +243,7 @@ def find_conditions(conn: Connection, resource_type: str, ids: Sequence[str]) ->
 
 
 def mark_waiting(conn: Connection, resource_type: str, ids: Sequence[str]) -> None:
-    """Mark resources whose references have no resource any more, so that the next load looks at them."""
+    """Mark resources whose references have lost their target, so that the next load resolves them."""
     if ids:
         conn.execute(
             """
@@ -252,7 +258,7 @@ def mark_waiting(conn: Connection, resource_type: str, ids: Sequence[str]) -> No
 
 
 def find_targets(conn: Session, conditions: Iterable[str]) -> dict[str, str]:
-    """Return the ids of the resources to which conditions belong. A condition that several meet has none."""
+    """Return the ids of the targets of conditions. A condition that several resources meet has no target."""
     rows = conn.execute(
         """
         SELECT c.condition, min(target.id)
@@ -309,7 +315,7 @@ def lock_waiting(
 
 
 def store_resolved(conn: Connection, resource_type: str, resources: Iterable[ResolvedResource]) -> None:
-    """Store what the resolved references of resources lead to. The rows must be locked."""
+    """Store the targets of the resolved references of resources. The rows must be locked."""
     with conn.cursor() as cursor:
         cursor.executemany(
             """

@@ -1,7 +1,7 @@
 """Pages of all patients, or of the patients that match a search, in the order of their ids.
 
 The id of every ``STRIDE``-th patient and the total number are cached for some seconds. A page is read from the last
-cached id before it, so that Postgres skips at most STRIDE rows of an index: page 50,000 costs as much as page 1.
+cached id before it, so that Postgres skips at most STRIDE rows of an index: page 50,000 takes as long as page 1.
 """
 
 from collections.abc import Sequence
@@ -188,8 +188,10 @@ def _read_ids(conn: Connection) -> _CachedIds:
 def read_compartments(
     conn: Session, resource_type: str, ids: Sequence[str], consent_gate: ConsentGate
 ) -> list[StoredResource]:
-    """Return the resources of a type in the compartments of patients, in the order of ids, without those that consent
-    withholds, applied to the tables or not. Raises EncryptionError.
+    """Return the resources of a type in the compartments of patients, in the order of ids.
+
+    Resources that consent withholds are left out, even if the decision is not applied to the tables yet. Raises
+    EncryptionError.
     """
     rows = conn.execute(
         sql.SQL("""

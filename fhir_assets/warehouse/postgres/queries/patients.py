@@ -86,7 +86,7 @@ def _record_read(
 
 @dataclass(frozen=True, slots=True)
 class Absence:
-    """The reason why a patient is not in the tables. If both fields are false, the patient was never received."""
+    """The reason why a patient is not in the tables. If both fields are False, the patient was never received."""
 
     withheld: bool = False
     deleted: bool = False
@@ -118,7 +118,7 @@ def find_withheld(conn: Connection, consent_gate: ConsentGate, ids: Sequence[str
     """Return the patients among ``ids`` that consent currently withholds.
 
     The tables may still contain their resources, until the decision is applied. The identifiers and references of a
-    Patient in the tables count as they do for a load.
+    Patient in the tables are taken into account, as in a load.
     """
     if not consent_gate.withholds or not ids:
         return frozenset()

@@ -17,8 +17,8 @@ from fhir_assets.warehouse.postgres.tables.layout import get_key_column
 class AbsentCounts:
     """The numbers of validated resources of a window that are not in the tables, by reason.
 
-    ``deleted`` resources were deleted at the source, ``withheld`` resources are withheld by consent. For ``missing``
-    resources no reason is known.
+    ``deleted`` resources were deleted at the source, ``withheld`` resources are withheld by consent. The reason for
+    ``missing`` resources is unknown.
     """
 
     missing: int = 0

@@ -1,4 +1,4 @@
-"""References between resources in the tables: count them, and find the ids of referenced resources that are missing."""
+"""References between resources in the tables: counts them, and finds ids of referenced resources that are missing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ def count_references(
 
 
 def count_keyless(conn: Connection, resource_type: str) -> list[tuple[str, int]]:
-    """Return the number of resources of a type with references that make no key, by ``form`` or ``form Type``.
+    """Return the number of resources of a type with references that have no key, by ``form`` or ``form Type``.
 
     The most frequent form comes first. The forms are those of ``fhir/references.py``.
     """

@@ -10,7 +10,7 @@ from fhir_assets.warehouse.postgres.tables.encoding import is_storable
 
 @dataclass(frozen=True, slots=True)
 class Accounted:
-    """The distinct resources of a type that are in the tables, or of which it is known why they are not."""
+    """The numbers of distinct resources of a type that are in the tables, or missing for a known reason."""
 
     loaded: int
     withheld: int
@@ -18,7 +18,7 @@ class Accounted:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all counts."""
         return self.loaded + self.withheld + self.dead
 
 
@@ -32,7 +32,7 @@ class SourceVersion:
 
 
 def count_accounted(conn: Connection, resource_type: str) -> Accounted:
-    """Count the resources of a type by what became of them; a resource is counted once."""
+    """Count the resources of a type by outcome. Each resource is counted once."""
     row = conn.execute(
         """
         SELECT
@@ -76,10 +76,10 @@ def count_accounted(conn: Connection, resource_type: str) -> Accounted:
 
 
 def find_missing(conn: Connection, resource_type: str, versions: Sequence[SourceVersion]) -> list[SourceVersion]:
-    """Return the versions that are neither in the tables, in this or a newer version, nor accounted for otherwise.
+    """Return the versions that are neither accounted for nor in the tables, in this or a newer version.
 
-    Withheld resources and those with an unresolved dead letter are accounted for, and those whose deletion is recorded.
-    A dead letter whose resource has no valid id accounts for none of them: see ``count_dead_without_id``.
+    Withheld resources, resources with an unresolved dead letter, and those with a recorded deletion are accounted for.
+    A dead letter whose resource has no valid id cannot be assigned to a version: see ``count_dead_without_id``.
     """
     unstorable = [version for version in versions if not is_storable(version.id + (version.version_id or ""))]
     storable = [version for version in versions if version not in unstorable] if unstorable else versions

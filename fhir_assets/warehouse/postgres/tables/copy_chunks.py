@@ -1,7 +1,7 @@
 """Chunks: the resources that one COPY writes, composed of the blocks of several batches.
 
 The texts of a block are reused unchanged if all of its resources are written. Otherwise ``select`` builds a new block,
-for instance without the resources of which a newer version is stored.
+for example without the resources of which a newer version is stored.
 """
 
 from collections.abc import Container, Sequence
@@ -67,9 +67,9 @@ EMPTY_CHUNK = CopyChunk(())
 
 
 def split_versions(blocks: Sequence[PartitionBlock]) -> list[list[PartitionBlock]]:
-    """Return blocks in which no id occurs twice, to be written one list after the other.
+    """Return lists of blocks to be written one after the other; no id occurs twice in a list.
 
-    Of the dated versions of a resource only the newest is kept, and of the others the newest, too; of equal versions,
+    Of the dated versions of a resource only the newest is kept, and likewise of the undated ones; of equal versions,
     the last one. If a resource has both, the one that was added first is in the first list: the order of the two is
     decided when the second is written.
     """

@@ -73,7 +73,8 @@ def build_row_encoder(view: View, cipher: Cipher) -> Callable[[Sequence[object]]
 def _compile_row_writer(columns: Sequence[tuple[ValueEncoder, str]], end: str) -> Callable[[Sequence[object]], str]:
     """Compile a function that encodes a row in one expression.
 
-    Most values of a wide row are null or plain text; a loop or a call for each value would cost more than the encoding.
+    Most values of a wide row are null or plain text; a loop or a call for each value would take longer than the
+    encoding.
     """
     namespace: dict[str, Any] = {"end": end, "backslash": "\\"}
     line = ""

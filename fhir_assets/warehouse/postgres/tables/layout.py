@@ -20,7 +20,7 @@ LOADED_AT_COLUMN = "loaded_at"
 """The column with the time at which the row was loaded, unless the view has a column of this name."""
 
 LAST_UPDATED_COLUMN = "last_updated"
-"""A column with ``meta.lastUpdated``, the only instant without a day of its own: it is on the server's clock."""
+"""A column with ``meta.lastUpdated``, the only instant without day columns, because it is on the server's clock."""
 
 KEY_ID_COLUMN = "_key_id"
 """The column with the id of the key that encrypts the row. It exists in tables with patient data if keys are set."""
@@ -196,7 +196,7 @@ class TableLayout:
     key: str
     """The column with the id of the row's resource."""
     identity: tuple[str, ...]
-    """The columns of the primary key besides the source; empty if several rows may have the same values."""
+    """The columns of the primary key other than the source; empty if several rows may have the same values."""
     loaded_at: tuple[TableColumn, ...]
     """The column that a default fills with the time of the load; empty if the view has a column of this name."""
     fingerprint: str
@@ -287,7 +287,7 @@ def _build_day_columns(column: Column) -> tuple[TableColumn, TableColumn]:
 
 
 def _check_names(view: View, names: Sequence[str]) -> None:
-    """Raise ViewError if a table cannot have these columns besides that of the source."""
+    """Raise ViewError if a table cannot have these columns in addition to that of the source."""
     if len(names) + 1 > _MAX_COLUMNS:
         raise ViewError(
             f"view {view.name}: its table would have {len(names) + 1} columns, with those of precisions, indexes and "

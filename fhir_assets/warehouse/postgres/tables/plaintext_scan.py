@@ -1,4 +1,4 @@
-"""Search samples of the tables for patient data that should be encrypted but is not.
+"""Searches samples of the tables for patient data that should be encrypted but is not.
 
 Postgres tests the values; this module reads only counts.
 """

@@ -1,4 +1,4 @@
-"""Consents that are recorded before they are loaded, so that they decide from the moment at which they are received."""
+"""Records Consents before they are loaded, so that they take effect as soon as they are received."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,8 @@ from fhir_assets.warehouse.postgres.tables.load_statements import LoadStatements
 def record_posted_consents(conn: Session, blocks: Sequence[PartitionBlock], consent_gate: ConsentGate) -> list[str]:
     """Record Consents in ``ops.consent_records`` as a load does, and return the keys of the patients they concern.
 
-    ``consent_gate`` withholds. The Consents are not in the tables afterwards. The keys are sorted.
+    The policy of ``consent_gate`` must withhold resources. The Consents are not added to the tables. The keys are
+    sorted.
     """
     cipher = cipher_of(conn)
     statements = LoadStatements("Consent", (), encrypted=cipher.encrypts, consent_gate=consent_gate)

@@ -1,4 +1,4 @@
-"""Rewriting the rows of views from the resources in ``fhir.resource``, which stay as they are."""
+"""Rewrites the rows of views from the resources in ``fhir.resource``, which are not changed."""
 
 from collections.abc import Sequence
 
@@ -81,6 +81,6 @@ def replace_rows(conn: Session, views: Sequence[View], block: CopyBlock) -> None
 
 
 def analyze(conn: Connection, views: Sequence[View]) -> None:
-    """Update the statistics of the tables of views, by which Postgres plans queries."""
+    """Update the statistics of the tables of views, which the planner of Postgres uses."""
     for view in views:
         conn.execute(sql.SQL("ANALYZE {}").format(sql.Identifier("fhir", view.name)))

@@ -1,4 +1,4 @@
-"""Find batches of rows that are not encrypted with the newest key, and encrypt them again.
+"""Finds batches of rows that are not encrypted with the newest key, and encrypts them again.
 
 This module is the database side of ``fhir-assets keys rotate``. ``pipeline.reencrypt`` orders the batches and writes
 the rows of the views again, ``ops.key_rotations`` records the progress, and ``storage.reencrypt`` encrypts the parts of

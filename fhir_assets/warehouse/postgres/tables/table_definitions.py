@@ -54,7 +54,7 @@ def _change_columns(conn: Connection, layout: TableLayout, changes: Sequence[Dri
     table = sql.Identifier(SCHEMA, layout.name)
     columns = {column.name: column for column in list_columns(layout)}
     if layout.key != KEY_COLUMN and {change.name for change in changes} >= {KEY_COLUMN, layout.key}:
-        # The view got a column of its own with the key.
+        # The view has a column of its own with the key now.
         conn.execute(
             sql.SQL("ALTER TABLE {} RENAME COLUMN {} TO {}").format(
                 table, sql.Identifier(KEY_COLUMN), sql.Identifier(layout.key)
@@ -75,7 +75,7 @@ def _change_columns(conn: Connection, layout: TableLayout, changes: Sequence[Dri
 
 
 def _create_primary_key(conn: Connection, layout: TableLayout) -> bool:
-    """Create the primary key of a table. Return False if rows prevent it that were written without its columns."""
+    """Create the primary key of a table. Return False if earlier rows lack values of its columns."""
     if not layout.identity or has_primary_key(conn, layout):
         return True
     table = sql.Identifier(SCHEMA, layout.name)
@@ -130,7 +130,7 @@ def _build_column_definition(column: TableColumn) -> sql.Composed:
 
 
 def _drop_replaced_indexes(conn: Connection, layout: TableLayout) -> None:
-    """Drop the indexes on the key alone, which tables of former versions have and the primary key replaces."""
+    """Drop the indexes on the key alone, which tables of earlier versions have and the primary key replaces."""
     indexes = conn.execute(
         """
         SELECT i.indexrelid::regclass::text

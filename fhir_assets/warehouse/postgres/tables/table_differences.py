@@ -14,7 +14,7 @@ from fhir_assets.warehouse.postgres.tables.layout import (
 
 SCHEMA = "fhir"
 SOURCE = TableColumn(SOURCE_COLUMN, "text", "Key of the source of the resource", required=True)
-"""A column of every table, which rows get from the session that copies them. It is no column of the layout."""
+"""A column of every table that is not part of the layout. The session that copies rows determines its value."""
 
 DEFAULTS: dict[str, LiteralString] = {SOURCE_COLUMN: "ops.current_source()", LOADED_AT_COLUMN: "now()"}
 """The defaults of the columns that no load writes."""
@@ -36,7 +36,7 @@ class Drift:
 
     @property
     def safe(self) -> bool:
-        """True if a change without loss of data removes the difference: nothing is dropped but ``_resource_key``."""
+        """True if the difference can be removed without loss of data: nothing except ``_resource_key`` is dropped."""
         return self.actual is None or (self.expected is None and self.name == KEY_COLUMN)
 
     @property

@@ -1,4 +1,4 @@
-"""The tables of the views in schema ``fhir``: create them, extend them, and compare them with their views.
+"""The tables of the views in schema ``fhir``: creates and extends them, and compares them with their views.
 
 The module ``layout`` defines the columns of the tables, ``table_differences`` compares them with existing tables, and
 ``table_definitions`` has the statements that create and change tables.
@@ -40,7 +40,7 @@ _MAX_EXACT_COUNT = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class TableChanges:
-    """What was changed: the differences that were removed, and the resource types whose rows are outdated since."""
+    """The changes that were made: the removed differences, and the resource types whose rows are now outdated."""
 
     differences: Sequence[Drift] = ()
     outdated_types: Sequence[str] = ()
@@ -62,7 +62,7 @@ def ensure_tables(conn: Session, views: Iterable[View]) -> TableChanges:
 
 
 def apply_changes(conn: Session, views: Iterable[View], *, cascade: bool = False) -> TableChanges:
-    """Apply all changes of the views, also those that lose data.
+    """Apply all changes of the views, including those that lose data.
 
     Columns that are not in a view are dropped. Columns of another type are dropped and created again; they are empty
     until the windows are loaded again. With ``cascade``, the SQL views and other relations that depend on a dropped
@@ -78,10 +78,11 @@ def read_layouts(conn: Connection, resource_type: str) -> dict[str, str]:
 
 
 def hold_layouts(conn: Connection, resource_type: str, layouts: Mapping[str, str]) -> None:
-    """Keep the tables of a resource type unchanged until the transaction ends.
+    """Prevent changes of the tables of a resource type until the transaction ends.
 
-    A new table waits for the transaction: a load would otherwise record parts as loaded whose rows it lacks. Raises
-    Overtaken if the layouts are no longer ``layouts``, because the views were changed since they were read.
+    New tables have to wait for the transaction: otherwise a load would record parts as loaded although the new table
+    lacks their rows. Raises Overtaken if the layouts are no longer ``layouts``, because the views were changed since
+    they were read.
     """
     conn.execute("SELECT pg_advisory_xact_lock_shared(%s)", [advisory_locks.SCHEMA])
     if read_layouts(conn, resource_type) != layouts:
@@ -214,7 +215,10 @@ def _find_changed(conn: Connection, layouts: Sequence[TableLayout]) -> list[tupl
 
 
 def _describe_dependents(layout: TableLayout, error: psycopg.Error) -> str:
-    """Return which relations prevent dropping a column. The detail of the error names relations, no data."""
+    """Return which relations prevent dropping a column.
+
+    The detail of the error names relations and contains no data.
+    """
     dependents = "; ".join((error.diag.message_detail or "another relation depends on it").splitlines())
     return (
         f"view {layout.name}: a column of table {SCHEMA}.{layout.name} cannot be dropped: {dependents}. Change or drop "
@@ -224,7 +228,10 @@ def _describe_dependents(layout: TableLayout, error: psycopg.Error) -> str:
 
 
 def _describe_refusal(layout: TableLayout, error: psycopg.Error) -> str:
-    """Return why Postgres refuses the table of a view. Its message names relations, columns and types, no data."""
+    """Return why Postgres refuses the table of a view.
+
+    Its message names relations, columns and types, and contains no data.
+    """
     reason = error.diag.message_primary or type(error).__name__
     return (
         f"view {layout.name}: Postgres refuses its table {SCHEMA}.{layout.name}: {reason} (SQLSTATE {error.sqlstate}). "
@@ -233,7 +240,10 @@ def _describe_refusal(layout: TableLayout, error: psycopg.Error) -> str:
 
 
 def _stamp(layout: TableLayout, *, complete: bool = True) -> str:
-    """Return the stamp of a layout. That of a table that lacks its primary key differs, so that it is tried again."""
+    """Return the stamp of a layout.
+
+    A table that lacks its primary key has another stamp, so that the creation of the key is tried again.
+    """
     return f"{layout.shape}{'' if complete else '!'}:{layout.fingerprint}"
 
 
