@@ -55,7 +55,7 @@ COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --only-bin
   --no-annotate --no-emit-index-url --no-strip-extras pyproject.toml
 lock: ## Resolve requirements/*.lock again, from pyproject.toml
 	command -v uv >/dev/null || $(PIP) uv
-	$(COMPILE) --extra embedded --extra parquet --extra celery --extra k8s -o requirements/runtime.lock
+	$(COMPILE) --extra embedded --extra parquet --extra xlsx --extra celery --extra k8s -o requirements/runtime.lock
 	$(COMPILE) --extra dev -c requirements/runtime.lock -o requirements/dev.lock
 	$(COMPILE) --extra dev --extra benchmark -c requirements/dev.lock -o requirements/benchmark.lock
 	echo 'hatchling editables' | tr ' ' '\n' | $(subst pyproject.toml,-,$(COMPILE)) -c requirements/dev.lock -o requirements/build.lock

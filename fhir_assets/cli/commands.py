@@ -84,6 +84,11 @@ COMMANDS = {
         "export",
         "Write resources and tables to files: by default the valid resources and the tables.",
     ),
+    "lake": CommandSource(
+        "fhir_assets.cli.lake",
+        "lake",
+        "Write the tables as Parquet files to FHIR_LAKE_URL: the windows whose rows changed since the last time.",
+    ),
     "validate": CommandSource(
         "fhir_assets.cli.validate",
         "validate",

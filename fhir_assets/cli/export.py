@@ -31,7 +31,13 @@ def export(
     first: Annotated[datetime | None, typer.Option("--from", help="Export the windows from this date (UTC)")] = None,
     last: Annotated[datetime | None, typer.Option("--to", help="Export the windows up to this date (UTC)")] = None,
     run: Annotated[str | None, typer.Option("--run", help="Export the windows of this run")] = None,
-    form: Annotated[Format, typer.Option("--format", help="Format of the tables: ndjson, parquet or csv")] = "parquet",
+    form: Annotated[
+        Format, typer.Option("--format", help="Format of the tables: ndjson, parquet, csv or xlsx")
+    ] = "parquet",
+    excel: Annotated[
+        bool,
+        typer.Option("--excel", help="With --format csv: a byte order mark, and codes that Excel keeps as text"),
+    ] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Export all resources as received")] = False,
     valid: Annotated[bool, typer.Option("--valid", help="Export valid resources as received")] = False,
     normalized: Annotated[bool, typer.Option("--normalized", help="Export the tables of the views")] = False,
@@ -45,12 +51,7 @@ def export(
     name them.
     """
     settings = load_settings()
-    if resource_type not in ("all", *BY_NAME):
-        raise ConfigurationError(
-            f"{resource_type} is not a supported resource type: pass one of {', '.join(BY_NAME)}, or all"
-        )
-    if run and (first or last):
-        raise ConfigurationError("--run selects the windows of the run: leave out --from and --to")
+    _check_options(resource_type, form, excel=excel, run=run, dated=bool(first or last))
     if not (raw or valid or normalized or failed):
         valid = normalized = True
     view_set = build_views(settings)
@@ -83,7 +84,9 @@ def export(
                 if failed:
                     files.append(type_export.write_dead_letters())
                 if normalized:
-                    files.extend(type_export.write_table(view, form) for view in views if view.resource_type == name)
+                    files.extend(
+                        type_export.write_table(view, form, excel=excel) for view in views if view.resource_type == name
+                    )
             unreconciled = {
                 name: window_verdicts.find_faults(conn, name, keys_by_type[name] if run else keys) for name in types
             }
@@ -105,6 +108,18 @@ def export(
     report_broken_views(broken)
     if broken:
         raise typer.Exit(1)
+
+
+def _check_options(resource_type: str, form: Format, *, excel: bool, run: str | None, dated: bool) -> None:
+    """Raise ConfigurationError for an unknown type, or for options that contradict each other."""
+    if resource_type not in ("all", *BY_NAME):
+        raise ConfigurationError(
+            f"{resource_type} is not a supported resource type: pass one of {', '.join(BY_NAME)}, or all"
+        )
+    if excel and form != "csv":
+        raise ConfigurationError("--excel is about CSV files: pass --format csv as well")
+    if run and dated:
+        raise ConfigurationError("--run selects the windows of the run: leave out --from and --to")
 
 
 def _find_run_windows(conn: Connection, run: str) -> tuple[str, dict[str, list[str]]]:

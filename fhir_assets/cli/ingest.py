@@ -13,6 +13,7 @@ import typer
 from dagster_postgres.utils import DagsterPostgresException
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fhir_assets.cli.lake import report_lake, write_lake
 from fhir_assets.cli.load_reports import (
     format_windows,
     print_summary,
@@ -49,7 +50,7 @@ def ingest(
     """Load the windows from the checkpoint to now, or the windows of a date range.
 
     Each range of windows is loaded by one Dagster run. Without a date range, resource types to which the source has
-    added nothing need no run.
+    added nothing need no run. If FHIR_LAKE_URL is set, the lake is written as well.
 
     The exit code is 0 only if all windows were loaded, every window reconciles with the source, every ViewDefinition
     is valid, and the patient of every denial of consent is known. Dead letters are not a failure: `dead-letters list`
@@ -67,6 +68,7 @@ def ingest(
     failures = select_failed(outcomes)
     unreconciled = find_unreconciled_windows(ingestion)
     held = _find_held_windows(settings)
+    lake = write_lake(settings, None, actor="cli") if settings.fhir_lake_url else None
     broken = build_views(settings).broken
     denials = _count_unknown_denials(settings)
     run_ids = [outcome.run_id for outcome in outcomes]
@@ -78,6 +80,7 @@ def ingest(
                 "types": rows,
                 "unreconciled": unreconciled,
                 "held_back": held,
+                "lake": lake.rows if lake else [],
                 "unknown_denials": denials,
                 "broken_views": [{"file": str(view.path), "error": view.message} for view in broken],
             }
@@ -86,6 +89,8 @@ def ingest(
         console.print("All windows are loaded: there is nothing to do.")
     else:
         print_summary("Loaded", rows)
+    if lake and not json:
+        report_lake(settings, lake)
     report_failures(settings, failures)
     report_unreconciled_windows(unreconciled)
     report_held_windows(held)

@@ -38,6 +38,14 @@ class Blobs(Protocol):
         """Return a local folder for files that ``put_file`` moves later, on the same disk if possible."""
         ...
 
+    def create_spooled(self, suffix: str) -> Path:
+        """Create an empty file in the spool, also while another process removes the folder of the spool."""
+        ...
+
+    def remove_spool(self) -> None:
+        """Remove the folder of the spool if it is empty and beside the files of other readers."""
+        ...
+
     def put_file(self, name: str, path: Path) -> None:
         """Move the local file ``path`` to ``name``."""
         ...
@@ -106,6 +114,21 @@ class LocalBlobs:
         with _translate_disk_errors(f"write to {self.root}"):
             self._spool.mkdir(parents=True, exist_ok=True)
         return self._spool
+
+    def create_spooled(self, suffix: str) -> Path:
+        """Create an empty file in the spool. Raises StoreError."""
+        while True:
+            path = self.spool() / f"{os.urandom(8).hex()}{suffix}{UNFINISHED}"
+            with _translate_disk_errors(f"write to {self.root}"):
+                # Another process may remove the folder as long as it is empty.
+                with suppress(FileNotFoundError):
+                    path.touch(exist_ok=False)
+                    return path
+
+    def remove_spool(self) -> None:
+        """Remove the folder ``.spool`` if it is empty, so that readers of the folder find only finished files."""
+        with suppress(OSError):
+            self._spool.rmdir()
 
     def put_file(self, name: str, path: Path) -> None:
         """Flush the local file ``path`` and move it to ``name``. Raises StoreError."""

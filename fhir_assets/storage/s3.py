@@ -2,6 +2,7 @@
 
 import atexit
 import io
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO, cast
 
+from fhir_assets.atomic_files import UNFINISHED
 from fhir_assets.errors import ConfigurationError, FileMissing, StoreError
 from fhir_assets.storage.blobs import ListedFile
 
@@ -155,6 +157,15 @@ class S3Blobs:
     def spool(self) -> Path:
         """Return a temporary folder that only this user may read."""
         return self._spool
+
+    def create_spooled(self, suffix: str) -> Path:
+        """Create an empty file in the temporary folder."""
+        path = self._spool / f"{os.urandom(8).hex()}{suffix}{UNFINISHED}"
+        path.touch(exist_ok=False)
+        return path
+
+    def remove_spool(self) -> None:
+        """Keep the temporary folder, which is no part of the bucket and is removed when the process ends."""
 
     @cached_property
     def _spool(self) -> Path:

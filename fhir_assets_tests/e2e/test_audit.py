@@ -142,9 +142,9 @@ class Hospital:
         return state
 
     def _exported(self) -> Iterator[str]:
-        """Yield the exported files. A window of the lake counts when its view's _windows.json says that it has rows."""
+        """Yield the exported files. A window of the lake counts when the state of its view says that it has rows."""
         for path in self.folder.rglob("exports/**/*json"):
-            if path.name == "_windows.json":
+            if path.parent.name == "_state":
                 yield from (key for key, window in json.loads(path.read_bytes()).items() if window["rows"])
             else:
                 yield path.name

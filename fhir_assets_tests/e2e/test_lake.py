@@ -1,5 +1,8 @@
 """The lake contains the same rows as the tables when DuckDB reads it."""
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -7,9 +10,12 @@ import dagster as dg
 import duckdb
 import pyarrow.parquet
 import pytest
+from typer.testing import CliRunner, Result
 
+from fhir_assets.cli.main import app
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.views import build_views
+from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.views import View
 from fhir_assets.sandbox.population import Population, write_population
@@ -69,9 +75,9 @@ def test_duckdb_reads_the_same_rows_as_every_table(deployment: Deployment) -> No
     filled = [name for name in names if deployment.query(f"SELECT FROM fhir.{name} LIMIT 1")]
     assert len(filled) > 10
     assert [name for name in filled if not lake_equals_table(deployment, name)] == []
-    assert [
-        name for name in names if name not in filled and list(Path(deployment.settings.fhir_lake_url, name).rglob("*"))
-    ] == []
+    for name in set(names) - set(filled):
+        found = duckdb.execute(f"SELECT * FROM read_parquet('{deployment.settings.fhir_lake_url}/{name}/*/*.parquet')")
+        assert (found.fetchall(), {"loaded_at"} - {column[0] for column in found.description}) == ([], set())
 
 
 def test_columns_are_typed_and_described(deployment: Deployment) -> None:
@@ -180,6 +186,58 @@ def values(deployment: Deployment, view: str, column: str) -> set[str]:
     files = list(map(str, Path(deployment.settings.fhir_lake_url, view).rglob("*.parquet")))
     rows = duckdb.execute(f"SELECT {column} FROM read_parquet(?)", [files]).fetchall() if files else []
     return {value for (value,) in rows}
+
+
+def run_command(deployment: Deployment, monkeypatch: pytest.MonkeyPatch, *words: str) -> Result:
+    settings = deployment.settings
+    monkeypatch.setenv("DB_URL", deployment.url)
+    for name in ("fhir_source", "fhir_base_url", "fhir_last_updated_gte", "fhir_lake_url"):
+        monkeypatch.setenv(name.upper(), str(getattr(settings, name)))
+    monkeypatch.setenv("FHIR_ASSETS_HOME", str(settings.home))
+    monkeypatch.setenv("FHIR_RESOURCE_TYPES", RESOURCE_TYPES)
+    return CliRunner().invoke(app, list(words), catch_exceptions=False)
+
+
+def test_the_command_writes_the_lake_and_says_what_it_did(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_command(deployment, monkeypatch, "lake", "--json")
+    assert first.exit_code == 0, first.output
+    tables = {row["table"]: row for row in json.loads(first.stdout)["tables"]}
+    assert set(tables) == {view.name for view in views(deployment)}
+    assert [(tables["patient"]["rows"],)] == deployment.query("SELECT count(*) FROM fhir.patient")
+    assert lake_equals_table(deployment, "observation")
+    assert not Path(deployment.settings.fhir_lake_url, ".spool").exists()
+    again = run_command(deployment, monkeypatch, "lake", "--types", "Patient")
+    assert (again.exit_code, "of which 0 changed" in again.stdout) == (0, True)
+    with deployment_changes(deployment, "UPDATE ops.window_verdicts SET reconciled = false, faults = 'one is missing'"):
+        held = run_command(deployment, monkeypatch, "lake", "--json", "--types", "Observation")
+    assert held.exit_code == 1
+    assert {window["type"] for window in json.loads(held.stdout)["held_back"]} == {"Observation"}
+
+
+@contextmanager
+def deployment_changes(deployment: Deployment, statement: str) -> Iterator[None]:
+    """Change rows of observations, so that the lake has to be written, and keep windows red."""
+    with connect(deployment.url) as conn:
+        conn.execute("UPDATE fhir.observation SET loaded_at = now()")
+        conn.execute("DELETE FROM fhir.observation WHERE id = (SELECT min(id) FROM fhir.observation)")
+        conn.execute(statement.encode())
+        conn.commit()
+    yield
+
+
+def test_ingest_writes_the_lake(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run_command(deployment, monkeypatch, "ingest", "--json")
+    assert result.exit_code == 0, result.output
+    assert sum(row["rows"] for row in json.loads(result.stdout)["lake"])
+    assert lake_equals_table(deployment, "patient")
+
+
+def test_the_command_needs_the_url(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FHIR_LAKE_URL", raising=False)
+    with pytest.raises(ConfigurationError, match="FHIR_LAKE_URL is not set"):
+        CliRunner().invoke(app, ["lake"], catch_exceptions=False)
 
 
 def test_without_a_lake_url_there_are_no_lake_assets(deploy: Deploy) -> None:

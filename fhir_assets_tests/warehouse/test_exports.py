@@ -217,3 +217,16 @@ def test_what_a_killed_export_left_in_the_spool_is_deleted_a_day_later(loaded: D
         os.utime(spool / name, (modified, modified))
     export("Patient", "-o", str(tmp_path / "out"))
     assert [path.name for path in spool.iterdir()] == ["new"]
+
+
+def test_a_finished_or_failed_export_leaves_no_spool(loaded: Deployment, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export("Patient", "-o", str(out))
+    assert [path for path in out.iterdir() if path.name.startswith(".")] == []
+
+    def fail(path: Path) -> int:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(StoreError):
+        fail_to_export(loaded, out, lambda writer: writer.write("x.ndjson", "Patient", fail))
+    assert [path for path in out.iterdir() if path.name.startswith(".")] == []

@@ -189,7 +189,7 @@ def test_what_an_unfinished_update_wrote_is_audited_and_completed_by_the_next_on
         load(conn, patient(f"p{day}"), key=day)
     with pytest.raises(StoreError, match="No space left"):
         writer.update(conn, _BrokenBlobs(tmp_path, 1), PATIENTS[0], [], run_id="broken", actor="test")
-    assert [path.name for path in (tmp_path / ".spool").iterdir()] == []
+    assert not (tmp_path / ".spool").exists()
     assert conn.execute("SELECT run_id, count FROM ops.audit_log WHERE action = 'export'").fetchall() == [("broken", 1)]
     conn.commit()
     assert update(conn, str(tmp_path), PATIENTS[0]).windows == 2

@@ -102,12 +102,12 @@ def test_exports_contain_every_time(conn: Session, tmp_path: Path, file_format: 
         rows = list(csv.DictReader(text)) if file_format == "csv" else [json.loads(line) for line in text]
     by_key = {row["_resource_key"]: row for row in rows}
     assert {key: by_key[key]["died"] for key in "abcd"} == {
-        "a": "9999-12-31T14:59:59-14:00",
-        "b": "0001-01-01T13:00:00+14:00",
-        "c": "9999-01-01T00:00:00+00:00",
-        "d": "2024-02-01T00:00:00+00:00",
+        "a": "9999-12-31T14:59:59.000000-14:00",
+        "b": "0001-01-01T13:00:00.000000+14:00",
+        "c": "9999-01-01T00:00:00.000000+00:00",
+        "d": "2024-02-01T00:00:00.000000+00:00",
     }
-    assert (by_key["a"]["clock"], by_key["b"]["clock"]) == ("10:00:00", "24:00:00")
+    assert (by_key["a"]["clock"], by_key["b"]["clock"]) == ("10:00:00.000000", "24:00:00.000000")
     assert not by_key["e"]["died"]
 
 

@@ -6,7 +6,6 @@ part of its row; here only the first line is rejected, and the lines after it ar
 
 import csv
 import io
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from datetime import datetime
 
 import orjson
 
-from fhir_assets.fhir.intake import cells, csv_text, schemas
+from fhir_assets.fhir.intake import cells, csv_text, formulas, schemas
 from fhir_assets.fhir.lines import split_lines
 
 COLUMNS: tuple[str, ...] = tuple(schemas.load_schema("visit")["properties"])
@@ -29,9 +28,6 @@ MAX_ROW_BYTES = 1 << 14
 HEADER_RULE = "csv-header"
 ROW_RULE = "csv"
 SCHEMA_RULE = "schema"
-
-_is_formula = re.compile(r"'*[=+\-@\t\r]").match
-_is_escaped = re.compile(r"'+[=+\-@\t\r]").match
 
 _is_valid = schemas.compile_text_check("visit")
 
@@ -75,7 +71,7 @@ def write(rows: Iterable[Mapping[str, str]]) -> bytes:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\r\n")
     writer.writerow(COLUMNS)
-    writer.writerows([_escape(row.get(column, "")) for column in COLUMNS] for row in rows)
+    writer.writerows([formulas.guard(row.get(column, "")) for column in COLUMNS] for row in rows)
     return text.getvalue().encode()
 
 
@@ -230,11 +226,7 @@ def _parse(text: bytes, delimiter: str) -> list[str] | None:
     return rows[0] if rows else []
 
 
-def _escape(value: str) -> str:
-    return f"'{value}" if _is_formula(value) else value
-
-
 def _unescape(value: str) -> str:
     if value[:1] not in ("'", "="):
         return value
-    return cells.unwrap(value[1:] if _is_escaped(value) else value)
+    return cells.unwrap(formulas.remove_guard(value))

@@ -15,6 +15,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from fhir_assets.errors import ConfigurationError, NotFhir
+from fhir_assets.fhir.intake import formulas
 from fhir_assets.fhir.views.compiled_views import CompiledViews, Row, RowError
 from fhir_assets.fhir.views.definition import View
 from fhir_assets.fhir.views.plan import Column
@@ -133,6 +134,12 @@ def _text(value: object) -> str:
     return "" if value is None else value if isinstance(value, str) else _json(value).decode()
 
 
+def _cell(value: object) -> str:
+    """Return a cell of CSV. A number is as it is; other text is guarded, so that no spreadsheet evaluates it."""
+    text = _text(value)
+    return text if isinstance(value, int | float | Decimal) else formulas.guard(text)
+
+
 def write_table(rows: Iterable[Row], columns: Sequence[Column], out: IO[bytes]) -> None:
     """Write a text table, truncated to the width of a terminal, at full width in a file. Keeps all rows in memory."""
     table = Table()
@@ -149,10 +156,10 @@ def write_table(rows: Iterable[Row], columns: Sequence[Column], out: IO[bytes]) 
 
 
 def write_csv(rows: Iterable[Row], columns: Sequence[Column], out: IO[bytes]) -> None:
-    """Write CSV (RFC 4180) with a header. A collection is written as JSON."""
+    """Write CSV (RFC 4180) with a header. A collection is JSON; an apostrophe precedes text that would be a formula."""
     line = _Line()
     writer = csv.writer(line)
-    for row in chain([[column.name for column in columns]], (map(_text, row) for row in rows)):
+    for row in chain([[column.name for column in columns]], (map(_cell, row) for row in rows)):
         writer.writerow(row)
         out.write(line.take())
 

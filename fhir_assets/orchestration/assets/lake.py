@@ -14,12 +14,9 @@ from fhir_assets.orchestration.assets.outbound import emit_outbound_results
 from fhir_assets.orchestration.consent import apply_consent
 from fhir_assets.orchestration.failures import sanitized_errors
 from fhir_assets.orchestration.run_context import RunContext
-from fhir_assets.pipeline.reconcile.verdicts import evaluate_doubtful_windows
-from fhir_assets.pipeline.reconcile.window_counts import find_main_view
+from fhir_assets.pipeline.lake.step import LakeStep
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.lake import writer
-from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.warehouse.postgres.tables.view_tables import build_layout
 
 
@@ -30,18 +27,13 @@ def build_lake_assets(
     types = settings.fhir_resource_types
     if not settings.fhir_lake_url:
         return []
-    return [
-        _build_lake_asset(settings, partitions, view, find_main_view(views, view.resource_type), views)
-        for view in views
-        if view.resource_type in types
-    ]
+    return [_build_lake_asset(settings, partitions, view, views) for view in views if view.resource_type in types]
 
 
 def _build_lake_asset(
     settings: Settings,
     partitions: dg.PartitionsDefinition[str],
     view: View,
-    main_view: View | None,
     all_views: Sequence[View],
 ) -> dg.AssetsDefinition:
     columns = build_layout(view, encrypted=settings.encrypts).readable_columns
@@ -70,14 +62,11 @@ def _build_lake_asset(
         context: dg.AssetExecutionContext, store: dg.ResourceParam[Store], warehouse: dg.ResourceParam[Warehouse]
     ) -> Iterator[dg.MaterializeResult[None] | dg.AssetCheckResult]:
         run = RunContext.from_context(context, settings.window_scheme)
-        name = view.resource_type
-        with sanitized_errors(), warehouse.connect() as conn:
+        target = build_blobs(settings, settings.fhir_lake_url)
+        step = LakeStep(warehouse.connect, store, target, all_views, run_id=run.run_id, actor=run.triggered_by)
+        with sanitized_errors():
             apply_consent(settings, warehouse, all_views, run)
-            view_tables.ensure_tables(conn, [view])
-            conn.commit()
-            evaluate_doubtful_windows(conn, store, name, store.partition_keys("raw", name), main_view=main_view)
-            target = build_blobs(settings, settings.fhir_lake_url)
-            written = writer.update(conn, target, view, run.partition_keys, run_id=run.run_id, actor=run.triggered_by)
+            [(_, written)] = step.run(view.resource_type, [view], run.partition_keys)
         metadata = {
             "windows_written": written.windows,
             "windows_removed": written.removed,

@@ -3,9 +3,7 @@
 Rows are streamed to a temporary file, which is stored under its name when it is complete.
 """
 
-import csv
 import hashlib
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +13,6 @@ from typing import Any, BinaryIO, Literal, Self
 
 import orjson
 
-from fhir_assets.atomic_files import UNFINISHED
 from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.fhir.record import parse_stored, read_header
 from fhir_assets.fhir.views import View
@@ -24,15 +21,15 @@ from fhir_assets.storage.blobs import Blobs
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.orphans import remove_unfinished_files
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.exports import parquet
+from fhir_assets.warehouse.exports import csv_tables, parquet, xlsx_tables
 from fhir_assets.warehouse.ops import audit_log, dead_letters
 from fhir_assets.warehouse.ops.dead_letters import Selection
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import find_versions
 from fhir_assets.warehouse.postgres.tables import row_streams
-from fhir_assets.warehouse.postgres.tables.layout import build_layout
+from fhir_assets.warehouse.postgres.tables.layout import TableColumn, build_layout
 
-Format = Literal["ndjson", "parquet", "csv"]
+Format = Literal["ndjson", "parquet", "csv", "xlsx"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +86,7 @@ class Export:
     def __exit__(self, *_: object) -> None:
         for path in self._complete.values():
             path.unlink(missing_ok=True)
+        self._target.remove_spool()
 
     def for_type(self, resource_type: str, partition_keys: Sequence[str] | None) -> "TypeExport":
         """Return the export of one type. ``partition_keys`` are its partitions, None for all partitions."""
@@ -99,7 +97,7 @@ class Export:
 
         The audit record is written before the file appears, so that no file exists without one. Raises StoreError.
         """
-        path = self._target.spool() / f"{os.urandom(8).hex()}.export{UNFINISHED}"
+        path = self._target.create_spooled(".export")
         try:
             file = self._write(name, path, write)
             # End the reading transaction first: other writers of the audit log wait until it ends.
@@ -200,19 +198,26 @@ class TypeExport:
             (_build_line(dead_letter, body) for dead_letter, body in dead_letters.stream(self._conn, selection)),
         )
 
-    def write_table(self, view: View, file_format: Format) -> ExportedFile:
-        """Write ``<view>.<format>``: the rows of a view. Encrypted columns stay encrypted."""
+    def write_table(self, view: View, file_format: Format, *, excel: bool = False) -> ExportedFile:
+        """Write ``<view>.<format>``: the rows of a view. Encrypted columns stay encrypted.
+
+        ``excel`` is whether a CSV file is written for Excel. Raises ConfigurationError if a package that the format
+        requires is not installed.
+        """
         layout = build_layout(view, encrypted=cipher_of(self._conn).encrypts)
-        names = [column.name for column in layout.readable_columns]
+        columns = layout.readable_columns
+        names = [column.name for column in columns]
         rows = row_streams.stream_rows(self._conn, layout, columns=names, partition_keys=self._keys)
 
         def write(path: Path) -> int:
             if file_format == "parquet":
                 return parquet.write(path, layout, rows)
+            if file_format == "xlsx":
+                return xlsx_tables.write(path, columns, rows)
             with path.open("wb") as file:
                 if file_format == "csv":
-                    return _write_csv(file, names, rows)
-                return _write_lines(file, (_build_object(names, row) for row in rows))
+                    return csv_tables.write(file, columns, rows, excel=excel)
+                return _write_lines(file, _build_objects(columns, rows))
 
         return self._export.write(f"{view.name}.{file_format}", self._type, write)
 
@@ -294,31 +299,22 @@ def _write_lines(file: BinaryIO, lines: Iterable[bytes]) -> int:
     return count
 
 
-def _write_csv(file: BinaryIO, names: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
-    """Write CSV (RFC 4180) with a header. Values of jsonb and array columns are JSON. Return the number of rows."""
-    count = 0
-    with io.TextIOWrapper(file, "utf-8", newline="", write_through=True) as text:
-        writer = csv.writer(text)
-        writer.writerow(names)
-        for row in rows:
-            writer.writerow([_format_cell(value) for value in row])
-            count += 1
-        text.flush()
-    return count
+def _build_objects(columns: Sequence[TableColumn], rows: Iterable[Sequence[Any]]) -> Iterator[bytes]:
+    """Yield rows as JSON objects. Decimals keep their digits, and times have the form that they have in CSV."""
+    names = [column.name for column in columns]
+    formatted = [(n, _TO_JSON[column.type]) for n, column in enumerate(columns) if column.type in _TO_JSON]
+    for row in rows:
+        values = list(row)
+        for n, convert in formatted:
+            if values[n] is not None:
+                values[n] = convert(values[n])
+        yield orjson.dumps(dict(zip(names, values, strict=True)), default=str)
 
 
-def _format_cell(value: object) -> object:
-    if isinstance(value, dict | list):
-        return orjson.dumps(value, default=str).decode()
-    return value.isoformat() if isinstance(value, datetime) else value
-
-
-def _build_object(names: Sequence[str], row: Sequence[Any]) -> bytes:
-    return orjson.dumps(dict(zip(names, row, strict=True)), default=_to_json)
-
-
-def _to_json(value: object) -> float | str:
-    return float(value) if hasattr(value, "as_tuple") else str(value)  # type: ignore[arg-type]
+_TO_JSON: dict[str, Callable[[Any], object]] = {
+    **csv_tables.SCALARS,
+    "numeric": lambda value: orjson.Fragment(csv_tables.format_decimal(value)),
+}
 
 
 def _build_line(dead_letter: dead_letters.StoredDeadLetter, body: bytes | None) -> bytes:

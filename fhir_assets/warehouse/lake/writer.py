@@ -1,5 +1,7 @@
 """The lake: Parquet files with the rows of a view, ``<view>/partition_key=<window>/rows.parquet``.
 
+A view without rows has one file without rows, so that its columns can be read.
+
 A newer version of a resource can move its rows to another window, and a deletion or a withdrawn consent removes rows.
 An update therefore rewrites every window whose rows changed since its file was written, not only those of its run.
 
@@ -8,7 +10,6 @@ while the table still has all of its rows. A file with rows that the table no lo
 have been withdrawn for them.
 """
 
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,7 +19,6 @@ import msgspec
 import psycopg
 from psycopg import sql
 
-from fhir_assets.atomic_files import UNFINISHED
 from fhir_assets.errors import StoreError
 from fhir_assets.fhir.views import View
 from fhir_assets.privacy.audit import AuditRecord
@@ -30,8 +30,17 @@ from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 from fhir_assets.warehouse.postgres.tables import row_streams
 from fhir_assets.warehouse.postgres.tables.layout import TableLayout, build_layout
 
-_STATE = "_windows.json"
-"""The state of the files. Spark, Trino and Hive ignore files whose name begins with an underscore."""
+_STATES = "_state"
+"""The folder of the states, a file for each view. The folder of a view contains only Parquet, as Polars requires."""
+
+_EARLIER_STATE = "_windows.json"
+"""The name that the state had in the folder of its view."""
+
+_NO_WINDOW = "__HIVE_DEFAULT_PARTITION__"
+"""The window of the file of a view without rows: the value that stands for null in a path of Hive."""
+
+_FORM = "2"
+"""The form of the files. Files of another form are written again: form 1 had doubles in place of decimals."""
 
 
 class _FileState(msgspec.Struct, frozen=True):
@@ -104,10 +113,12 @@ def update(
             with suppress(psycopg.Error):
                 record(folder.rows_written)
             raise
-        # The record precedes the state, so that files without an audit record are written again.
-        record(written.rows)
-        folder.save_state(written)
+        if written.windows:
+            # The record precedes the state, so that files without an audit record are written again.
+            record(written.rows)
+        folder.save_state()
     finally:
+        target.remove_spool()
         conn.execute("SELECT pg_advisory_unlock(hashtextextended(%s, 0))", [lock])
         conn.commit()
     return written
@@ -122,14 +133,15 @@ class LakeFolder:
         self._view = view
         self._layout: TableLayout = build_layout(view, encrypted=cipher_of(conn).encrypts)
         self._states: dict[str, _FileState] = {}
+        self._saved: dict[str, _FileState] = {}
         self.rows_written = 0
         """The number of rows in the files that have been written so far."""
 
     def update(self, partition_keys: Collection[str]) -> LakeUpdate:
         """Write the given windows and those whose rows changed, and delete the files of windows without rows."""
-        before = _decoder.decode(self._target.get(f"{self._view.name}/{_STATE}") or b"{}")
+        before = self._load_state()
         states = self._read_states()
-        removed = [key for key in before if key not in states]
+        removed = [key for key in before if key not in states and key != _NO_WINDOW]
         outdated = [
             key for key, state in states.items() if key in partition_keys or not state.has_rows_of(before.get(key))
         ]
@@ -150,10 +162,19 @@ class LakeFolder:
         for key in sorted(outdated):
             size += self.write_window(key, states[key].rows)
             self.rows_written += states[key].rows
+        if not states:
+            size += self._write_columns(states, before)
+        elif _NO_WINDOW in before:
+            self._target.delete(self._path(_NO_WINDOW))
         for key in removed:
             self._target.delete(self._path(key))
         self._states = states
         return LakeUpdate(len(outdated), len(removed), self.rows_written, size, held)
+
+    def _write_columns(self, states: dict[str, _FileState], before: Mapping[str, _FileState]) -> int:
+        """Write a file without rows unless the folder has one. Add it to ``states``, and return the bytes written."""
+        states[_NO_WINDOW] = _FileState(0, shape=self._shape)
+        return 0 if states[_NO_WINDOW].has_rows_of(before.get(_NO_WINDOW)) else self.write_window(_NO_WINDOW, 0)
 
     def _has_all_rows(self, key: str, file: _FileState) -> bool:
         """Return whether the table still has all rows of a window's file, as they were written."""
@@ -171,13 +192,35 @@ class LakeFolder:
         row = self._conn.execute(query, parameters).fetchone()
         return row is not None and row[0] == file.rows
 
-    def save_state(self, written: LakeUpdate) -> None:
+    def save_state(self) -> None:
         """Save the state of the files, so that unchanged windows are not written again."""
-        if written.windows or written.removed:
+        if self._states != self._saved:
             self._put_state(self._states)
 
+    def _load_state(self) -> dict[str, _FileState]:
+        """Return the state of the files that an earlier update wrote, of this or an earlier version."""
+        if content := self._target.get(self._state_path):
+            self._saved = _decoder.decode(content)
+            return self._saved
+        return _decoder.decode(self._target.get(self._earlier_state_path) or b"{}")
+
     def _put_state(self, states: dict[str, _FileState]) -> None:
-        self._target.put(f"{self._view.name}/{_STATE}", msgspec.json.encode(states))
+        self._target.put(self._state_path, msgspec.json.encode(states))
+        self._saved = states
+        # An earlier version wrote the state beside the windows, where readers of the folder take it for a table.
+        self._target.delete(self._earlier_state_path)
+
+    @property
+    def _state_path(self) -> str:
+        return f"{_STATES}/{self._view.name}.json"
+
+    @property
+    def _earlier_state_path(self) -> str:
+        return f"{self._view.name}/{_EARLIER_STATE}"
+
+    @property
+    def _shape(self) -> str:
+        return f"{self._layout.shape}/{_FORM}"
 
     def _read_states(self) -> dict[str, _FileState]:
         # xmin is the id of the transaction that wrote a row. Every transaction that replaces rows changes the sum.
@@ -188,13 +231,13 @@ class LakeFolder:
         """).format(source=row_streams.join_resources(self._layout))
         rows_by_window = self._conn.execute(query, {"type": self._view.resource_type}).fetchall()
         return {
-            key: _FileState(rows, written_by, self._layout.shape, snapshot)
+            key: _FileState(rows, written_by, self._shape, snapshot)
             for key, rows, written_by, snapshot in rows_by_window
         }
 
     def write_window(self, key: str, expected: int) -> int:
         """Write the file of one window, which has ``expected`` rows. Return its size in bytes. Raises StoreError."""
-        path = self._target.spool() / f"{os.urandom(8).hex()}.parquet{UNFINISHED}"
+        path = self._target.create_spooled(".parquet")
         try:
             rows = parquet.write(path, self._layout, self._stream_rows(key))
             if rows != expected:
