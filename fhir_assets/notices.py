@@ -46,7 +46,7 @@ class Notices:
             self._notices.setdefault(Notice(severity, code, message, resource_type))
 
     def drain(self) -> tuple[Notice, ...]:
-        """Return the notices in the order in which they were added, and forget them."""
+        """Return the notices in the order in which they were added, and clear them."""
         with self._lock:
             notices = tuple(self._notices)
             self._notices.clear()

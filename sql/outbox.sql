@@ -114,7 +114,7 @@ ALTER TABLE health.fhir_delivered
     ADD COLUMN IF NOT EXISTS stored_hash text;
 CREATE INDEX IF NOT EXISTS fhir_delivered_identifier ON health.fhir_delivered (identifier_value, identifier_system);
 COMMENT ON TABLE health.fhir_delivered IS
-    'The resource of each record on the FHIR server: it alone is updated and deleted for the record';
+    'The resource of each record on the FHIR server: no other resource is updated or deleted for the record';
 COMMENT ON COLUMN health.fhir_delivered.server IS 'Base URL of the server; NULL in rows of earlier releases';
 COMMENT ON COLUMN health.fhir_delivered.version_id IS 'The version that the delivery created, if the server named it';
 COMMENT ON COLUMN health.fhir_delivered.sent_hash IS 'SHA-256 of the content that was sent; NULL in rows of earlier releases';
@@ -136,7 +136,7 @@ CREATE TABLE IF NOT EXISTS health.fhir_sent (
 );
 CREATE INDEX IF NOT EXISTS fhir_sent_identifier ON health.fhir_sent (identifier_value, identifier_system);
 COMMENT ON TABLE health.fhir_sent IS
-    'Contents that are about to be sent or were sent, and that the server has not acknowledged: written before the request, so that a connector that is killed leaves no resource behind that nobody knows';
+    'Contents that are about to be sent or were sent, and that the server has not acknowledged: written before the request, so that each resource that a killed connector may have created is known';
 
 CREATE TABLE IF NOT EXISTS health.fhir_dlq (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,

@@ -65,8 +65,8 @@ def ingest_type(context: Context, caller: CurrentCaller, resource_type: TypeName
     summary="Load the missing references, Patients first, then a resource type",
 )
 def backfill(context: Context, caller: CurrentCaller, resource_type: TypeName, wait: Wait = None) -> Response:
-    """Start a run of `fetch_missing_references`, which fetches the resources that loaded resources refer to and
-    that the tables lack, Patients first. Then start the runs that load the type.
+    """Start a run of `fetch_missing_references`, which fetches missing resources to which loaded resources refer,
+    Patients first. Then start the runs that load the type.
     """
     name = find_resource_type(context.settings.fhir_resource_types, resource_type)
     # Dagster takes the run with the higher priority out of its queue first.

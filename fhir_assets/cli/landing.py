@@ -31,8 +31,8 @@ def list_files(
 ) -> None:
     """List the files of the landing zone as of the last scan, newest first.
 
-    A file is `ignored` if its suffix is none of those that the landing zone reads. It is `bad` if it could not be read,
-    or if dead letters of it are not resolved.
+    A file is `ignored` if the landing zone does not read files with its suffix. It is `bad` if it could not be read, or
+    if dead letters of it are not resolved.
     """
     settings = load_settings()
     with Warehouse(settings).connect() as conn:

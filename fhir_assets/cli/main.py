@@ -1,4 +1,4 @@
-"""Assembly of the commands. An error of the project becomes one sentence on stderr and an exit code."""
+"""Assembly of the commands. An error of the project becomes a message on stderr and an exit code."""
 
 import errno
 import logging
@@ -42,7 +42,7 @@ def options(
 
 
 def main() -> None:
-    """Run the command line. An error of the project is printed as one sentence on stderr, with exit code 1."""
+    """Run the command line. An error of the project is printed as a message on stderr, with exit code 1."""
     # A log record that cannot be written must not print a stack trace, which may quote patient data.
     logging.raiseExceptions = False
     try:

@@ -63,7 +63,7 @@ from dagster._core.execution.context.metadata_logging import AssetMetadataHandle
 from dagster._core.execution.context.metadata_logging import OutputMetadataAccumulator as OutputMetadataAccumulator
 
 # The result that a run launcher returns when the daemon checks the worker of a run. The Celery launcher returns FAILED
-# for a killed worker. Without them: the runs of a killed worker stay STARTED until somebody terminates them.
+# for a killed worker. Without them: the runs of a killed worker stay STARTED until a person terminates them.
 from dagster._core.launcher import CheckRunHealthResult as CheckRunHealthResult
 from dagster._core.launcher import WorkerStatus as WorkerStatus
 

@@ -295,7 +295,7 @@ def _read_period(node: Any) -> Period:
 def _parse_datetime(text: Any, *, after: bool = False) -> datetime | None:
     """Return the first moment of a FHIR dateTime, or with ``after`` the first moment after it; None if it is absent.
 
-    A dateTime that cannot be parsed is _UNREADABLE. An end in the year 9999 is none.
+    A dateTime that cannot be parsed is _UNREADABLE. An end in the year 9999 counts as no end.
     """
     if text is None or (after and isinstance(text, str) and text.startswith("9999")):
         return None

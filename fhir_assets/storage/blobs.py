@@ -43,7 +43,7 @@ class Blobs(Protocol):
         ...
 
     def remove_spool(self) -> None:
-        """Remove the folder of the spool if it is empty and beside the files of other readers."""
+        """Remove the folder of the spool if it is empty and in the folder that other programs read."""
         ...
 
     def put_file(self, name: str, path: Path) -> None:

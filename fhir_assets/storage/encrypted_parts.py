@@ -11,6 +11,7 @@ from fhir_assets.privacy.encryption import Cipher, key_id_of
 
 MARK = b"FSP1"
 SUFFIX = ".sealed"
+"""The suffix of encrypted files. It cannot be renamed, because existing stores contain it."""
 FRAME_BYTES = 1 << 18
 _LENGTH = 4
 

@@ -37,8 +37,9 @@ CONCURRENT_CALLS = 8
 """The number of manifests that are read or written concurrently, each of which waits for the bucket or the disk."""
 
 _REMEDY = {
-    "raw": "restore it from a backup. Without a backup move this file away, keep the parts beside it, materialize the "
-    "partition with a full refresh, and send again the files and requests that ops.received lists for the partition",
+    "raw": "restore it from a backup. Without a backup move this file away, keep the parts in the same folder, "
+    "materialize the partition with a full refresh, and send again the files and requests that ops.received lists for "
+    "the partition",
     "deleted": "restore it from a backup. Without a backup move this file away: the tables contain these deletions, "
     "but tables that are rebuilt will not",
 }

@@ -164,7 +164,10 @@ def test_a_damaged_part_is_an_error_and_never_a_shorter_partition(store: Store, 
 
 @pytest.mark.parametrize(
     ("layer", "advice"),
-    [("raw", "keep the parts beside it.* ops.received lists"), ("validated", "materialize the partition again")],
+    [
+        ("raw", "keep the parts in the same folder.* ops.received lists"),
+        ("validated", "materialize the partition again"),
+    ],
 )
 def test_the_error_for_a_damaged_manifest_explains_how_to_keep_the_parts(store: Store, layer: str, advice: str) -> None:
     store.blobs.put(f"{layer}/patient/k/manifest.json", b"{")

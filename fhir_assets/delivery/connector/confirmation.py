@@ -40,11 +40,11 @@ class Confirmation:
             return self._describe(outgoing, body["id"], version, contents.hash_content(body))
         resource_id = target or located
         named = located == resource_id if located else bool(reply.headers.get("ETag"))
-        believed = contents.has_no_error(body) and named and reply.status != 202
-        if believed and resource_id is not None:
+        confirmed = contents.has_no_error(body) and named and reply.status != 202
+        if confirmed and resource_id is not None:
             version = contents.read_version(source.resource_type, reply.headers, None)
             return self._describe(outgoing, resource_id, version, None)
-        return self._read_back(source, outgoing, resource_id, status=reply.status, believed=believed)
+        return self._read_back(source, outgoing, resource_id, status=reply.status, confirmed=confirmed)
 
     def confirm_deletion(self, source: Source, reply: Reply, resource_id: str) -> None:
         """Return if the resource is deleted. Raises TransientFailure if it still exists."""
@@ -74,10 +74,11 @@ class Confirmation:
         )
 
     def _read_back(
-        self, source: Source, outgoing: Outgoing, resource_id: str | None, *, status: int, believed: bool
+        self, source: Source, outgoing: Outgoing, resource_id: str | None, *, status: int, confirmed: bool
     ) -> Delivered:
-        """Read the resource from the server and return it. If ``believed``, the response confirms the update but has no
-        id.
+        """Read the resource from the server and return it.
+
+        ``confirmed`` is True if the response confirms the update, but has no id.
         """
         with retrying_refusals():
             if resource_id is None:
@@ -85,7 +86,7 @@ class Confirmation:
             else:
                 held = self._lookup.read(source, resource_id)
                 matches = [held] if held is not None else []
-        if len(matches) == 1 and (believed or matches[0].content_hash == outgoing.content_hash):
+        if len(matches) == 1 and (confirmed or matches[0].content_hash == outgoing.content_hash):
             return self.describe_held(outgoing, matches[0])
         raise _unconfirmed(status, "an update, but not with the resource, and does not have what was sent")
 

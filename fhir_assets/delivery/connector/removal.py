@@ -89,6 +89,6 @@ def _require_unchanged(held: Held, known: Delivered, change: Change) -> None:
             return
     raise PermanentFailure(
         "changed-elsewhere",
-        "the row was deleted, but its resource on the FHIR server was changed by somebody else after the delivery: it "
+        "the row was deleted, but its resource on the FHIR server was changed by another client after the delivery: it "
         "is not deleted. Delete it by hand, or discard this change to keep it",
     )

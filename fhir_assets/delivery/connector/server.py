@@ -44,7 +44,7 @@ class TransientFailure(Exception):
 class PermanentFailure(Exception):
     """A call failed, and a later attempt would fail too.
 
-    ``reason`` is a short label for metrics; the message is a sentence without patient data.
+    ``reason`` is a short label for metrics; the message contains no patient data.
     """
 
     def __init__(self, reason: str, message: str, status: int | None = None) -> None:

@@ -36,6 +36,8 @@ _CHUNK_BYTES = 1 << 18
 _MAX_REDIRECTS = 5
 _REDIRECT_STATUS = frozenset({301, 302, 303, 307, 308})
 _HEADERS = {"Accept": "application/fhir+ndjson", "Accept-Encoding": "gzip", "User-Agent": "fhir-assets"}
+_REDIRECT_LOOP = 310
+"""The status of the error for a redirect loop. It is not a status of HTTP."""
 _UNQUOTED = re.compile(r"[^!-~]")
 _CONNECTION_ERRORS = (OSError, HTTPException, HTTPError, RequestException)
 _FILE = "an exported file"
@@ -179,7 +181,7 @@ class Downloads:
                     renewable = False
                 else:
                     self._client.raise_for_status(response.status, response.headers, "GET", _FILE)
-        raise HttpStatusError(f"GET {format_origin(url)}, {_FILE}: redirect loop", 310)
+        raise HttpStatusError(f"GET {format_origin(url)}, {_FILE}: redirect loop", _REDIRECT_LOOP)
 
     @contextmanager
     def _get(self, target: _Target, credentials: Credentials) -> Iterator[_Response]:

@@ -158,7 +158,7 @@ class FhirClient:
         return not is_below(url, self.base_url)
 
     def describe_links(self, url: str) -> str:
-        """Return a sentence that names the base of a link that is not below the base URL, and the setting to change."""
+        """Return a message that names the base of a link that is not below the base URL, and the setting to change."""
         base = guess_base(url)
         return (
             f"{self.base_url} sends links that lead to {base} instead of {self.base_url}: set "

@@ -81,7 +81,7 @@ def build_landing(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
             waiting = build_landing_step(settings, warehouse).scan()
         with sanitized_errors(), warehouse.connect() as conn:
             state = landing_files.get_zone_state(conn, build_landing_zone(settings).url, sample=_SAMPLE_SIZE)
-        # The check can pass without a run: it does when the dead letters of the files are resolved.
+        # The result of the check can change without a run, for example when dead letters of the files are resolved.
         cursor = f"{state.bad} bad files"
         events = [] if context.cursor in (None, cursor) else [_evaluation_event(state)]
         unfinished = context.instance.get_runs_count(dg.RunsFilter(job_name=LOAD_LANDING, statuses=UNFINISHED))
@@ -115,7 +115,7 @@ def _describe(state: ZoneState) -> str:
         return "every landed file was received completely"
     return (
         f"{state.bad} landed files are bad: `fhir-assets landing list --status bad` lists them. Their other lines are "
-        "loaded. Add or substitute a corrected version of each file, then discard the dead letters of the bad file"
+        "loaded. Add a corrected version of each file or replace it, then discard the dead letters of the bad file"
     )
 
 

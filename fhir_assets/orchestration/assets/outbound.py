@@ -17,7 +17,7 @@ _MAX_NAMED_WINDOWS = 3
 
 
 def describe_held(held: Mapping[str, str]) -> str:
-    """Return a sentence that names the windows that are held back, and what to do about them."""
+    """Return a message that names the windows that are held back, and the next step."""
     return (
         f"held back because they do not reconcile: {name_windows(list(held))}. The check reconciles names the causes; "
         "the windows leave with the first run after they reconcile"

@@ -126,7 +126,7 @@ def _build_raw_step(
                 yield dg.Output(update, output_name=BY_NAME[name].key)
                 with warehouse.connect() as conn:
                     if update.refusal:
-                        # This step goes on with the other types; the step that validates this type fails.
+                        # This step continues with the other types; the step that validates this type fails.
                         runs.fail(conn, run.run_id, [name], run.partition_keys, error=update.refusal)
                     runs.record_counts(
                         conn,

@@ -15,6 +15,6 @@ def rows_table(columns: Sequence[str], rows: Sequence[Sequence[str | int | float
 
 @cache
 def _build_schema(columns: tuple[str, ...]) -> dg.TableSchema:
-    """Return one schema object for all tables with these columns, so that the event log packs it once for a batch."""
+    """Return one schema object for all tables with these columns. The event log serializes it only once for a batch."""
     parts = (column.partition(":") for column in columns)
     return dg.TableSchema([dg.TableColumn(name, kind or "string") for name, _, kind in parts])

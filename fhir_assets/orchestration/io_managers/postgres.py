@@ -44,14 +44,17 @@ class TableSlice:
 
 
 class PostgresIOManager(dg.IOManager):
-    """Describe the LoadedView that a step outputs; give downstream steps a TableSlice of the run's partitions."""
+    """Describes the LoadedView that a step outputs, and gives downstream steps a TableSlice of the run's partitions."""
 
     def __init__(self, warehouse: Warehouse, views: Sequence[View]) -> None:
         self._warehouse = warehouse
         self._views = {view.name: view for view in views}
 
     def handle_output(self, context: dg.OutputContext, obj: LoadedView) -> None:
-        """Add the row count of the table to the materialization of the run's last window, the table's newest one."""
+        """Add the row count of the table to the materialization of the run's last window.
+
+        The count covers the whole table, not only the window.
+        """
         keys = context.asset_partition_keys
         metadata = {"run_rows_written": obj.written, ROW_COUNT: obj.rows}
         add_window_metadata(context.step_context, context.asset_key, {key: {} for key in keys} | {keys[-1]: metadata})

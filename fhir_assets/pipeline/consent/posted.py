@@ -25,8 +25,9 @@ _ATTEMPTS = 3
 class PostedDecisions:
     """Decides by posted Consents, in the transaction that receives them.
 
-    Reads obey the decisions from then on; the tables follow when the Consents are loaded, or when consent is applied.
-    ``list_views`` returns the views of the deployment, whose reference bases tell whom a Consent names.
+    Reads obey the decisions from then on; the tables are updated when the Consents are loaded, or when consent is
+    applied. ``list_views`` returns the views of the deployment, whose reference bases determine which patients a
+    Consent names.
     """
 
     def __init__(

@@ -110,7 +110,7 @@ class ConsentStep:
         return total
 
     def _record_dead_consents(self, conn: Session) -> None:
-        """Record what Consents that are dead letters may deny, and forget those that are none any more."""
+        """Record the possible effects of Consents that are dead letters, and remove those of resolved dead letters."""
         if dead_consents.is_changed(conn):
             conn.commit()
             with conn.transaction():
@@ -124,7 +124,10 @@ class ConsentStep:
         conn.commit()
 
     def _read_dead_consent(self, conn: Session, consent: DeadConsent) -> PossibleDenial:
-        """Return what a dead letter may deny. Of one that is no JSON, all references to Patients count."""
+        """Return the possible effect of a dead letter.
+
+        If it is not JSON, all references to Patients in its text count.
+        """
         body = consent.body or b""
         try:
             resource = _parse(body)
@@ -141,7 +144,7 @@ class ConsentStep:
         return PossibleDenial(consent, True, ids, tokens)
 
     def _apply_all(self, conn: Session, now: datetime) -> ConsentResult:
-        """Apply all decisions that are due, and then look at all withheld resources that are marked."""
+        """Apply all decisions that are due, then examine all marked withheld resources."""
         total = ConsentResult()
         while True:
             if patients := consents.find_due_patients(conn, now, _PATIENTS_PER_TRANSACTION):

@@ -207,7 +207,7 @@ class LakeFolder:
     def _put_state(self, states: dict[str, _FileState]) -> None:
         self._target.put(self._state_path, msgspec.json.encode(states))
         self._saved = states
-        # An earlier version wrote the state beside the windows, where readers of the folder take it for a table.
+        # An earlier version wrote the state to the folder of the windows, where readers mistake it for a table.
         self._target.delete(self._earlier_state_path)
 
     @property

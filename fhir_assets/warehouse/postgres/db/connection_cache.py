@@ -77,7 +77,7 @@ class ConnectionCache:
             self._idle.clear()
         _close(entries)
 
-    def forget(self) -> None:
+    def abandon(self) -> None:
         """Drop all connections without closing them: after a fork they belong to the parent process."""
         self._lock = Lock()
         self._idle = deque()
@@ -128,4 +128,4 @@ CONNECTION_CACHE = ConnectionCache()
 
 atexit.register(CONNECTION_CACHE.clear)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=CONNECTION_CACHE.forget)
+    os.register_at_fork(after_in_child=CONNECTION_CACHE.abandon)
