@@ -1,14 +1,16 @@
 """`fhir-assets view`: list and check ViewDefinitions, and run them over files without a database."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fhir_assets.cli.output import console, errors, open_output, print_json, print_table
-from fhir_assets.deployment.views import build_views
-from fhir_assets.errors import NotFhir, ViewError
-from fhir_assets.fhir.views import RowError, check_view, read_definition, read_view
+from fhir_assets.deployment.views import build_views, find_view_folders
+from fhir_assets.errors import ConfigurationError, NotFhir, ViewError
+from fhir_assets.fhir.views import RowError, View, find_problems, load_views, read_definition, read_view
+from fhir_assets.fhir.views.extension import EXTENDS
 from fhir_assets.fhir.views.preview import Format, run_view, write_rows
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.tables.layout import build_layout
@@ -43,41 +45,76 @@ def list_views(json: Annotated[bool, typer.Option("--json", help="Print as JSON"
 
 
 @app.command()
-def check(view: Annotated[list[Path], typer.Argument(help="ViewDefinition files", metavar="VIEW.json…")]) -> None:
+def check(
+    view: Annotated[
+        list[Path] | None, typer.Argument(help="ViewDefinition files, or folders of them", metavar="[VIEW.json…]")
+    ] = None,
+    check_all: Annotated[
+        bool, typer.Option("--all", help="Check every view of FHIR_VIEWS, or of sql/views if it is not set")
+    ] = False,
+) -> None:
     """Print the problems of ViewDefinitions with their locations. The exit code is 1 if one is not valid.
 
-    A view is also not valid if Postgres could not have its table, with or without encryption keys.
+    A view is also not valid if Postgres could not have its table, with or without encryption keys, or, with --all, if
+    another view has its name.
     """
-    invalid = 0
-    for path in view:
-        try:
-            problems = check_view(read_definition(path))
-        except ViewError as error:
-            invalid += 1
-            errors.print(str(error), markup=False, soft_wrap=True)
-            continue
-        for problem in problems:
-            errors.print(
-                f"{path}: {problem.location}: {problem.severity}: {problem.message}", markup=False, soft_wrap=True
-            )
-        if any(problem.severity == "error" for problem in problems):
-            invalid += 1
-            continue
-        definition = read_view(path)
-        try:
-            for encrypted in (False, True):
-                build_layout(definition, encrypted=encrypted)
-        except ViewError as error:
-            invalid += 1
-            errors.print(f"{path}: error: {error}", markup=False, soft_wrap=True)
-            continue
-        console.print(
-            f"{path}: {definition.name}: {len(definition.columns)} columns of {definition.resource_type}", markup=False
-        )
-        for expression in definition.fallbacks:
-            console.print(f"  not compiled, so evaluated slowly: {expression}", markup=False, soft_wrap=True)
+    own = [find_view_folders(load_settings())[-1]] if check_all else []
+    paths = _list_files([*(view or ()), *own])
+    invalid = {path for path in paths if not _check_file(path)}
+    for broken in build_views(load_settings()).broken if check_all else ():
+        if broken.path in paths and broken.path not in invalid:
+            invalid.add(broken.path)
+            errors.print(broken.message, markup=False, soft_wrap=True)
+    if check_all or len(paths) > 1:
+        console.print(f"{len(paths)} views, {len(invalid)} of them not valid.")
     if invalid:
         raise typer.Exit(1)
+
+
+def _list_files(given: Sequence[Path]) -> list[Path]:
+    """Return the files, and the JSON files of the folders, in ``given``. Raises ConfigurationError if there is none."""
+    paths = [file for path in given for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    if not paths:
+        raise ConfigurationError("there is no ViewDefinition to check: name files or folders, or pass --all")
+    return list(dict.fromkeys(paths))
+
+
+def _check_file(path: Path) -> bool:
+    """Print the problems of the view in a file, or what it is. Return whether it is valid."""
+    views = _load_others(path)
+    try:
+        problems = find_problems(path, views)
+    except ViewError as error:
+        errors.print(str(error), markup=False, soft_wrap=True)
+        return False
+    for problem in problems:
+        errors.print(f"{path}: {problem.location}: {problem.severity}: {problem.message}", markup=False, soft_wrap=True)
+    if any(problem.severity == "error" for problem in problems):
+        return False
+    definition = read_view(path, views=views)
+    try:
+        for encrypted in (False, True):
+            build_layout(definition, encrypted=encrypted)
+    except ViewError as error:
+        errors.print(f"{path}: error: {error}", markup=False, soft_wrap=True)
+        return False
+    console.print(
+        f"{path}: {definition.name}: {len(definition.columns)} columns of {definition.resource_type}", markup=False
+    )
+    for expression in definition.fallbacks:
+        console.print(f"  not compiled, so evaluated slowly: {expression}", markup=False, soft_wrap=True)
+    return True
+
+
+def _load_others(path: Path) -> Mapping[str, View]:
+    """Return the views of the deployment that the view in a file may extend, by name; none if it extends no view."""
+    try:
+        if EXTENDS not in read_definition(path):
+            return {}
+    except ViewError:
+        return {}
+    others = load_views(find_view_folders(load_settings()), leave_out={path, path.resolve()})
+    return {view.name: view for view in others.views}
 
 
 @app.command()
@@ -97,7 +134,7 @@ def run(
     Lines that are not resources, and resources whose rows are not valid, are skipped: stderr lists them with file, line
     and reason, and the exit code is 1. The output contains the rows of all other resources.
     """
-    definition = read_view(view)
+    definition = read_view(view, views=_load_others(view))
     passed_over = 0
 
     def report(location: str, error: NotFhir | RowError) -> None:

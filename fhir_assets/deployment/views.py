@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fhir_assets.errors import ConfigurationError, ViewError
-from fhir_assets.fhir.references import normalize_bases
+from fhir_assets.fhir.references import Bases, normalize_bases
 from fhir_assets.fhir.views import BrokenView, View, ViewSet, load_views
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.postgres.db.schema_state import sql_folder
@@ -17,14 +17,7 @@ def build_views(settings: Settings) -> ViewSet:
     ConfigurationError if the folder of FHIR_VIEWS does not exist. Absolute references get keys if they begin with
     FHIR_BASE_URL or FHIR_LINK_BASE, through any ingestion channel; references to other servers get none.
     """
-    folders = [sql_folder() / "views", *([settings.fhir_views] if settings.fhir_views else [])]
-    if settings.fhir_views and not settings.fhir_views.is_dir():
-        raise ConfigurationError(
-            f"FHIR_VIEWS: there is no folder {settings.fhir_views}: create it, or correct the setting"
-        )
-    loaded = load_views(
-        [Path(folder) for folder in folders], normalize_bases([settings.fhir_base_url, settings.fhir_link_base])
-    )
+    loaded = load_views(find_view_folders(settings), find_reference_bases(settings))
     views: list[View] = []
     broken = list(loaded.broken)
     for view in loaded.views:
@@ -35,3 +28,17 @@ def build_views(settings: Settings) -> ViewSet:
         else:
             views.append(view)
     return ViewSet(tuple(views), tuple(broken))
+
+
+def find_view_folders(settings: Settings) -> list[Path]:
+    """Return the folder of the shipped views, and FHIR_VIEWS. Raises ConfigurationError if that does not exist."""
+    if settings.fhir_views and not settings.fhir_views.is_dir():
+        raise ConfigurationError(
+            f"FHIR_VIEWS: there is no folder {settings.fhir_views}: create it, or correct the setting"
+        )
+    return [sql_folder() / "views", *([Path(settings.fhir_views)] if settings.fhir_views else [])]
+
+
+def find_reference_bases(settings: Settings) -> Bases:
+    """Return the base URLs whose absolute references make keys."""
+    return normalize_bases([settings.fhir_base_url, settings.fhir_link_base])

@@ -246,6 +246,18 @@ def test_an_export_that_lacks_the_table_of_a_broken_view_says_so(
     assert CliRunner().invoke(app, ["export", "all", "-o", str(tmp_path / "out"), "--valid"]).exit_code == 0
 
 
+def test_an_extended_view_adds_its_columns_to_the_table_of_its_name(deployment: Deployment, folder: Path) -> None:
+    assert load(deployment) == (True, "")
+    extension = {"extends": "patient", "select": [{"column": [TWIN]}]}
+    (folder / "mine.json").write_text(json.dumps(extension))
+    done = migrate(deployment)
+    assert done.returncode == 0, done.stderr
+    assert deployment.query("SELECT id, twin, birth_date::text FROM fhir.patient ORDER BY 1") == [
+        ("a", True, "1980-02-03"),
+        ("b", None, None),
+    ]
+
+
 def test_a_folder_of_views_that_does_not_exist_is_an_error(deployment: Deployment, folder: Path) -> None:
     folder.rmdir()
     with pytest.raises(ConfigurationError, match="FHIR_VIEWS: there is no folder"):

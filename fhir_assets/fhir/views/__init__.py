@@ -7,7 +7,14 @@ from fhir_assets.fhir.views.compiled_views import CompiledViews, RowError
 from fhir_assets.fhir.views.definition import Problem, View, check_view, parse_view
 from fhir_assets.fhir.views.plan import Column
 from fhir_assets.fhir.views.row_identity import ReferenceColumn, find_reference_columns
-from fhir_assets.fhir.views.view_files import BrokenView, ViewSet, load_views, read_definition, read_view
+from fhir_assets.fhir.views.view_files import (
+    BrokenView,
+    ViewSet,
+    find_problems,
+    load_views,
+    read_definition,
+    read_view,
+)
 
 __all__ = [
     "BrokenView",
@@ -19,6 +26,7 @@ __all__ = [
     "View",
     "ViewSet",
     "check_view",
+    "find_problems",
     "find_reference_columns",
     "load_views",
     "parse_view",

@@ -1,6 +1,6 @@
 """Load ViewDefinitions from files and folders. An invalid file does not prevent the other files from loading."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +10,10 @@ import orjson
 
 from fhir_assets.errors import ViewError
 from fhir_assets.fhir.references import Bases
-from fhir_assets.fhir.views.definition import View, parse_view
+from fhir_assets.fhir.views.definition import Problem, View, check_view, parse_view
+from fhir_assets.fhir.views.extension import EXTENDS, extend, restore_locations
+
+_NO_VIEWS: Mapping[str, View] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +37,35 @@ def read_definition(path: Path) -> dict[str, Any]:
     return _decode(path, _read(path))
 
 
-def read_view(path: Path, reference_bases: Bases = None) -> View:
-    """Read and parse the ViewDefinition in a file. Raises ViewError if the file cannot be read or is invalid."""
-    return replace(_parse(path, _read(path)), reference_bases=reference_bases)
+def read_view(path: Path, reference_bases: Bases = None, *, views: Mapping[str, View] = _NO_VIEWS) -> View:
+    """Read and parse the ViewDefinition in a file.
+
+    ``views`` are the views, by name, that it may extend. Raises ViewError if the file cannot be read or is invalid.
+    """
+    return _complete(path, _parse(path, _read(path)), reference_bases, views)
+
+
+def _complete(path: Path, parsed: View | dict[str, Any], reference_bases: Bases, views: Mapping[str, View]) -> View:
+    """Return the view of a file. ``parsed`` is the result of ``_parse``."""
+    if isinstance(parsed, View):
+        return replace(parsed, reference_bases=reference_bases)
+    definition, base = extend(parsed, views, str(path))
+    try:
+        return parse_view(definition, path, reference_bases)
+    except ViewError as error:
+        raise ViewError(restore_locations(str(error), base)) from None
+
+
+def find_problems(path: Path, views: Mapping[str, View]) -> list[Problem]:
+    """Return all problems of the ViewDefinition in a file, which may extend one of ``views``.
+
+    Raises ViewError if the file cannot be read, or if it extends no view.
+    """
+    definition = read_definition(path)
+    if EXTENDS not in definition:
+        return check_view(definition)
+    extended, base = extend(definition, views, str(path))
+    return [replace(problem, location=restore_locations(problem.location, base)) for problem in check_view(extended)]
 
 
 def _read(path: Path) -> bytes:
@@ -57,28 +86,43 @@ def _decode(path: Path, content: bytes) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1024)
-def _parse(path: Path, content: bytes) -> View:
-    """Parse the content of a file. The result is cached, because commands read all views several times."""
-    return parse_view(_decode(path, content), path)
+def _parse(path: Path, content: bytes) -> View | dict[str, Any]:
+    """Parse the content of a file, unless it extends another view: then its JSON is returned.
 
-
-def load_views(folders: Sequence[Path], reference_bases: Bases = None) -> ViewSet:
-    """Load every ``*.json`` file of the folders. A view whose name another view already has is reported as broken.
-
-    Absolute references have keys only if they begin with one of ``reference_bases``; None: any.
+    The result is cached, because commands read all views several times.
     """
-    paths = [path for folder in folders for path in sorted(folder.glob("*.json"))]
-    views: dict[str, View] = {}
-    broken: list[BrokenView] = []
+    definition = _decode(path, content)
+    return definition if EXTENDS in definition else parse_view(definition, path)
+
+
+def load_views(folders: Sequence[Path], reference_bases: Bases = None, *, leave_out: Collection[Path] = ()) -> ViewSet:
+    """Load every ``*.json`` file of the folders but those of ``leave_out``.
+
+    A view whose name another view already has is reported as broken, unless it extends that view. Views that extend
+    others are read after the others, in the order of the files. Absolute references have keys only if they begin with
+    one of ``reference_bases``; None: any.
+    """
+    paths = [path for folder in folders for path in sorted(folder.glob("*.json")) if path not in leave_out]
+    parsed: list[tuple[Path, View | dict[str, Any]]] = []
+    broken: dict[Path, str] = {}
     for path in paths:
         try:
-            view = read_view(path, reference_bases)
+            parsed.append((path, _parse(path, _read(path))))
         except ViewError as error:
-            broken.append(BrokenView(path, str(error)))
+            broken[path] = str(error)
+    views: dict[str, View] = {}
+    for path, content in sorted(parsed, key=lambda item: not isinstance(item[1], View)):
+        try:
+            view = _complete(path, content, reference_bases, views)
+        except ViewError as error:
+            broken[path] = str(error)
             continue
-        if view.name in views:
+        if view.name in views and (isinstance(content, View) or content[EXTENDS] != view.name):
             other = views[view.name].path
-            broken.append(BrokenView(path, f'{path}: name: "{view.name}" is already the name of the view in {other}'))
+            broken[path] = f'{path}: name: "{view.name}" is already the name of the view in {other}'
         else:
             views[view.name] = view
-    return ViewSet(tuple(sorted(views.values(), key=lambda view: view.name)), tuple(broken))
+    return ViewSet(
+        tuple(sorted(views.values(), key=lambda view: view.name)),
+        tuple(BrokenView(path, broken[path]) for path in paths if path in broken),
+    )
