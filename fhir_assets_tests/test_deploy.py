@@ -124,6 +124,16 @@ def test_the_job_that_migrates_is_a_command_that_exists() -> None:
     assert [exists(command) for command in commands(container["command"])] == [True]
 
 
+def test_the_deployment_of_the_post_loader_names_a_command_and_settings_that_exist() -> None:
+    deployment = yaml.safe_load((ROOT / "deploy" / "k8s" / "post-loader.yaml").read_text())
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert [exists(command) for command in commands(container["command"])] == [True]
+    assert [entry["name"] for entry in container["env"] if not known(entry["name"])] == []
+    (code,) = values()["dagster-user-deployments"]["deployments"]
+    shared = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert {name: value for name, value in shared.items() if code["env"].get(name, value) != value} == {}
+
+
 def test_the_run_launcher_of_the_values_keeps_its_schema() -> None:
     launcher = values()["runLauncher"]["config"]["k8sRunLauncher"]
     config = {snake(name): value for name, value in launcher.items()}

@@ -174,6 +174,7 @@ class AppContext:
                 audit_record for submission in submissions for audit_record in submission.audit_records
             ),
             before_commit=decide,
+            posted=True,
         )
 
     def render_metrics(self) -> tuple[bytes, str]:

@@ -69,8 +69,8 @@ def ingest_records(context: Context, caller: CurrentCaller, body: RawBody, key: 
     """Each record is validated at once and accepted or rejected independently of the others; the answer lists the
     issues of each record. If every record is rejected, the status is 422.
 
-    Accepted records are stored in `raw` before the answer; the sensor `load_received` starts the
-    run that loads them into the tables.
+    Accepted records are stored in `raw` before the answer. A post loader loads them into the tables within seconds;
+    without one, the sensor `load_received` starts the run that loads them.
     """
 
     def work(origin: str) -> Response:

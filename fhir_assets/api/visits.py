@@ -1,4 +1,7 @@
-"""Routes that take lists of visits. A list is written to the landing zone as a CSV file, which Dagster loads."""
+"""Routes that take lists of visits. A list is written to the landing zone as a CSV file.
+
+The post loader loads the file, or Dagster if no post loader runs.
+"""
 
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -17,7 +20,7 @@ from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.fhir.intake.schemas import load_schema
 from fhir_assets.privacy.audit import AuditRecord
-from fhir_assets.warehouse.ops import visits
+from fhir_assets.warehouse.ops import landing_files, visits
 from fhir_assets.warehouse.ops.visits import VisitFileState, VisitPost
 
 router = APIRouter(tags=["visits"])
@@ -62,7 +65,7 @@ class VisitsTask(BaseModel):
     task_id: str = Field(examples=[_TASK_EXAMPLE])
     csv_filename: str = Field(examples=[f"visits-{_TASK_EXAMPLE}.csv"])
     status: Literal["waiting", "received", "loaded", "failed"] = Field(
-        description="`waiting` for Dagster; `received`: in raw; `loaded`: in the tables; `failed`: is retried"
+        description="`waiting` to be received; `received`: in raw; `loaded`: in the tables; `failed`: is retried"
     )
     records_received: int
     records_rejected: int
@@ -110,8 +113,8 @@ _VISITS_BODY: dict[str, Any] = {
 )
 def ingest_visits(context: Context, caller: CurrentCaller, body: RawBody, key: IdempotencyKey = None) -> Response:
     """A list of visits. The answer lists the invalid records, each with all of its errors. The other records are in a
-    CSV file in the landing zone before the answer is sent, and Dagster loads that file. If all records are invalid, the
-    status is 422 and no file is written.
+    CSV file in the landing zone before the answer is sent. A post loader loads it within seconds; without one, Dagster
+    does. If all records are invalid, the status is 422 and no file is written.
     """
 
     def work(_: str) -> Response:
@@ -184,9 +187,10 @@ def _write_file(context: AppContext, caller: Caller, valid: list[dict[str, str]]
     with context.connection() as conn:
         visits.record_post(conn, post)
         try:
-            context.zone.put(post.csv_filename, visits_csv.write(valid))
+            file = context.zone.put(post.csv_filename, visits_csv.write(valid))
         except (StoreError, ConfigurationError) as error:
             raise Problem(503, str(error), headers={"Retry-After": "5"}) from None
+        landing_files.record_posted(conn, post.zone, file)
     context.record_audit(audit_record)
     return post
 

@@ -130,6 +130,11 @@ COMMANDS = {
         "app",
         "Serve the HTTP API (intake of records, patient look-ups, runs) and create tokens for it.",
     ),
+    "post-loader": CommandSource(
+        "fhir_assets.cli.post_loader",
+        "post_loader",
+        "Load posts to the HTTP API within seconds, until SIGTERM or Ctrl-C; a load in progress is completed first.",
+    ),
     "sandbox": CommandSource(
         "fhir_assets.cli.sandbox",
         "sandbox",

@@ -55,6 +55,7 @@ def dev(
 def serve_ui(settings: Settings, port: int | None) -> None:
     """Run the code server, the UI and the daemon until interrupted, and restart each of them that exits.
 
+    With API_TOKENS the post loader runs too, because `fhir-assets api` can be started beside this command.
     The embedded Postgres, if it is used, is restarted too. The default of ``port`` is DEFAULT_PORT. Raises
     ConfigurationError if a process exits repeatedly after its start.
     """
@@ -66,6 +67,9 @@ def serve_ui(settings: Settings, port: int | None) -> None:
     with TemporaryDirectory(prefix="fhir_assets_dev_") as folder:
         try:
             _start_services(supervisor, Path(folder), port)
+            if settings.api_tokens:
+                post_loader = [sys.executable, "-c", "from fhir_assets.cli import main; main()", "post-loader"]
+                supervisor.start(Service("The post loader", post_loader))
             console.print(f"Dagster UI: [bold]http://127.0.0.1:{port}[/bold]  (Ctrl-C stops it)")
             supervisor.run(*([] if settings.db_url else [lambda: _keep_postgres(settings)]))
         except KeyboardInterrupt:

@@ -43,6 +43,7 @@ def _print(state: Status) -> None:
     runs = ", ".join(f"{count:,} {name.lower()}" for name, count in state.activity.unfinished_runs.items())
     console.print(f"Runs: {runs or 'none is queued or running'}")
     console.print(f"Windows with received resources that are not loaded yet: {state.waiting:,}")
+    console.print(f"Post loader: {'runs' if state.post_loader else 'does not run: Dagster loads posts'}")
     console.print(f"Open incidents: {len(state.incidents):,}")
     for disk in state.disks:
         console.print(

@@ -50,7 +50,7 @@ def record_step(
             check()
         yield
     except BaseException as error:
-        reason = _describe(error)
+        reason = describe_error(error)
         _log.error("step failed", extra={**fields, "reason": reason})
         # Without a database the failure cannot be recorded: the next load sees that the run holds no advisory lock.
         with suppress(DatabaseUnavailable), warehouse.connect() as conn:
@@ -78,10 +78,11 @@ def sanitized_errors() -> Iterator[None]:
     except dg.Failure:
         raise
     except Exception as error:
-        raise dg.Failure(_describe(error), allow_retries=False) from None
+        raise dg.Failure(describe_error(error), allow_retries=False) from None
 
 
-def _describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
+    """Return the message of a ``FhirAssetsError``, and only type and code line of any other exception."""
     if isinstance(error, FhirAssetsError):
         return str(error)
     if isinstance(error, GeneratorExit):

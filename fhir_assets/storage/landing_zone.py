@@ -1,11 +1,11 @@
 """The landing zone: a folder or a bucket that others put files into. Files in it are never moved or deleted."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from fhir_assets.atomic_files import replace_file
 from fhir_assets.errors import ConfigurationError, StoreError
@@ -41,8 +41,8 @@ class Zone(Protocol):
         """Open a file for reading. Raises StoreError."""
         ...
 
-    def put(self, name: str, content: bytes) -> None:
-        """Write a file, which appears complete. Raises StoreError."""
+    def put(self, name: str, content: bytes) -> LandingFile:
+        """Write a file, which appears complete, and return it as it is listed. Raises StoreError."""
         ...
 
 
@@ -70,9 +70,7 @@ class FolderZone:
                 except FileNotFoundError:
                     continue  # deleted since it was listed
                 if not name.startswith(".") and path.is_file():
-                    written = datetime.fromtimestamp(stat.st_mtime, UTC)
-                    relative = path.relative_to(self.root).as_posix()
-                    yield LandingFile(relative, stat.st_size, str(stat.st_mtime_ns), written)
+                    yield self._describe(path, stat)
 
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading. Raises StoreError."""
@@ -83,18 +81,23 @@ class FolderZone:
                 f"a file of the landing zone cannot be read: {error.strerror or type(error).__name__}"
             ) from None
 
-    def put(self, name: str, content: bytes) -> None:
-        """Write a file, which appears complete. Raises StoreError."""
+    def put(self, name: str, content: bytes) -> LandingFile:
+        """Write a file, which appears complete, and return it as it is listed. Raises StoreError."""
         path = self.root / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replace_file(path) as file:
                 file.write(content)
                 path.with_name(path.name + DONE).touch()
+            return self._describe(path, path.stat())
         except OSError as error:
             raise StoreError(
                 f"a file cannot be written to the landing zone: {error.strerror or type(error).__name__}"
             ) from None
+
+    def _describe(self, path: Path, stat: os.stat_result) -> LandingFile:
+        written = datetime.fromtimestamp(stat.st_mtime, UTC)
+        return LandingFile(path.relative_to(self.root).as_posix(), stat.st_size, str(stat.st_mtime_ns), written)
 
 
 class BucketZone:
@@ -112,18 +115,19 @@ class BucketZone:
             name = entry["Name"]
             if name.endswith("/") or any(part.startswith(".") for part in name.split("/")):
                 continue
-            # S3 reports whole seconds. The last microsecond of the second sorts the object after files of other zones
-            # that were written in the same second.
-            written = entry["LastModified"].astimezone(UTC).replace(microsecond=999_999)
-            yield LandingFile(name, entry["Size"], entry["ETag"].strip('"'), written)
+            yield _describe_object(entry)
 
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading. Raises StoreError."""
         return self.bucket.open(name)
 
-    def put(self, name: str, content: bytes) -> None:
-        """Write a file, which appears complete. Raises StoreError."""
+    def put(self, name: str, content: bytes) -> LandingFile:
+        """Write a file, which appears complete, and return it as it is listed. Raises StoreError."""
         self.bucket.put(name, content)
+        for entry in self.bucket.listing(name):
+            if entry["Name"] == name:
+                return _describe_object(entry)
+        raise StoreError(f"{self.url} does not list a file that was written to it: try again")
 
 
 class EncryptedZone:
@@ -143,10 +147,20 @@ class EncryptedZone:
         """Open a file for reading. Raises StoreError."""
         return decrypt_stream(self._zone.open(name), self._cipher)
 
-    def put(self, name: str, content: bytes) -> None:
-        """Write a file, which appears complete. Raises StoreError."""
+    def put(self, name: str, content: bytes) -> LandingFile:
+        """Write a file, which appears complete, and return it as it is listed. Raises StoreError."""
         stored = b"".join([MARK, *encrypt_frames(content, self._cipher)]) if self._cipher.encrypts else content
-        self._zone.put(name, stored)
+        return self._zone.put(name, stored)
+
+
+def _describe_object(entry: Mapping[str, Any]) -> LandingFile:
+    """Return an object of a bucket.
+
+    S3 reports whole seconds. The last microsecond of the second sorts the object after files of other zones that were
+    written in the same second.
+    """
+    written = entry["LastModified"].astimezone(UTC).replace(microsecond=999_999)
+    return LandingFile(entry["Name"], entry["Size"], entry["ETag"].strip('"'), written)
 
 
 def open_zone(url: str, *, bucket: Callable[[str], Bucket]) -> Zone:

@@ -104,7 +104,7 @@ def test_the_services_of_compose_start_and_find_each_other(tmp_path: Path, empty
     services = Services(tmp_path, empty_database)
     services.run("migrate")
     with ExitStack() as stack:
-        names = ("code_location", "webserver", "daemon", "api")
+        names = ("code_location", "webserver", "daemon", "api", "post_loader")
         processes = [stack.enter_context(services.start(name)) for name in names]
 
         def is_up() -> bool:

@@ -14,6 +14,8 @@ import psutil
 import pytest
 import requests
 
+from fhir_assets_tests.support.api import TOKENS
+
 QUERY = """
 {
   workspaceOrError { ... on Workspace { locationEntries { name locationOrLoadError { __typename } } } }
@@ -25,6 +27,7 @@ PARTS = {
     "The work of the code server": r"dagster api grpc",
     "The UI": r"dagster_webserver",
     "The daemon": r"dagster\._daemon",
+    "The post loader": r"main\(\) post-loader",
     "The embedded Postgres": r"bin/postgres",
 }
 
@@ -74,7 +77,7 @@ def test_each_process_of_dev_comes_back_after_sigkill(tmp_path: Path) -> None:
         for name, value in os.environ.items()
         if name not in ("DAGSTER_HOME", "DAGSTER_POSTGRES_URL", "DB_URL")
     }
-    environment |= {"FHIR_ASSETS_HOME": str(tmp_path / "home"), "FHIR_RESOURCE_TYPES": "Patient"}
+    environment |= {"FHIR_ASSETS_HOME": str(tmp_path / "home"), "FHIR_RESOURCE_TYPES": "Patient", "API_TOKENS": TOKENS}
     command = [sys.executable, "-c", "from fhir_assets.cli import main; main()", "dev"]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)

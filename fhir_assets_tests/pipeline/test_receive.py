@@ -101,7 +101,7 @@ def test_an_origin_that_failed_is_not_received_and_can_be_received_again(
     assert store.manifest("raw", "Patient", KEY) is None
     # Also if the process was killed after raw was committed and before the origin was recorded.
     with monkeypatch.context() as patched:
-        patched.setattr(received, "record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(received, "record", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             receiver.receive([record("a"), record("b")], "landing:x")
     assert ids(store) == ["a", "b"]

@@ -251,7 +251,7 @@ def test_a_file_that_was_killed_before_it_was_recorded_is_received_again_without
 ) -> None:
     deployment.put("a.csv", [visit("1", "V1"), visit("1", "V2", "Byron"), visit("2", "V3")])
     with monkeypatch.context() as patched:
-        patched.setattr(received, "record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(received, "record", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             deployment.receive()
     assert len(deployment.raw("Encounter")) == 3

@@ -7,24 +7,21 @@ from time import perf_counter
 import dagster as dg
 
 from fhir_assets.catalog import BY_NAME, ResourceType
-from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import BrokenView, View
 from fhir_assets.orchestration.asset_attributes import build_asset_attributes, build_documentation
 from fhir_assets.orchestration.checks.after_load import log_checks_after_load
 from fhir_assets.orchestration.checks.window import DEAD_LETTER_RATE, WindowChecks, window_check_specs
-from fhir_assets.orchestration.consent import apply_consent
 from fhir_assets.orchestration.failures import record_step, sanitized_errors
 from fhir_assets.orchestration.io_managers.postgres import LoadedView
+from fhir_assets.orchestration.loads import load_windows
 from fhir_assets.orchestration.run_context import RunContext, step_tags
 from fhir_assets.orchestration.step_log import describe_counts, describe_rules, log_line
 from fhir_assets.orchestration.window_metadata import PARTITION_ROW_COUNT, add_window_metadata
-from fhir_assets.pipeline.load.conditional_references import ConditionalReferenceStep
-from fhir_assets.pipeline.load.step import LoadResult, LoadStep
+from fhir_assets.pipeline.load.step import LoadResult
 from fhir_assets.pipeline.lost_manifests import require_manifests
 from fhir_assets.pipeline.reconcile.verdicts import evaluate_windows
 from fhir_assets.pipeline.reconcile.window_counts import find_main_view
-from fhir_assets.pipeline.replay.load_step import ReplayLoadStep
 from fhir_assets.pipeline.sources.binding import SourceBinding
 from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.settings import Settings
@@ -103,34 +100,9 @@ def _build_normalized_step(
                 validated = store.manifests("validated", resource_type.key, run.partition_keys)
                 with warehouse.connect() as conn:
                     require_manifests(conn, store, run.run_id, "validated", name, run.partition_keys, validated)
-                step = LoadStep(
-                    store,
-                    warehouse.connect,
-                    selected,
-                    all_views=len(selected) == len(views),
-                    run_id=run.run_id,
-                    refresh=run.refresh,
-                    workers=workers,
-                    consent_gate=build_consent_gate(settings),
+                loaded = load_windows(
+                    settings, store, warehouse, workers, run, name, selected=selected, all_views=all_views
                 )
-                apply_consent(settings, warehouse, all_views, run)
-                with warehouse.table_loads.slot():
-                    loaded = step.run(name, run.windows.windows)
-                if run.replay and len(selected) == len(views):
-                    replay = ReplayLoadStep(
-                        warehouse.connect,
-                        selected,
-                        run_id=run.run_id,
-                        also_open=run.replay == "open",
-                        consent_gate=build_consent_gate(settings),
-                    )
-                    with warehouse.table_loads.slot():
-                        replay.run(name, run.windows.windows)
-                released = apply_consent(settings, warehouse, all_views, run).released
-                if loaded.resources or run.replay or released:
-                    ConditionalReferenceStep(
-                        warehouse.connect, all_views, run_id=run.run_id, consent_gate=build_consent_gate(settings)
-                    ).run()
                 resolved_windows = sorted(loaded.resolved_windows.difference(run.partition_keys))[:MAX_OTHER_WINDOWS]
                 seconds = perf_counter() - started
                 metadata = _metadata(loaded, seconds)

@@ -37,17 +37,28 @@ def log_checks_after_load(
 
     The run does not plan these checks, so that a run without this step does not change their results.
     """
+    log_evaluations(context, evaluate_after_load(context.instance, conn, settings, resource_type, views))
+
+
+def evaluate_after_load(
+    instance: dg.DagsterInstance,
+    conn: Session,
+    settings: Settings,
+    resource_type: ResourceType,
+    views: Sequence[View],
+) -> list[dg.AssetCheckEvaluation]:
+    """Return the evaluations of the checks after the latest materialization; none if there was no materialization."""
     asset = dg.AssetKey(["normalized", resource_type.key])
-    records = context.instance.fetch_materializations(asset, limit=1).records
+    records = instance.fetch_materializations(asset, limit=1).records
     if not records:
-        return
+        return []
     target = AssetCheckEvaluationTargetMaterializationData(
         storage_id=records[0].storage_id, run_id=records[0].run_id, timestamp=records[0].timestamp
     )
     evaluator = TableEvaluator(settings, resource_type, views)
     existing = view_tables.find_existing_tables(conn, views)
     results = [evaluator.evaluate(conn, existing, name) for name in list_table_checks(settings) if name in AFTER_LOAD]
-    log_evaluations(context, [_to_evaluation(asset, result, target) for result in results])
+    return [_to_evaluation(asset, result, target) for result in results]
 
 
 def _to_evaluation(

@@ -17,7 +17,7 @@ from fhir_assets.fhir.record import Deletion, Record, RejectedInput
 from fhir_assets.pipeline.landing import visit_resources
 from fhir_assets.pipeline.receive.receiver import Received, Receiver
 from fhir_assets.storage.landing_zone import DONE, LandingFile, Zone
-from fhir_assets.warehouse.ops import landing_files
+from fhir_assets.warehouse.ops import landing_files, post_lane
 from fhir_assets.warehouse.ops import visits as ledger
 from fhir_assets.warehouse.ops.landing_files import ReadyFile
 from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session
@@ -93,11 +93,18 @@ class LandingStep:
         """Record the files of the zone in the database. Return the number of files that are ready to be received.
 
         A file is complete if it did not change since the last scan or has a ``.done`` marker file. With
-        ``assume_complete`` every file counts as complete. Raises StoreError or DatabaseUnavailable.
+        ``assume_complete`` every file counts as complete. Posts that are reserved for the post loader are not counted.
+        Raises StoreError or DatabaseUnavailable.
         """
+        now = self._now()
         with self._connect() as conn, conn.transaction():
             landing_files.record_listing(conn, self._zone.url, self._list_files(assume_complete))
-            return len(landing_files.find_ready(conn, self._zone.url, now=self._now(), limit=MAX_FILES_PER_RUN))
+            reserved_since = post_lane.find_reserved_since(conn, now)
+            return len(
+                landing_files.find_ready(
+                    conn, self._zone.url, now=now, limit=MAX_FILES_PER_RUN, reserved_since=reserved_since
+                )
+            )
 
     def run(self, run_id: str, *, on_received: Callable[[Received], None] = lambda _: None) -> LandingResult:
         """Receive the waiting files: oldest first, then the visit files in batches.
@@ -108,10 +115,21 @@ class LandingStep:
         Raises DatabaseUnavailable and other transient errors.
         """
         self._receiver.check()
-        totals = _Totals()
         with self._connect() as conn:
             waiting = landing_files.find_ready(conn, self._zone.url, now=self._now(), limit=MAX_FILES_PER_RUN)
-        totals.files = len(waiting)
+        return self._receive_files(waiting, run_id, on_received)
+
+    def run_posted(self, run_id: str) -> LandingResult:
+        """Receive the posted files that wait, and no others. Raises as ``run``."""
+        self._receiver.check()
+        with self._connect() as conn:
+            waiting = landing_files.find_posted(conn, self._zone.url, limit=MAX_FILES_PER_RUN)
+        return self._receive_files(waiting, run_id, lambda _: None)
+
+    def _receive_files(
+        self, waiting: Sequence[ReadyFile], run_id: str, on_received: Callable[[Received], None]
+    ) -> LandingResult:
+        totals = _Totals(len(waiting))
         for file in waiting:
             if not formats.is_visits_file(file.name):
                 with self._record_failures(file, run_id, totals):
@@ -214,7 +232,9 @@ class LandingStep:
         received = None
         while remaining and received is None:
             try:
-                received = self._receiver.receive_in_transaction(resources, received_as)
+                received = self._receiver.receive_in_transaction(
+                    resources, received_as, posted=all(file.posted for file in remaining)
+                )
             except FhirAssetsError as error:
                 if current is None or isinstance(error, TransientError):
                     raise

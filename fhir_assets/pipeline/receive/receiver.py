@@ -85,6 +85,7 @@ class Receiver:
         *,
         audit_records: Callable[[Received], Iterable[AuditRecord]] = lambda _: (),
         before_commit: Callable[[Session], None] = lambda _: None,
+        posted: bool = False,
     ) -> Received:
         """Receive all records of ``origin`` as a stream: write each one to raw or record it as a dead letter.
 
@@ -95,12 +96,12 @@ class Receiver:
         written to the window of its ``lastUpdated``, or of its arrival if that is missing or does not count.
 
         The ``audit_records`` are written in the transaction that records the origin as received, and ``before_commit``
-        may write to it.
+        may write to it. ``posted`` states that the records were posted over HTTP: the post loader is notified.
 
         Raises StoreError, DatabaseUnavailable, Overtaken, and the errors of ``records``.
         """
         return self.receive_in_transaction(
-            lambda _: records, origin, audit_records=audit_records, before_commit=before_commit
+            lambda _: records, origin, audit_records=audit_records, before_commit=before_commit, posted=posted
         )
 
     def receive_in_transaction(
@@ -110,6 +111,7 @@ class Receiver:
         *,
         audit_records: Callable[[Received], Iterable[AuditRecord]] = lambda _: (),
         before_commit: Callable[[Session], None] = lambda _: None,
+        posted: bool = False,
     ) -> Received:
         """Receive like ``receive``, with records from ``read_records``.
 
@@ -121,7 +123,7 @@ class Receiver:
             received.lock_origin(conn, origin)
             if earlier := received.list_by_origin(conn, origin):
                 return Received(origin, tuple(earlier), already_received=True)
-            return self._receive(conn, read_records(conn), origin, audit_records, before_commit)
+            return self._receive(conn, read_records(conn), origin, audit_records, before_commit, posted)
 
     def _receive(
         self,
@@ -130,6 +132,7 @@ class Receiver:
         origin: str,
         audit_records: Callable[[Received], Iterable[AuditRecord]],
         before_commit: Callable[[Session], None],
+        posted: bool,
     ) -> Received:
         now = self._now()
         origin_writer = _OriginWriter(self._scheme, self.resource_types, origin, now)
@@ -143,7 +146,7 @@ class Receiver:
         _require_lock(conn)
         rewrite_partitions(self._connect, self._store, origin_writer.build_manifests(parts, windows), _merge)
         result = Received(origin, tuple(windows), origin_writer.skipped)
-        received.record(conn, origin, windows, origin_writer.arrivals)
+        received.record(conn, origin, windows, origin_writer.arrivals, posted=posted)
         before_commit(conn)
         audit_log.record(conn, *audit_records(result))
         conn.commit()

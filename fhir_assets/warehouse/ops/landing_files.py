@@ -9,6 +9,7 @@ from psycopg import sql
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
+from fhir_assets.warehouse.ops import post_lane
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 FIRST_WAIT_SECONDS = 60
@@ -55,13 +56,17 @@ class ListedFile(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ReadyFile:
-    """A complete file to be received. ``batch`` is the batch it is assigned to, None if it has no batch yet."""
+    """A complete file to be received. ``batch`` is the batch it is assigned to, None if it has no batch yet.
+
+    ``posted`` states that the HTTP API wrote it.
+    """
 
     name: str
     size: int
     mark: str
     written: datetime
     batch: str | None = None
+    posted: bool = False
 
 
 def record_listing(conn: Connection, zone: str, files: Iterable[tuple[ListedFile, bool | None]]) -> None:
@@ -89,6 +94,8 @@ def record_listing(conn: Connection, zone: str, files: Iterable[tuple[ListedFile
             WHERE source = ops.current_source()
                 AND zone = %s
                 AND status <> 'loaded'
+                -- The zone may have been listed before the API wrote the file.
+                AND NOT (posted AND found_at > clock_timestamp() - interval '10 minutes')
                 AND NOT EXISTS (SELECT FROM listing s WHERE s.name = f.name)
             """,
             [zone],
@@ -97,11 +104,44 @@ def record_listing(conn: Connection, zone: str, files: Iterable[tuple[ListedFile
         cursor.execute("DROP TABLE listing")
 
 
-def find_ready(conn: Connection, zone: str, *, now: datetime, limit: int) -> list[ReadyFile]:
-    """Return at most ``limit`` files to receive, oldest first. Failed files are included after their waiting time."""
+def record_posted(conn: Connection, zone: str, file: ListedFile) -> None:
+    """Record a file that the HTTP API has written as ready. The commit wakes the post loader."""
+    conn.execute(
+        """
+        INSERT INTO ops.landing_files AS f (zone, name, size, mark, written_at, status, posted)
+        VALUES (%s, %s, %s, %s, %s, 'ready', true)
+        ON CONFLICT (zone, name, source) DO UPDATE SET posted = true
+        """,
+        [zone, file.name, file.size, file.mark, file.written],
+    )
+    post_lane.notify(conn)
+
+
+def find_posted(conn: Connection, zone: str, *, limit: int) -> list[ReadyFile]:
+    """Return at most ``limit`` posted files to receive, oldest first, without those that failed before."""
     rows = conn.execute(
         """
-        SELECT name, size, mark, written_at, batch
+        SELECT name, size, mark, written_at, batch, posted
+        FROM ops.landing_files
+        WHERE source = ops.current_source() AND zone = %s AND posted AND status = 'ready'
+        ORDER BY written_at, name
+        LIMIT %s
+        """,
+        [zone, limit],
+    )
+    return [ReadyFile(*row) for row in rows]
+
+
+def find_ready(
+    conn: Connection, zone: str, *, now: datetime, limit: int, reserved_since: datetime | None = None
+) -> list[ReadyFile]:
+    """Return at most ``limit`` files to receive, oldest first. Failed files are included after their waiting time.
+
+    With ``reserved_since``, files that were posted since then are left out (see ``post_lane``).
+    """
+    rows = conn.execute(
+        """
+        SELECT name, size, mark, written_at, batch, posted
         FROM ops.landing_files
         WHERE source = ops.current_source()
             AND zone = %(zone)s
@@ -111,6 +151,10 @@ def find_ready(conn: Connection, zone: str, *, now: datetime, limit: int) -> lis
                     AND tried_at < %(now)s
                         - least(%(first)s * power(2, least(attempts, 20) - 1), %(longest)s) * interval '1 second'
             )
+            AND (
+                %(reserved_since)s::timestamptz IS NULL
+                OR NOT (posted AND status = 'ready' AND found_at >= %(reserved_since)s)
+            )
         ORDER BY written_at, name
         LIMIT %(limit)s
         """,
@@ -118,6 +162,7 @@ def find_ready(conn: Connection, zone: str, *, now: datetime, limit: int) -> lis
             "zone": zone,
             "now": now,
             "limit": limit,
+            "reserved_since": reserved_since,
             "first": FIRST_WAIT_SECONDS,
             "longest": LONGEST_WAIT_SECONDS,
         },

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from fhir_assets.warehouse.ops import post_lane
 from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
@@ -40,6 +41,15 @@ class PendingWindow:
     asked: int
 
 
+@dataclass(frozen=True, slots=True)
+class PostedWindow:
+    """A window of a type with posted resources that are not loaded yet. ``rows`` counts these resources."""
+
+    resource_type: str
+    partition_key: str
+    rows: int
+
+
 def lock_origin(conn: Connection, origin: str) -> None:
     """Lock an origin until this connection closes. Waits while another connection holds the lock. Commits."""
     conn.execute("SELECT pg_advisory_lock(%s, hashtext(%s))", [advisory_locks.RECEIVED_ORIGIN, origin])
@@ -62,19 +72,25 @@ def list_by_origin(conn: Connection, origin: str) -> list[ReceivedWindow]:
 
 
 def record(
-    conn: Connection, origin: str, windows: Sequence[ReceivedWindow], arrivals: Collection[datetime] = ()
+    conn: Connection,
+    origin: str,
+    windows: Sequence[ReceivedWindow],
+    arrivals: Collection[datetime] = (),
+    *,
+    posted: bool = False,
 ) -> None:
     """Record that an origin was received completely. Windows without parts are marked as loaded.
 
     ``arrivals`` are the times of arrival of its resources, by which resources of the same delivery are recognized.
+    ``posted`` states that it was posted over HTTP: the commit wakes the post loader.
     """
     channel = origin.partition(":")[0]
     with conn.cursor() as cursor:
         cursor.executemany(
             """
             INSERT INTO ops.received
-                (origin, channel, resource_type, partition_key, parts, rows, rejected, arrivals, loaded_at)
-            VALUES (%s, %s, %s, %s, %s, %s, %s, %s, CASE WHEN %s THEN clock_timestamp() END)
+                (origin, channel, resource_type, partition_key, parts, rows, rejected, arrivals, posted, loaded_at)
+            VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, CASE WHEN %s THEN clock_timestamp() END)
             ON CONFLICT (origin, resource_type, partition_key, source) DO NOTHING
             """,
             [
@@ -87,17 +103,27 @@ def record(
                     window.rows,
                     window.rejected,
                     sorted(arrivals),
+                    posted,
                     not window.parts,
                 )
                 for window in windows
             ],
         )
+    if posted:
+        post_lane.notify(conn)
 
 
-def find_pending(conn: Connection, *, origin: str | None = None, now: datetime | None = None) -> list[PendingWindow]:
+def find_pending(
+    conn: Connection,
+    *,
+    origin: str | None = None,
+    now: datetime | None = None,
+    reserved_since: datetime | None = None,
+) -> list[PendingWindow]:
     """Return the received windows that are not loaded, in order; only those of ``origin`` if it is given.
 
-    With ``now``, windows are left out if the waiting time since their last requested run has not elapsed.
+    With ``now``, windows are left out if the waiting time since their last requested run has not elapsed. With
+    ``reserved_since``, windows are left out in which only posts wait that arrived since then (see ``post_lane``).
     """
     rows = conn.execute(
         """
@@ -107,15 +133,55 @@ def find_pending(conn: Connection, *, origin: str | None = None, now: datetime |
             AND loaded_at IS NULL
             AND (%(origin)s::text IS NULL OR origin = %(origin)s)
         GROUP BY 1, 2
-        HAVING %(now)s::timestamptz IS NULL
-            OR bool_or(asked_at IS NULL)
-            OR max(asked_at) < %(now)s
-                - least(%(first)s * power(2, least(max(asked), 20) - 1), %(longest)s) * interval '1 second'
+        HAVING (
+                %(now)s::timestamptz IS NULL
+                OR bool_or(asked_at IS NULL)
+                OR max(asked_at) < %(now)s
+                    - least(%(first)s * power(2, least(max(asked), 20) - 1), %(longest)s) * interval '1 second'
+            )
+            AND (
+                %(reserved_since)s::timestamptz IS NULL
+                OR NOT bool_and(posted AND received_at >= %(reserved_since)s)
+            )
         ORDER BY 2, 1
         """,
-        {"origin": origin, "now": now, "first": FIRST_WAIT_SECONDS, "longest": LONGEST_WAIT_SECONDS},
+        {
+            "origin": origin,
+            "now": now,
+            "reserved_since": reserved_since,
+            "first": FIRST_WAIT_SECONDS,
+            "longest": LONGEST_WAIT_SECONDS,
+        },
     )
     return [PendingWindow(*row) for row in rows]
+
+
+def find_posted(conn: Connection) -> list[PostedWindow]:
+    """Return the windows in which posted resources wait to be loaded, in order."""
+    rows = conn.execute(
+        """
+        SELECT resource_type, partition_key, sum(rows)::bigint
+        FROM ops.received
+        WHERE source = ops.current_source() AND posted AND loaded_at IS NULL
+        GROUP BY 1, 2
+        ORDER BY 2, 1
+        """
+    )
+    return [PostedWindow(*row) for row in rows]
+
+
+def find_unverified_posts(conn: Connection, since: datetime) -> list[tuple[str, str]]:
+    """Return the windows (type, partition key) with posts that were loaded since then and have no verdict yet."""
+    return conn.execute(
+        """
+        SELECT DISTINCT r.resource_type, r.partition_key
+        FROM ops.received AS r
+        JOIN ops.window_verdicts AS v USING (source, resource_type, partition_key)
+        WHERE r.source = ops.current_source() AND r.posted AND r.loaded_at >= %s AND v.reconciled IS NULL
+        ORDER BY 2, 1
+        """,
+        [since],
+    ).fetchall()
 
 
 def find_pending_windows(conn: Connection, resource_type: str, partition_keys: Sequence[str]) -> list[str]:

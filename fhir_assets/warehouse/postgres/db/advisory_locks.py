@@ -47,6 +47,9 @@ KEY_ROTATION: Final = 0x66686B72
 RECEIVED_ORIGIN: Final = 0x66687263
 """First key of a file or request that is being received; the second key is the hash of its origin. "fhrc"."""
 
+POST_LOADER: Final = 0x6668706C
+"""First key of the running post loader of a source; the second key is the hash of the source. "fhpl"."""
+
 VISIT_LEDGER: Final = 0x66687669
 """Writes to the ledger of persons and visits. "fhvi"."""
 

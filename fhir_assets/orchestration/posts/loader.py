@@ -1,0 +1,114 @@
+"""The loop of the post loader: it listens for posts and loads those that arrive within half a second together."""
+
+import logging
+from threading import Event
+from time import monotonic
+
+import psycopg
+
+from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.errors import DatabaseUnavailable
+from fhir_assets.orchestration.failures import describe_error
+from fhir_assets.orchestration.posts.loads import PostLoads
+from fhir_assets.orchestration.posts.reports import PostReports
+from fhir_assets.retries import RetryPolicy
+from fhir_assets.warehouse.ops import post_lane
+from fhir_assets.warehouse.postgres.db import connections
+from fhir_assets.warehouse.postgres.db.connections import Connection
+
+GATHER_SECONDS = 0.5
+"""The least number of seconds from the start of a load to the start of the next."""
+
+POLL_SECONDS = 5.0
+"""Seconds after which posts are looked for without a notification, which may have been missed."""
+
+_FIRST_GATHER_SECONDS = 0.05
+_LISTEN_SECONDS = 0.25
+_STANDBY_SECONDS = 1.0
+_RECONNECT = RetryPolicy(attempts=1)
+
+_log = logging.getLogger(__name__)
+
+
+class PostLoader:
+    """Loads posts until it is stopped. Of several loaders of a source one works, and the others stand by."""
+
+    def __init__(self, warehouse: Warehouse, loads: PostLoads, reports: PostReports) -> None:
+        self._warehouse = warehouse
+        self._loads = loads
+        self._reports = reports
+        self._stopping = Event()
+
+    def stop(self) -> None:
+        """Make ``run`` return after the load in progress."""
+        self._stopping.set()
+
+    def run(self) -> None:
+        """Load posts until ``stop``. A lost connection to Postgres is opened again. Raises ConfigurationError."""
+        self._reports.start()
+        lost = 0
+        try:
+            while not self._stopping.is_set():
+                try:
+                    with connections.connect(
+                        self._warehouse.url(), autocommit=True, source=self._warehouse.source
+                    ) as conn:
+                        lost = 0
+                        if self._begin(conn):
+                            self._serve(conn)
+                except (psycopg.OperationalError, DatabaseUnavailable) as error:
+                    lost += 1
+                    wait = _RECONNECT.wait_seconds(lost)
+                    _log.warning(
+                        "the connection to the database was lost: reconnecting",
+                        extra={"seconds": round(wait, 1), "reason": describe_error(error)},
+                    )
+                    self._stopping.wait(wait)
+        finally:
+            self._reports.stop()
+
+    def _begin(self, conn: Connection) -> bool:
+        """Wait until no other loader of the source runs. Return False if this one was stopped in the meantime."""
+        told = False
+        while not self._stopping.is_set():
+            if post_lane.try_begin(conn):
+                post_lane.listen(conn)
+                _log.info("post loader started")
+                return True
+            if not told:
+                told = True
+                _log.info("another post loader runs: this one stands by")
+            self._stopping.wait(_STANDBY_SECONDS)
+        return False
+
+    def _serve(self, conn: Connection) -> None:
+        while not self._stopping.is_set():
+            started = monotonic()
+            if self._load_waiting():
+                self._stopping.wait(max(0.0, started + GATHER_SECONDS - monotonic()))
+            elif self._wait_for_post(conn):
+                self._stopping.wait(_FIRST_GATHER_SECONDS)
+        _log.info("post loader stopped")
+
+    def _load_waiting(self) -> bool:
+        """Receive and load everything that waits. Return whether there was anything that is not left for later."""
+        try:
+            self._loads.receive_files()
+            found = False
+            for load in self._loads.run():
+                if load is not None:
+                    found = True
+                    self._reports.add(load)
+            return found
+        except Exception as error:
+            # Nothing is lost: the posts are in the landing zone or in raw, and the sensors load what waits too long.
+            _log.warning("posts could not be loaded: they are tried again", extra={"reason": describe_error(error)})
+            return False
+
+    def _wait_for_post(self, conn: Connection) -> bool:
+        """Wait for a notification. Return False if a postponed window is due, after POLL_SECONDS, or after ``stop``."""
+        until = monotonic() + min(POLL_SECONDS, self._loads.seconds_to_next_attempt)
+        while not self._stopping.is_set() and monotonic() < until:
+            for _ in conn.notifies(timeout=_LISTEN_SECONDS, stop_after=1):
+                return True
+        return False

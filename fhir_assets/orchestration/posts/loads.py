@@ -1,0 +1,278 @@
+"""Loads of posts, in this process, by the steps that Dagster's job ``load_received`` executes.
+
+A load takes the same locks, and writes the same accounts, dead letters, decisions of consent and audit records. It
+takes no slot of FHIR_MAX_LOADERS, so that it does not wait behind a first load. What it leaves stays in
+``ops.received``, where the sensor ``load_received`` finds it.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from itertools import groupby
+from math import inf
+from threading import Event
+from time import monotonic
+from uuid import uuid4
+
+import dagster as dg
+import psycopg
+
+from fhir_assets.catalog import LOAD_ORDER
+from fhir_assets.deployment.landing import build_landing_step
+from fhir_assets.deployment.sources import build_binding
+from fhir_assets.deployment.store import build_store
+from fhir_assets.deployment.targets import build_delivery_client
+from fhir_assets.deployment.validation import build_validator
+from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.errors import ConfigurationError, ViewError
+from fhir_assets.fhir.views import View
+from fhir_assets.orchestration.failures import record_step
+from fhir_assets.orchestration.loads import load_windows
+from fhir_assets.orchestration.run_context import RunContext
+from fhir_assets.pipeline.partition_commit import commit_update
+from fhir_assets.pipeline.refresh import Refresh
+from fhir_assets.pipeline.validate.step import ValidateStep
+from fhir_assets.pipeline.workers.pool import WorkerPool
+from fhir_assets.settings import Settings
+from fhir_assets.warehouse.ops import checkpoints, held_windows, received, runs
+from fhir_assets.warehouse.ops.received import PostedWindow
+from fhir_assets.warehouse.postgres.tables import view_tables
+from fhir_assets.windows import Window, WindowRange
+
+MAX_ROWS = 20_000
+"""A window in which more resources wait, posted or not, is left to Dagster's job."""
+
+MAX_WINDOWS = 100
+"""The largest number of windows of one type in one load. The others are in the next load."""
+
+TRIGGER = "posts"
+"""What ``ops.ingestion_runs`` and the audit log name as the cause of a load of posts."""
+
+LEFT_SECONDS = 60.0
+"""Seconds after which a window that was left to Dagster's job is looked at again."""
+
+_RETRY_SECONDS = (0.5, 2.0)
+"""Seconds before each further attempt at a window whose load failed."""
+
+_log = logging.getLogger(__name__)
+
+WindowKey = tuple[str, str]
+"""A resource type and a partition key."""
+
+
+@dataclass(frozen=True, slots=True)
+class PostLoad:
+    """A load of posts of one type that is committed."""
+
+    run_id: str
+    resource_type: str
+    posted: Mapping[str, int]
+    """The number of posted resources by partition key."""
+    counts: Mapping[str, Mapping[str, int]]
+    """What became of the resources of each window, by partition key and name."""
+    resolved_windows: Sequence[str]
+    """Other windows whose dead letters were resolved."""
+
+
+class PostLoads:
+    """Receives posted files, and loads posted resources that wait.
+
+    ``views`` are the views of the deployment.
+    """
+
+    def __init__(self, settings: Settings, warehouse: Warehouse, views: Sequence[View]) -> None:
+        self._settings = settings
+        self._warehouse = warehouse
+        self._views = views
+        self._loaded_types = {view.resource_type for view in views}.intersection(settings.fhir_resource_types)
+        self._store = build_store(settings)
+        self._validator = build_validator(settings)
+        self._workers = WorkerPool(settings.workers)
+        self._binding = build_binding(settings, warehouse, self._store)
+        self._landing = build_landing_step(settings, warehouse) if settings.fhir_landing_url else None
+        self._failures: dict[WindowKey, int] = {}
+        self._postponed: dict[WindowKey, float] = {}
+
+    def create_tables(self) -> None:
+        """Create the tables that do not exist, so that no post waits until a load beside it has ended.
+
+        A view whose table cannot be created is reported by the load of its type.
+        """
+        views = [view for view in self._views if view.resource_type in self._loaded_types]
+        with (
+            self._warehouse.connect() as conn,
+            suppress(ViewError, ConfigurationError, psycopg.Error),
+            conn.transaction(),
+        ):
+            view_tables.ensure_tables(conn, views)
+
+    def receive_files(self) -> None:
+        """Receive the posted lists of visits that wait in the landing zone. Raises as ``LandingStep.run``."""
+        if self._landing:
+            self._landing.run_posted(str(uuid4()))
+
+    def run(self) -> Iterator[PostLoad | None]:
+        """Load the posts that wait, one load for each resource type. Yield None for a load that failed.
+
+        Consents are first, so that the other types are loaded or withheld according to them. Raises DatabaseUnavailable
+        and StoreError.
+        """
+        with self._warehouse.connect() as conn:
+            found = received.find_posted(conn)
+        self._forget_others({(window.resource_type, window.partition_key) for window in found})
+        waiting = [window for window in found if self._is_due(window)]
+        waiting.sort(key=lambda window: _order(window.resource_type))
+        for name, windows in groupby(waiting, key=lambda window: window.resource_type):
+            if chosen := self._choose(name, list(windows)):
+                yield self._load(name, chosen)
+
+    @property
+    def seconds_to_next_attempt(self) -> float:
+        """The seconds until a postponed window is due; infinite if none is."""
+        return max(0.0, min(self._postponed.values(), default=inf) - monotonic())
+
+    def _forget_others(self, waiting: Set[WindowKey]) -> None:
+        """Forget the failures of windows in which nothing waits any more, because somebody else has loaded them."""
+        for known in (self._failures, self._postponed):
+            for key in known.keys() - waiting:
+                del known[key]
+
+    def _is_due(self, window: PostedWindow) -> bool:
+        """Return whether to load a window now: it is of these settings, and it is not postponed."""
+        if window.resource_type not in self._loaded_types or self._find_window(window.partition_key) is None:
+            return False
+        return self._postponed.get((window.resource_type, window.partition_key), 0.0) <= monotonic()
+
+    def _find_window(self, partition_key: str) -> Window | None:
+        scheme = self._settings.window_scheme
+        try:
+            window = scheme.window(partition_key)
+        except ValueError:
+            return None
+        return window if scheme.window_at(window.end - timedelta(microseconds=1)) == window else None
+
+    def _choose(self, name: str, windows: Sequence[PostedWindow]) -> list[PostedWindow]:
+        """Return the windows of the next load. Those with too many resources are left to Dagster's job."""
+        rows_by_key = self._count_waiting(name, [window.partition_key for window in windows])
+        chosen: list[PostedWindow] = []
+        total = 0
+        for window in windows:
+            rows = rows_by_key.get(window.partition_key, 0)
+            if rows > MAX_ROWS:
+                self._leave(name, [window.partition_key], f"{rows:,} resources wait in it, more than {MAX_ROWS:,}")
+            elif len(chosen) < MAX_WINDOWS and total + rows <= MAX_ROWS:
+                chosen.append(window)
+                total += rows
+        return chosen
+
+    def _count_waiting(self, name: str, partition_keys: Sequence[str]) -> dict[str, int]:
+        """Return the numbers of resources that a load of these windows would validate or load."""
+        views = [view.name for view in self._views if view.resource_type == name]
+        with self._warehouse.connect() as conn:
+            loaded = checkpoints.get_loaded_parts(conn, name, partition_keys, views=views)
+        validated = {item.partition_key: item for item in self._store.manifests("validated", name, partition_keys)}
+        rows_by_key: dict[str, int] = {}
+        for raw in self._store.manifests("raw", name, partition_keys):
+            key = raw.partition_key
+            existing = validated.get(key)
+            state = existing.validated if existing else None
+            done = state.inputs if state and state.rules_version == self._validator.rules_version else ()
+            names = frozenset(done)
+            rows = sum(part.rows for part in raw.parts if part.name not in names)
+            known = loaded.get(key, frozenset())
+            rows += sum(part.rows for part in (existing.parts if existing else ()) if part.name not in known)
+            rows_by_key[key] = rows
+        return rows_by_key
+
+    def _load(self, name: str, windows: Sequence[PostedWindow]) -> PostLoad | None:
+        keys = [window.partition_key for window in windows]
+        run = RunContext(
+            str(uuid4()),
+            WindowRange([self._settings.window_scheme.window(key) for key in keys]),
+            Refresh.MISSING,
+            TRIGGER,
+            datetime.now(UTC),
+        )
+        warehouse = self._warehouse
+        try:
+            with warehouse.hold_run(run.run_id), record_step(run, warehouse, [name], check=self._binding.require):
+                resolved_windows = self._validate_and_load(run, name)
+        except dg.Failure as failure:
+            self._record_failure(name, keys, failure.description or "see the log")
+            return None
+        with warehouse.connect() as conn:
+            counts = runs.find_counts(conn, run.run_id, name, keys)
+        for key in keys:
+            if any(counts.get(key, {}).values()):
+                self._failures.pop((name, key), None)
+                self._postponed.pop((name, key), None)
+            else:
+                self._record_failure(name, [key], "the load found nothing to load in it")
+        posted = {window.partition_key: window.rows for window in windows}
+        return PostLoad(run.run_id, name, posted, counts, resolved_windows)
+
+    def _validate_and_load(self, run: RunContext, name: str) -> list[str]:
+        """Validate and load the windows of a run. Return other windows whose dead letters were resolved."""
+        warehouse, store = self._warehouse, self._store
+        step = ValidateStep(
+            store,
+            self._validator,
+            warehouse.connect,
+            run_id=run.run_id,
+            now=run.now,
+            refresh=run.refresh,
+            workers=self._workers,
+        )
+        update = step.run(name, run.partition_keys)
+        commit_update(warehouse.connect, store, update)
+        counts = {key: {"valid": count.valid, "dead": count.dead} for key, count in update.counts.items()}
+        with warehouse.connect() as conn:
+            runs.record_counts(conn, run.run_id, name, counts)
+            if self._destination:
+                # A delivery takes up the windows that are recorded here: see assets/delivered.py.
+                held_windows.hold(conn, self._destination, name, run.partition_keys, run_id=run.run_id)
+        loaded = load_windows(
+            self._settings,
+            store,
+            warehouse,
+            self._workers,
+            run,
+            name,
+            selected=[view for view in self._views if view.resource_type == name],
+            all_views=self._views,
+            waits_for_slot=False,
+        )
+        return sorted(loaded.resolved_windows.difference(run.partition_keys))
+
+    @cached_property
+    def _destination(self) -> str:
+        """The destination of deliveries in ``ops.held_windows``; empty if nothing is delivered."""
+        if not self._settings.fhir_delivery_url:
+            return ""
+        with build_delivery_client(self._settings, workers=1, stop=Event()) as client:
+            return f"delivered {client.base_url}"
+
+    def _record_failure(self, name: str, partition_keys: Sequence[str], reason: str) -> None:
+        """Postpone the windows of a load that failed: for a moment, or after the last attempt to Dagster's job."""
+        for key in partition_keys:
+            attempts = self._failures.get((name, key), 0)
+            if attempts < len(_RETRY_SECONDS):
+                self._failures[name, key] = attempts + 1
+                self._postponed[name, key] = monotonic() + _RETRY_SECONDS[attempts]
+            else:
+                self._leave(name, [key], reason)
+
+    def _leave(self, name: str, partition_keys: Sequence[str], reason: str) -> None:
+        for key in partition_keys:
+            self._failures.pop((name, key), None)
+            self._postponed[name, key] = monotonic() + LEFT_SECONDS
+            _log.warning(
+                "posts are left to the job load_received", extra={"types": [name], "window": key, "reason": reason}
+            )
+
+
+def _order(resource_type: str) -> tuple[bool, int]:
+    return resource_type != "Consent", LOAD_ORDER[resource_type]

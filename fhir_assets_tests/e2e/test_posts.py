@@ -1,0 +1,284 @@
+"""What is posted is loaded by the post loader, in a lane of its own, and Dagster lists it as its own loads."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.metrics.status import read_status
+from fhir_assets.orchestration.posts import loads
+from fhir_assets.orchestration.posts.loader import PostLoader
+from fhir_assets.pipeline.validate.step import ValidateStep
+from fhir_assets.warehouse.ops import landing_files, received
+from fhir_assets_tests.support.api import Api, api_in_threads
+from fhir_assets_tests.support.consent_forms import build_consent, build_settings
+from fhir_assets_tests.support.deployment import Deploy, Deployment
+from fhir_assets_tests.support.interleaving import Killed
+from fhir_assets_tests.support.landing import land, load_received, receive, tick
+from fhir_assets_tests.support.posts import (
+    build_loads,
+    build_post_loader,
+    count_pending,
+    deploy_hospital,
+    find_faults,
+    is_running,
+    post_loader_in_thread,
+    post_patient,
+    post_visit,
+    reserved_lane,
+    wait_until,
+)
+
+
+def materialized(deployment: Deployment, layer: str, name: str) -> set[str]:
+    return deployment.instance.get_materialized_partitions(dg.AssetKey([layer, name]))
+
+
+def load_posts(deployment: Deployment) -> None:
+    """Receive and load what waits, as the post loader does after a notification."""
+    post_loads = build_loads(deployment)
+    post_loads.receive_files()
+    assert None not in list(post_loads.run())
+
+
+def load_by_sensors(deployment: Deployment) -> None:
+    """Load what waits as Dagster's daemon does: by the runs that its sensors request."""
+    if tick(deployment).run_requests:
+        assert receive(deployment).success
+    if tick(deployment, "load_received").run_requests:
+        assert load_received(deployment) == []
+
+
+def test_a_posted_visit_is_shown_without_a_run_of_dagster(deploy: Deploy, tmp_path: Path) -> None:
+    deployment = deploy_hospital(deploy, tmp_path)
+    with api_in_threads(deployment.settings) as api, post_loader_in_thread(deployment):
+        task = post_visit(api, 1)
+        wait_until(lambda: api.get(f"/ingest/tasks/{task}").json()["status"] == "loaded")
+        (patient,) = api.get("/patients").json()["patients"]
+        assert len(patient["visits"]) == 1
+        post_patient(api, "posted", active=True)
+        wait_until(lambda: api.get("/patients/posted").status_code == 200)
+    assert deployment.instance.get_runs_count() == 0
+    assert deployment.count_loaded() == {"Patient": 2, "Encounter": 1}
+    windows = {key for (key,) in deployment.query("SELECT DISTINCT partition_key FROM ops.received")}
+    for layer in ("raw", "validated", "normalized"):
+        assert materialized(deployment, layer, "patient") == windows
+    assert deployment.query("SELECT DISTINCT triggered_by, status FROM ops.ingestion_runs") == [("posts", "SUCCESS")]
+    assert deployment.query("SELECT DISTINCT reconciled FROM ops.window_verdicts") == [(True,)]
+    assert count_pending(deployment) == 0
+
+
+def test_dagster_shows_the_results_of_the_checks_of_posted_windows(deploy: Deploy, tmp_path: Path) -> None:
+    deployment = deploy_hospital(deploy, tmp_path)
+    with api_in_threads(deployment.settings) as api, post_loader_in_thread(deployment):
+        post_patient(api, "a")
+        wait_until(lambda: api.get("/patients/a").status_code == 200)
+    asset = dg.AssetKey(["normalized", "patient"])
+    (window,) = materialized(deployment, "normalized", "patient")
+    results = deployment.query(
+        "SELECT check_name, partition, execution_status FROM asset_check_executions WHERE asset_key = %s",
+        asset.to_string(),
+    )
+    assert {("reconciles", window, "SUCCEEDED"), ("dead_letter_rate", window, "SUCCEEDED")} <= set(results)
+    (record,) = deployment.instance.fetch_materializations(asset, limit=10).records
+    assert record.asset_materialization
+    shown = record.asset_materialization.metadata
+    assert (shown["dagster/partition_row_count"].value, shown["loaded"].value) == (1, 1)
+
+
+def test_the_sensors_leave_new_posts_to_a_running_loader_and_load_them_without_one(
+    deploy: Deploy, tmp_path: Path
+) -> None:
+    deployment = deploy_hospital(deploy, tmp_path)
+    with api_in_threads(deployment.settings) as api:
+        with reserved_lane(deployment):
+            post_visit(api, 1)
+            post_patient(api, "a")
+            assert tick(deployment).run_requests == []
+            assert tick(deployment, "load_received").run_requests == []
+            # A loader that does not load for half a minute is not waited for.
+            deployment.query("UPDATE ops.received SET received_at = received_at - interval '1 minute' RETURNING 1")
+            assert tick(deployment, "load_received").run_requests
+            deployment.query("UPDATE ops.received SET asked = 0, asked_at = NULL RETURNING 1")
+        assert not is_running(deployment)
+        load_by_sensors(deployment)
+        assert count_pending(deployment) == 0
+        assert len(api.get("/patients").json()["patients"]) == 2
+
+
+def test_a_landed_file_and_a_big_post_are_left_to_dagster(
+    deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = deploy_hospital(deploy, tmp_path)
+    (tmp_path / "landing" / "a.ndjson").write_bytes(b'{"resourceType":"Patient","id":"landed"}\n')
+    monkeypatch.setattr(loads, "MAX_ROWS", 2)
+    with api_in_threads(deployment.settings) as api:
+        records = [{"resourceType": "Patient", "id": f"p{n}"} for n in range(3)]
+        assert api.post("/api/v1/ingest", json={"records": records}).status_code == 202
+    assert list(build_loads(deployment).run()) == []
+    assert deployment.count_loaded() == {}
+    assert land(deployment) == []
+    assert deployment.count_loaded() == {"Patient": 4}
+
+
+def test_a_load_of_posts_that_fails_is_tried_again_and_then_left(
+    deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    deployment = deploy_hospital(deploy, tmp_path)
+    with api_in_threads(deployment.settings) as api:
+        post_patient(api, "a", birthDate="1970-01-31")
+    post_loads = build_loads(deployment)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("1970-01-31")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loads, "load_windows", fail)
+        attempts = 0
+        while post_loads.seconds_to_next_attempt < 30 or not attempts:
+            attempts += len(list(post_loads.run()))
+        assert attempts == 3
+    assert "posts are left to the job load_received" in caplog.text
+    assert "1970" not in caplog.text
+    load_by_sensors(deployment)
+    assert deployment.count_loaded() == {"Patient": 1}
+
+
+CRASH_POINTS: dict[str, tuple[Any, str, bool]] = {
+    "before the batch of files": (landing_files, "assign_batch", False),
+    "after the batch of files": (landing_files, "assign_batch", True),
+    "after the receipt of the files": (landing_files, "record_loaded", False),
+    "before the validation": (ValidateStep, "run", False),
+    "before the commit of the partition": (loads, "commit_update", False),
+    "before the load": (loads, "load_windows", False),
+    "in the transaction of the load": (received, "record_loaded", True),
+    "after the load": (loads, "load_windows", True),
+}
+
+
+@pytest.mark.parametrize("recover", [load_by_sensors, load_posts])
+@pytest.mark.parametrize("point", CRASH_POINTS)
+def test_a_loader_that_is_killed_at_any_point_loses_and_repeats_nothing(
+    deploy: Deploy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    point: str,
+    recover: Callable[[Deployment], None],
+) -> None:
+    deployment = deploy_hospital(deploy, tmp_path)
+    owner, name, after = CRASH_POINTS[point]
+    original = getattr(owner, name)
+
+    def crash(*args: Any, **kwargs: Any) -> None:
+        if after:
+            original(*args, **kwargs)
+        raise Killed
+
+    with api_in_threads(deployment.settings) as api:
+        post_visit(api, 1)
+        post_patient(api, "a")
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, crash)
+            with pytest.raises(Killed):
+                load_posts(deployment)
+        recover(deployment)
+        recover(deployment)
+        assert count_pending(deployment) == 0
+        assert deployment.count_loaded() == {"Patient": 2, "Encounter": 1}
+        assert len(api.get("/patients").json()["patients"]) == 2
+    assert deployment.query("SELECT count(*) FROM fhir.patient") == [(2,)]
+    assert find_faults(deployment) == []
+
+
+def test_of_two_loaders_one_works_and_the_other_takes_over(deploy: Deploy, tmp_path: Path) -> None:
+    deployment = deploy_hospital(deploy, tmp_path)
+    with api_in_threads(deployment.settings) as api, post_loader_in_thread(deployment) as first:
+        with post_loader_in_thread(deployment):
+            for n in range(3):
+                post_visit(api, n)
+            wait_until(lambda: count_pending(deployment) == 0)
+            first.stop()
+            post_visit(api, 3)
+            wait_until(lambda: len(api.get("/patients").json()["patients"]) == 4)
+    assert deployment.count_loaded() == {"Patient": 4, "Encounter": 4}
+
+
+def test_two_loads_of_the_same_posts_at_once_load_them_once(deploy: Deploy, tmp_path: Path) -> None:
+    deployment = deploy_hospital(deploy, tmp_path)
+    with api_in_threads(deployment.settings) as api:
+        post_visit(api, 1)
+        post_patient(api, "a")
+    first, second = build_loads(deployment), build_loads(deployment)
+    first.receive_files()
+    for _ in first.run():
+        list(second.run())
+    assert deployment.count_loaded() == {"Patient": 2, "Encounter": 1}
+    assert deployment.query("SELECT count(*) FROM fhir.encounter") == [(1,)]
+    assert find_faults(deployment) == []
+
+
+def test_posts_obey_consents_that_are_posted_before_and_after_them(deploy: Deploy, tmp_path: Path) -> None:
+    settings = build_settings("Patient,Encounter,Consent", "opt-out")
+    deployment = deploy_hospital(deploy, tmp_path, **settings)
+    deny = {key: build_consent(f"deny-{key}", {"reference": f"Patient/{key}"}, "deny") for key in ("before", "after")}
+
+    def post_consent(api: Api, key: str) -> None:
+        body = json.dumps({"records": [deny[key]]})
+        assert api.post("/api/v1/ingest", data=body, headers={"Content-Type": "application/json"}).status_code == 202
+
+    with api_in_threads(deployment.settings) as api, post_loader_in_thread(deployment):
+        post_consent(api, "before")
+        post_patient(api, "before")
+        post_patient(api, "after")
+        post_patient(api, "other")
+        wait_until(lambda: count_pending(deployment) == 0)
+        assert [api.get(f"/patients/{key}").status_code for key in ("before", "after", "other")] == [403, 200, 200]
+        post_consent(api, "after")
+        assert api.get("/patients/after").status_code == 403
+        wait_until(lambda: deployment.query("SELECT id FROM fhir.patient") == [("other",)])
+    assert deployment.query("SELECT count(*) FROM ops.withheld WHERE resource_type = 'Patient'") == [(2,)]
+    assert find_faults(deployment) == []
+
+
+def test_what_a_killed_loader_has_not_reported_is_reported_by_the_next(deploy: Deploy, tmp_path: Path) -> None:
+    deployment = deploy_hospital(deploy, tmp_path)
+    with api_in_threads(deployment.settings) as api:
+        post_patient(api, "a")
+    load_posts(deployment)
+    assert materialized(deployment, "normalized", "patient") == set()
+    loader: PostLoader = build_post_loader(deployment)
+    loader.stop()
+    loader.run()
+    assert len(materialized(deployment, "normalized", "patient")) == 1
+
+
+def test_a_report_that_dagster_does_not_take_is_repeated(
+    deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = deploy_hospital(deploy, tmp_path)
+    original = deployment.instance.report_runless_asset_event
+    calls = []
+
+    def refuse_twice(event: Any) -> None:
+        calls.append(event)
+        if len(calls) <= 2:
+            raise RuntimeError("Dagster's database is down")
+        original(event)
+
+    monkeypatch.setattr(deployment.instance, "report_runless_asset_event", refuse_twice)
+    with api_in_threads(deployment.settings) as api, post_loader_in_thread(deployment):
+        post_patient(api, "a")
+        wait_until(lambda: api.get("/patients/a").status_code == 200)
+        wait_until(lambda: materialized(deployment, "normalized", "patient"))
+
+
+def test_the_status_says_whether_a_post_loader_runs(deploy: Deploy, tmp_path: Path) -> None:
+    deployment = deploy_hospital(deploy, tmp_path)
+    warehouse = Warehouse(deployment.settings)
+    assert not read_status(deployment.settings, warehouse.connect_read_only).post_loader
+    with reserved_lane(deployment):
+        assert read_status(deployment.settings, warehouse.connect_read_only).post_loader
