@@ -32,7 +32,7 @@ def list_files(
     """List the files of the landing zone as of the last scan, newest first.
 
     A file is `ignored` if the landing zone does not read files with its suffix. It is `bad` if it could not be read, or
-    if dead letters of it are not resolved.
+    if some of its dead letters are not resolved.
     """
     settings = load_settings()
     with Warehouse(settings).connect() as conn:

@@ -190,7 +190,7 @@ def _read_conditional(target: str) -> list[dict[str, str]]:
     found = []
     for name, text in parse_qsl(target.partition("?")[2]):
         if name.partition(":")[0] in ("identifier", "patient.identifier"):
-            for each in text.split(","):
-                system, _, value = each.rpartition("|")
+            for token in text.split(","):
+                system, _, value = token.rpartition("|")
                 found.append({"system": system, "value": value})
     return found

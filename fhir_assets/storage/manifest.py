@@ -123,7 +123,7 @@ class Fetched(msgspec.Struct, frozen=True):
     source_state: str | None = None
 
     @property
-    def beyond(self) -> int | None:
+    def unreturned(self) -> int | None:
         """Resources that the source declared but did not return, according to the last fetch that asked for undated
         resources.
         """

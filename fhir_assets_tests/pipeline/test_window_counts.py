@@ -47,7 +47,7 @@ def test_a_notice_of_severity_error_is_a_fault_and_a_warning_is_none() -> None:
         ({"validated": 7, "valid": 5}, "raw holds 8 but 7 were validated"),
         ({"dead": 1}, "8 were validated but 6 are valid, 1 dead and 0 withheld"),
         ({"lost": 2}, "2 invalid resources are in no table and no dead letter: materialize validated"),
-        ({"other_parts": True}, "other parts were validated than those that raw has: materialize"),
+        ({"other_parts": True}, "the validated parts are not those of raw: materialize"),
         ({"missing": 3}, "3 valid resources are not in the tables: materialize normalized again"),
     ],
 )

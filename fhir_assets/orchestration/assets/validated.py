@@ -119,7 +119,7 @@ def _replay(
 ) -> tuple[ValidatedUpdate, dict[str, dict[str, int | None]]]:
     """Validate dead letters again.
 
-    Partitions that do not agree with raw or with their dead letters are validated completely.
+    Partitions whose counts do not match raw or their dead letters are validated completely.
     """
     replay = ReplayValidateStep(
         store,

@@ -21,10 +21,11 @@ def apply_server_deletions(
     now: datetime,
     overlap: timedelta,
 ) -> dict[str, int]:
-    """Apply the deletions of each type since the last call, and return by type how many resources were deleted.
+    """Apply the deletions of each type since the last call. Return the numbers of deleted resources by type.
 
-    The first call for a type starts at its first load. Types for which the server offers no history are skipped with a
-    warning; a history that the server refuses is a notice of severity error: both are notices of ``history``.
+    The first call for a type reads the history from the first load of the type. If the server offers no history for a
+    type, the type is skipped, and a warning is added to the notices of ``history``. If the server refuses the history,
+    a notice of severity ``error`` is added.
 
     Raises DatabaseUnavailable at once. Raises ServerUnavailable after the deletions of the other types are applied.
     """

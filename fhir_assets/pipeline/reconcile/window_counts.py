@@ -56,9 +56,11 @@ class WindowCounts:
     deleted: int = 0
     """Valid resources that the source has deleted since."""
     undated: int = 0
-    """Resources without ``lastUpdated`` that were read without a filter, because no window's filter finds them."""
-    beyond: int | None = 0
-    """Resources that the source declares beyond those that its searches return; None if it does not say."""
+    """Resources without ``lastUpdated`` that were read without a filter, because the filters by window do not match
+    them.
+    """
+    unreturned: int | None = 0
+    """The number of resources that the source counts, but that none of its searches returns; None if it is unknown."""
     versions: int | None = None
     """Distinct versions of the window in the tables; None if they were not counted."""
     notices: tuple[Notice, ...] = ()
@@ -66,11 +68,13 @@ class WindowCounts:
     lost: int = 0
     """Resources that validation rejected and that are neither a dead letter nor in the tables."""
     surplus: int = 0
-    """How many more dead letters of stage ``validate`` there are than the validated partition counts (``dead``)."""
+    """The number of dead letters of stage ``validate`` in excess of those that the validated partition counts
+    (``dead``).
+    """
     other_parts: bool = False
     """Whether the validated parts are not those of the raw partition."""
     defects: tuple[str, ...] = ()
-    """What is wrong with the files of the raw partition: parts that are missing, cut, doubled or unreadable."""
+    """The defects of the files of the raw partition: parts that are missing, truncated, duplicated or unreadable."""
 
     @property
     def loaded(self) -> int:
@@ -97,16 +101,16 @@ class WindowCounts:
         if self.raw != self.validated and not self.defects:
             faults.append(f"raw holds {self.raw} but {self.validated} were validated: materialize validated again")
         elif self.other_parts:
-            faults.append("other parts were validated than those that raw has: materialize validated again")
+            faults.append("the validated parts are not those of raw: materialize validated again")
         if self.validated != self.valid + self.dead + self.withheld:
             faults.append(
                 f"{self.validated} were validated but {self.valid} are valid, {self.dead} dead and "
                 f"{self.withheld} withheld: materialize validated again"
             )
-        if self.beyond:
+        if self.unreturned:
             faults.append(
-                f"the server counts {self.beyond} resources that neither its searches by _lastUpdated nor one without "
-                "a filter return: rebuild its search index, or load an export; then materialize raw, validated and "
+                f"the server counts {self.unreturned} resources that neither its searches by _lastUpdated nor one "
+                "without a filter return: rebuild its search index, or load an export; then materialize raw, validated and "
                 f"normalized of {self.partition_key} again with a full refresh"
             )
         if self.lost:
@@ -128,7 +132,7 @@ class WindowCounts:
                 f"{self.surplus} more dead letters than the validated partition counts: a run is working on the "
                 "window, or was killed; the next replay or complete validation resolves them"
             )
-        if self.beyond is None:
+        if self.unreturned is None:
             warnings.append(
                 "the server neither counts its resources nor returns them without a filter: whether it has resources "
                 "that no search by _lastUpdated finds is unknown"
@@ -168,12 +172,12 @@ def reconcile(
     absent = _count_absent(conn, store, resource_type, list(validated.values()), main_view)
     rejected = {key: sum(m.validated.dead.values()) for key, m in validated.items() if m.validated}
     dead = dead_letter_resolution.count_dead(conn, resource_type, list(rejected))
-    short = [
+    incomplete = [
         raw[key]
         for key, count in rejected.items()
         if dead.get(key, 0) < count and not _list_defects(raw[key], lines[key])
     ]
-    lost = _count_lost(conn, store, resource_type, short, absent)
+    lost = _count_lost(conn, store, resource_type, incomplete, absent)
     return [
         replace(
             _count(manifest, validated.get(key), not_loaded.get(key, 0), absent.get(key, AbsentCounts()), lines[key]),
@@ -191,10 +195,10 @@ def _build_lost_manifest(validated: Manifest) -> Manifest:
 
 
 def _count_raw_lines(store: Store, raw: Collection[Manifest]) -> dict[str, list[CountedLines]]:
-    """Return by partition key what the store has of each part of the raw partitions.
+    """Return the counted lines of each part of the raw partitions, by partition key.
 
-    Only the line feeds of a file are counted: this takes a small share of the time in which the validated lines are
-    compared with the tables.
+    Only the line feeds of a file are counted, which takes much less time than the comparison of the validated lines
+    with the tables.
     """
     calls = 1 if isinstance(store.blobs, LocalBlobs) else CONCURRENT_CALLS
     counted = iter(map_concurrently(store.count_lines, (part for m in raw for part in m.parts), calls=calls))
@@ -230,14 +234,14 @@ def _count(
         deleted=absent.deleted,
         notices=raw.fetched.notices if raw.fetched else (),
         undated=sum(undated),
-        beyond=raw.fetched.beyond if raw.fetched else 0,
+        unreturned=raw.fetched.unreturned if raw.fetched else 0,
         other_parts=state is not None and state.raw_parts != {part.name for part in raw.parts},
         defects=_list_defects(raw, lines),
     )
 
 
 def _list_defects(raw: Manifest, lines: Sequence[CountedLines]) -> tuple[str, ...]:
-    """Return what is wrong with the files of a raw partition. No fetch brings received parts back: they are named."""
+    """Return the defects of the files of a raw partition. Received parts are named, because no fetch restores them."""
     if not raw.run_id:
         return (f"raw/{raw.resource_type} of {raw.partition_key} is not in the store, although it was validated",)
     return tuple(

@@ -41,7 +41,7 @@ class ValidatedUpdate:
     pipeline.partition_commit).
     """
     counts: Mapping[str, ValidatedCounts] = field(default_factory=dict)
-    """By partition key, what this step validated; the manifests count everything in the partition."""
+    """By partition key, the numbers of resources that this step validated; the manifests count the whole partition."""
     resolution: DeadLetterResolution | None = None
     """The dead letters of completely validated partitions, which the commit of the manifests resolves."""
 
@@ -94,9 +94,10 @@ class ValidateStep:
     ) -> ValidatedUpdate:
         """Validate the new parts of the raw partitions, or all parts if ``refresh`` or changed rules require it.
 
-        All parts of the partitions in ``revalidated`` are validated in any case. The partitions are read from the store
-        after the step began, so that they contain everything whose dead letters it may resolve. Dead letters are
-        written before this method returns. The caller commits the manifests.
+        All parts of the partitions in ``revalidated`` are validated in any case. The step first takes the record number
+        of its dead letters and then reads the manifests. A dead letter with a smaller number is therefore about a
+        resource that this step validates, and may be resolved. Dead letters are written before this method returns. The
+        caller commits the manifests.
 
         Raises StoreError, DatabaseUnavailable or WorkerLost; the partitions are unchanged then.
         """
@@ -237,7 +238,7 @@ class _PartitionState:
 
     @property
     def counts(self) -> ValidatedCounts:
-        """What was validated so far, without the counts of the base."""
+        """The counts so far, without those of the base."""
         dead = self.dead.total()
         return ValidatedCounts(self.rows - dead, dead)
 

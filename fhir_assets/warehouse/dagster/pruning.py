@@ -1,4 +1,4 @@
-"""Old events, ticks and runs in Dagster's own database: count and delete them.
+"""Counts and deletes old events, ticks and runs in Dagster's own database.
 
 The tables are those of the pinned Dagster 1.13. Times are passed with a zone; Dagster stores UTC without a zone.
 """

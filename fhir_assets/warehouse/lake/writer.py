@@ -31,16 +31,16 @@ from fhir_assets.warehouse.postgres.tables import row_streams
 from fhir_assets.warehouse.postgres.tables.layout import TableLayout, build_layout
 
 _STATES = "_state"
-"""The folder of the states, a file for each view. The folder of a view contains only Parquet, as Polars requires."""
+"""The folder with a state file for each view. The folder of a view contains only Parquet files, as Polars requires."""
 
 _EARLIER_STATE = "_windows.json"
-"""The name that the state had in the folder of its view."""
+"""The name of the state file of earlier versions, in the folder of its view."""
 
 _NO_WINDOW = "__HIVE_DEFAULT_PARTITION__"
-"""The window of the file of a view without rows: the value that stands for null in a path of Hive."""
+"""The window of the file of a view without rows: Hive's name of the partition for null."""
 
 _FORM = "2"
-"""The form of the files. Files of another form are written again: form 1 had doubles in place of decimals."""
+"""The version of the file format. Files of another version are written again: version 1 had doubles for decimals."""
 
 
 class _FileState(msgspec.Struct, frozen=True):
@@ -56,7 +56,7 @@ class _FileState(msgspec.Struct, frozen=True):
     snapshot: str = ""
 
     def has_rows_of(self, other: "_FileState | None") -> bool:
-        """Return whether both states are of the same rows."""
+        """Return whether both states describe the same rows."""
         return other is not None and (self.rows, self.written_by, self.shape) == (
             other.rows,
             other.written_by,

@@ -93,16 +93,16 @@ def announce(conn: Connection, deliver: Callable[[list[Incident], list[Incident]
     concurrent callers do not announce them twice. Commits.
     """
     with conn.transaction():
-        started = _lock_unannounced(conn, "alerted_at IS NULL AND closed_at IS DISTINCT FROM opened_at")
-        ended = _lock_unannounced(conn, "alerted_at IS NOT NULL AND closed_at IS NOT NULL AND all_clear_at IS NULL")
-        if (started or ended) and deliver(started, ended):
+        opened = _lock_unannounced(conn, "alerted_at IS NULL AND closed_at IS DISTINCT FROM opened_at")
+        closed = _lock_unannounced(conn, "alerted_at IS NOT NULL AND closed_at IS NOT NULL AND all_clear_at IS NULL")
+        if (opened or closed) and deliver(opened, closed):
             conn.execute(
                 "UPDATE ops.incidents SET alerted_at = now() WHERE id = ANY(%s)",
-                [[incident.id for incident in started]],
+                [[incident.id for incident in opened]],
             )
             conn.execute(
                 "UPDATE ops.incidents SET all_clear_at = now() WHERE id = ANY(%s)",
-                [[incident.id for incident in ended]],
+                [[incident.id for incident in closed]],
             )
 
 

@@ -1,4 +1,4 @@
-"""The numbers of resources that the tables have, by type, with those that are not in the tables by reason."""
+"""The numbers of loaded, dead and withheld resources by type."""
 
 from typing import Any
 
