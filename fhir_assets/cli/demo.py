@@ -108,7 +108,7 @@ def _sandbox_environment(url: str, population: PopulationRange) -> Iterator[None
                 os.environ[name] = value
 
 
-def _follow_sandbox(settings: Settings, addresses: Path) -> None:
+def _carry_over_to_sandbox(settings: Settings, addresses: Path) -> None:
     """Carry the state of an earlier demo over to the new address of its sandbox server, which has the same data.
 
     ``addresses`` is a file with the addresses of all demos. State that was loaded from another server is not changed;
@@ -130,7 +130,7 @@ def _load(addresses: Path) -> None:
     settings = load_settings()
     console.print(f"Sandbox FHIR server: {settings.fhir_base_url}")
     Warehouse(settings).migrate()
-    _follow_sandbox(settings, addresses)
+    _carry_over_to_sandbox(settings, addresses)
     outcomes = load_due(open_ingestion(settings), settings, triggered_by="demo")
     with Warehouse(settings).connect() as conn:
         stored = totals.count_by_type(conn)

@@ -1,4 +1,4 @@
-"""The landing zone of a deployment, and the receiver of resources from other origins than its source."""
+"""The landing zone of a deployment, and the receiver of resources from other channels than its source."""
 
 from functools import partial
 

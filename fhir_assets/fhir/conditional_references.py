@@ -69,7 +69,9 @@ def list_identifiers(
 
 def find_unmet(conditions: Mapping[str, Iterable[str]], targets: Mapping[str, str]) -> list[str]:
     """Return the resources with a condition that has no target, from their conditions by id."""
-    return [resource_id for resource_id, asked in conditions.items() if any(each not in targets for each in asked)]
+    return [
+        resource_id for resource_id, asked in conditions.items() if any(condition not in targets for condition in asked)
+    ]
 
 
 def get_type(condition: str) -> str:

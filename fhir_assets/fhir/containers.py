@@ -372,7 +372,7 @@ def _normalize(url: str | None) -> str:
 def _read_links(link: Any) -> dict[str, str]:
     links = link if isinstance(link, list) else []
     return {
-        each["relation"]: each["url"]
-        for each in links
-        if isinstance(each, dict) and isinstance(each.get("relation"), str) and isinstance(each.get("url"), str)
+        link["relation"]: link["url"]
+        for link in links
+        if isinstance(link, dict) and isinstance(link.get("relation"), str) and isinstance(link.get("url"), str)
     }

@@ -70,7 +70,7 @@ def find_keyless(resource: Mapping[str, Any], body: bytes, bases: Bases) -> tupl
     if _has_logical(body):
         found.update(dict.fromkeys(_find_logical(resource)))
     found.pop(None, None)
-    return tuple(sorted(each for each in found if each))
+    return tuple(sorted(form for form in found if form))
 
 
 def _describe(encoded: bytes, bases: Bases) -> str | None:

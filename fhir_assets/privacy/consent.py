@@ -49,7 +49,7 @@ class ConsentGate:
     policy: Policy = Policy.OFF
     purpose: Purpose = Purpose.DATA_SHARING
     by_file: bool = field(default=False, compare=False)
-    """Whether the source consists of files, so that resources with an equal time of arrival are of one file."""
+    """Whether the source consists of files, so that resources with an equal time of arrival belong to one file."""
 
     @property
     def withholds(self) -> bool:
@@ -86,10 +86,10 @@ _SCOPES: Mapping[str, frozenset[Purpose]] = {
     "treatment": frozenset(),
     "adr": frozenset(),
 }
-_DECIDING_NOTHING = ("draft", "proposed", "rejected", "inactive", "entered-in-error")
+_INACTIVE_STATUSES = ("draft", "proposed", "rejected", "inactive", "entered-in-error")
 """The values of Consent.status other than ``active``."""
 
-_NARROWING = ("actor", "action", "securityLabel", "class", "code", "data", "dataPeriod")
+_LIMITING_ELEMENTS = ("actor", "action", "securityLabel", "class", "code", "data", "dataPeriod")
 _POLICY_RULES: Mapping[str, Verdict] = {"optin": "permit", "optinr": "permit", "optout": "deny", "optoute": "deny"}
 _UNREADABLE = datetime.max.replace(tzinfo=UTC)
 """Stands for a dateTime that cannot be parsed."""
@@ -115,7 +115,7 @@ class Provision:
     verdict: Verdict | None
     purposes: frozenset[Purpose]
     period: Period
-    narrowed: bool
+    limited: bool
     exceptions: tuple["Provision", ...]
 
 
@@ -160,7 +160,7 @@ def read_consent(resource: Mapping[str, Any], patient: str | None, *, may_permit
 
 def may_deny(resource: Mapping[str, Any]) -> bool:
     """Return whether an invalid Consent may be a denial. An unreadable one may be."""
-    if resource.get("status") in _DECIDING_NOTHING or not _read_scope(resource.get("scope"))[0]:
+    if resource.get("status") in _INACTIVE_STATUSES or not _read_scope(resource.get("scope"))[0]:
         return False
     provision = resource.get("provision")
     if provision is None:
@@ -173,7 +173,7 @@ def _is_permit(provision: Any) -> bool:
     if not isinstance(provision, dict) or provision.get("type") != "permit":
         return False
     nested = provision.get("provision", [])
-    return isinstance(nested, list) and all(_is_permit(each) for each in nested)
+    return isinstance(nested, list) and all(_is_permit(exception) for exception in nested)
 
 
 def decide(consents: Iterable[Consent], purpose: Purpose, at: datetime) -> Decision | None:
@@ -199,7 +199,7 @@ def _decide(provision: Provision, purpose: Purpose, at: datetime) -> tuple[Verdi
     results = [result for exception in provision.exceptions if (result := _decide(exception, purpose, at))]
     if results:
         return next((result for result in results if result[0] == "deny"), results[0])
-    if provision.verdict is None or (provision.verdict == "permit" and provision.narrowed):
+    if provision.verdict is None or (provision.verdict == "permit" and provision.limited):
         return None
     return provision.verdict, provision.path
 
@@ -231,7 +231,7 @@ class _ProvisionReader:
             verdict,
             purposes,
             Period(*(None if moment is _UNREADABLE else moment for moment in (period.start, period.end))),
-            not (self.may_permit and is_readable) or any(node.get(name) for name in _NARROWING),
+            not (self.may_permit and is_readable) or any(node.get(name) for name in _LIMITING_ELEMENTS),
             tuple(
                 self.read(child, f"{path}.provision[{index}]", purposes, "deny")
                 for index, child in enumerate(nested if isinstance(nested, list) else ())

@@ -12,7 +12,7 @@ import orjson
 
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.sandbox.dates import TimeRange, parse_date
-from fhir_assets.sandbox.parameters import EXTRACT
+from fhir_assets.sandbox.parameters import EXTRACTORS
 
 _when = attrgetter("when")
 _order = attrgetter("when", "id")
@@ -112,13 +112,13 @@ class TypeStore:
 
 def _index(index: dict[str, dict[str, None]], name: str, version: Version) -> None:
     if version.body:
-        for key in EXTRACT[name](orjson.loads(version.body)):
+        for key in EXTRACTORS[name](orjson.loads(version.body)):
             index.setdefault(key, {})[version.id] = None
 
 
 def _unindex(index: dict[str, dict[str, None]], name: str, version: Version) -> None:
     if version.body:
-        for key in EXTRACT[name](orjson.loads(version.body)):
+        for key in EXTRACTORS[name](orjson.loads(version.body)):
             index.get(key, {}).pop(version.id, None)
 
 

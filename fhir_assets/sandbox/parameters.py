@@ -103,7 +103,7 @@ def _patient(resource: Resource) -> Iterator[str]:
                 yield "/".join(target.split("/_history/")[0].split("/")[-2:])
 
 
-EXTRACT: Mapping[str, Callable[[Resource], Iterator[str]]] = {
+EXTRACTORS: Mapping[str, Callable[[Resource], Iterator[str]]] = {
     "identifier": _identifier,
     "code": _code,
     "status": _status,

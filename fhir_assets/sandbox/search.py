@@ -12,7 +12,7 @@ from fhir_assets.sandbox.dates import FAR_FUTURE, TimeRange, compare, instant
 from fhir_assets.sandbox.faults import Fault, FaultKind
 from fhir_assets.sandbox.memory import Store, Version
 from fhir_assets.sandbox.outcomes import Refusal, build_operation_outcome
-from fhir_assets.sandbox.parameters import EXTRACT, index_key, list_parameters
+from fhir_assets.sandbox.parameters import EXTRACTORS, index_key, list_parameters
 
 Query = Sequence[tuple[str, str]]
 
@@ -108,7 +108,7 @@ def find_matches(store: Store, resource_type: str, search: Search) -> list[Versi
 
 def find_patients(store: Store, page: Sequence[Version]) -> list[Version]:
     """Return the resources that the patient or subject elements of a page refer to, without duplicates."""
-    keys = {key: None for version in page for key in EXTRACT["patient"](orjson.loads(version.body))}
+    keys = {key: None for version in page for key in EXTRACTORS["patient"](orjson.loads(version.body))}
     targets = (store.latest(*key.split("/", 1)) for key in keys if "/" in key)
     return [version for version in targets if version is not None and version.body]
 

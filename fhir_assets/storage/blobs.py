@@ -39,7 +39,7 @@ class Blobs(Protocol):
         ...
 
     def create_spooled(self, suffix: str) -> Path:
-        """Create an empty file in the spool, also while another process removes the folder of the spool."""
+        """Create an empty file in the spool, even while another process removes the folder of the spool."""
         ...
 
     def remove_spool(self) -> None:

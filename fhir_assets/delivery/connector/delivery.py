@@ -1,4 +1,4 @@
-"""Sends the requests that a change needs. Delivery is idempotent: a repetition, also after a crash, changes nothing.
+"""Sends the requests that a change needs. Delivery is idempotent: a repetition, even after a crash, changes nothing.
 
 A record is created on the server if no resource has its identifier, and from then on addressed by the id that this
 delivery returned. A resource with the identifier that was not delivered for a record is foreign: it is not updated

@@ -183,7 +183,7 @@ def _read_conditional_creates(statement: object) -> frozenset[str]:
         rests = msgspec.convert(statement, _CapabilityStatement).rest
     except msgspec.ValidationError:
         return frozenset()
-    return frozenset(each.type for rest in rests for each in rest.resource if each.conditional_create)
+    return frozenset(resource.type for rest in rests for resource in rest.resource if resource.conditional_create)
 
 
 class _Resource(msgspec.Struct, rename="camel"):

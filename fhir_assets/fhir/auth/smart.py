@@ -27,7 +27,7 @@ _ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 _ASSERTION_SECONDS = 240
 _DEFAULT_LIFETIME = 300
 _RENEWAL_SHARE = 0.2
-"""A token is renewed when this share of its lifetime is left, but at most ``_RENEWAL_SECONDS`` before it expires."""
+"""A token is renewed when this share of its lifetime, or ``_RENEWAL_SECONDS`` if that is shorter, remains."""
 _RENEWAL_SECONDS = 60.0
 _TIMEOUT_SECONDS = 30
 

@@ -18,9 +18,9 @@ MAX_SKEW = timedelta(minutes=1)
 _MISLEADING_SKEW = timedelta(days=7)
 """If the clocks differ by more than this, one of them is wrong, and windows are not loaded at the right time."""
 DATE_PRECISION = timedelta(seconds=3)
-"""How late a Date header may be: it has whole seconds, and servers update it about once a second (uvicorn, nginx)."""
+"""The maximum delay of a Date header, which has whole seconds and is updated about once a second (uvicorn, nginx)."""
 _MAX_AGE_DIGITS = 10
-"""Digits of an Age header that are read. The rest is cut, because the result is centuries anyway."""
+"""The number of digits of an Age header that are read. Further digits are ignored."""
 _HTTP_DATE = re.compile(r"[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT")
 
 
@@ -43,10 +43,10 @@ class ServerClock:
         self._now = now
         self._monotonic = monotonic
         self._observed: tuple[datetime, float] | None = None
-        self._has_noticed = False
+        self._has_warned = False
 
     def observe(self, headers: Mapping[str, str], seconds: float) -> None:
-        """Note the headers of a response that arrived ``seconds`` after its request was sent.
+        """Record the time in the headers of a response that arrived ``seconds`` after its request was sent.
 
         The time that a cache has kept the response (its Age header) is added to its Date.
         """
@@ -55,16 +55,16 @@ class ServerClock:
             return
         date = add_clamped(date, timedelta(seconds=read_age(headers)))
         self._observed = date, self._monotonic()
-        if self._has_noticed:
+        if self._has_warned:
             return
         now = self._now()
         if now - timedelta(seconds=seconds) - date > MAX_SKEW:
-            self._notice(now - date, "ahead of", "windows are loaded up to the server's time")
+            self._add_notice(now - date, "ahead of", "windows are loaded up to the server's time")
         elif date - now > MAX_SKEW:
-            self._notice(date - now, "behind", "resources are loaded when this machine's clock reaches their time")
+            self._add_notice(date - now, "behind", "resources are loaded when this machine's clock reaches their time")
 
     def read(self) -> datetime | None:
-        """Return a time that the server's clock has not passed, at most DATE_PRECISION ahead of it.
+        """Return the latest time that the server's clock may show. The clock is at most DATE_PRECISION behind it.
 
         None if no response had a valid Date header.
         """
@@ -73,8 +73,8 @@ class ServerClock:
         date, at = self._observed
         return add_clamped(date, DATE_PRECISION + timedelta(seconds=self._monotonic() - at))
 
-    def _notice(self, skew: timedelta, direction: str, effect: str) -> None:
-        self._has_noticed = True
+    def _add_notice(self, skew: timedelta, direction: str, effect: str) -> None:
+        self._has_warned = True
         severity: Severity = "error" if skew > _MISLEADING_SKEW else "warning"
         self._notices.add(
             severity,

@@ -42,7 +42,7 @@ def holds(rule: Invariant, type_: str, focus: Any, resource: dict[str, Any], roo
     """Evaluate an invariant on ``focus``: True if it holds, False if not, None if it cannot be evaluated.
 
     An empty result counts as true, because definitions use expressions such as
-    ``reference.startsWith('#').not() or …`` also for a Reference without ``reference``.
+    ``reference.startsWith('#').not() or …`` even for a Reference without ``reference``.
     """
     if rule.key in SUBSUMED or rule.key in NOT_EVALUATED:
         return True

@@ -83,7 +83,7 @@ def _find_positions(selects: Sequence[Select]) -> list[str] | None:
 
 
 def _iterate_columns(node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield name and path of each column of a ViewDefinition, also of nested selects."""
+    """Yield name and path of each column of a ViewDefinition, including those of nested selects."""
     for column in node.get("column", ()):
         yield column.get("name", ""), column.get("path", "")
     for child in (*node.get("select", ()), *node.get("unionAll", ())):

@@ -93,7 +93,7 @@ class ConditionalReferenceStep:
             targets = identifiers.find_targets(conn, conditions)
             locked = identifiers.lock_waiting(conn, resource_type, ids, targets)
             found = self._rebuild(conn, resource_type, locked, targets, with_identifiers)
-        new = {each for resource in found for each in resource.identifiers if each.startswith("?") and each != "?"}
+        new = {token for resource in found for token in resource.identifiers if token.startswith("?") and token != "?"}
         return len(found), new - conditions
 
     def _rebuild(
@@ -153,8 +153,8 @@ class ConditionalReferenceStep:
             with conn.transaction():
                 batch = identifiers.lock_unidentified(conn, resource_type, after, _RESOURCES_PER_TRANSACTION)
                 tokens = (
-                    (each.id, list_own_tokens(parse_resource(each.body).get("identifier"), hash_identifier))
-                    for each in batch
+                    (resource.id, list_own_tokens(parse_resource(resource.body).get("identifier"), hash_identifier))
+                    for resource in batch
                 )
                 identifiers.set_identifiers(conn, resource_type, tokens)
             if not batch:

@@ -314,7 +314,9 @@ class LoadStep:
         targets = None
         if self._finds_targets:
             hash_identifier, bases = cipher_of(conn).fingerprint, self._views[0].reference_bases
-            conditions = {each for line in batch.lines for each in list_conditions(line, bases, hash_identifier)}
+            conditions = {
+                condition for line in batch.lines for condition in list_conditions(line, bases, hash_identifier)
+            }
             if conditions:
                 # The writing thread uses the connection of the load.
                 with self._connect() as own:

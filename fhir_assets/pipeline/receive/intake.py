@@ -154,15 +154,17 @@ class PostedBody:
 def read_posted_body(body: bytes) -> PostedBody:
     """Read a resource, or the resources of a Bundle of any type, of Parameters, or of an array of these.
 
-    References to the full URLs of entries are resolved. Raises UnreadableBody, also for a container with a part that
-    cannot be received, such as a deletion.
+    References to the full URLs of entries are resolved. Raises UnreadableBody, for example for a container with a part
+    that cannot be received, such as a deletion.
     """
     if body.lstrip()[:1] == b"[":
         elements = _decode(body, _ARRAY)
         if not elements:
             raise UnreadableBody("an array without resources")
         pages = Pages()
-        found = [each for n, element in enumerate(elements) for each in _read_element(bytes(element), f"[{n}]", pages)]
+        found = [
+            posted for n, element in enumerate(elements) for posted in _read_element(bytes(element), f"[{n}]", pages)
+        ]
         _require_complete(pages)
         return PostedBody(tuple(part.body for part in found), tuple(part.location for part in found), atomic=False)
     name = _read_type(body)

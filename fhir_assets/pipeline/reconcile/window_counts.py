@@ -109,9 +109,9 @@ class WindowCounts:
             )
         if self.unreturned:
             faults.append(
-                f"the server counts {self.unreturned} resources that neither its searches by _lastUpdated nor one "
-                "without a filter return: rebuild its search index, or load an export; then materialize raw, validated and "
-                f"normalized of {self.partition_key} again with a full refresh"
+                f"the server counts {self.unreturned} resources that neither its searches by _lastUpdated nor a search "
+                "without a filter return: rebuild its search index, or load an export; then materialize raw, "
+                f"validated and normalized of {self.partition_key} again with a full refresh"
             )
         if self.lost:
             faults.append(

@@ -21,7 +21,7 @@ def build_record_statements(
 
     The first statement returns the keys of the patients that it marks. ``source`` has the columns of
     ``fhir.resource``; ``key_id`` is the expression for the key that encrypts them, in which ``s`` names a row of
-    ``source``. With ``by_file``, resources with an equal time of arrival are of one file.
+    ``source``. With ``by_file``, resources with an equal time of arrival belong to one file.
     """
     keys = _KEYS.format(
         delivery=build_delivery_key("s"),

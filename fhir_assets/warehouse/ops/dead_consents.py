@@ -67,7 +67,7 @@ def record(conn: Session, denial: PossibleDenial, *, by_file: bool) -> None:
     """Record the possible effect of a dead letter, and mark the patients for a decision.
 
     If the patient is not known, the resources that arrived in the same file or request are withheld. With ``by_file``,
-    resources with an equal time of arrival are of one file.
+    resources with an equal time of arrival belong to one file.
     """
     cipher = cipher_of(conn)
     consent = denial.consent

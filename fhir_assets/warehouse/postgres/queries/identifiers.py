@@ -222,7 +222,9 @@ def stream_waiting(conn: Connection, resource_type: str) -> Iterator[tuple[list[
             [resource_type, [WAITING]],
         )
         while rows := cursor.fetchmany(_ROWS_PER_BATCH):
-            conditions = {each for _, found in rows for each in found if each.startswith(WAITING) and each != WAITING}
+            conditions = {
+                token for _, found in rows for token in found if token.startswith(WAITING) and token != WAITING
+            }
             yield [resource_id for resource_id, _ in rows], conditions
 
 
@@ -325,14 +327,14 @@ def store_resolved(conn: Connection, resource_type: str, resources: Iterable[Res
             """,
             [
                 (
-                    list(each.identifiers),
-                    list(each.keyless),
-                    None if each.patients is None else list(each.patients),
-                    None if each.mentions is None else list(each.mentions),
+                    list(resource.identifiers),
+                    list(resource.keyless),
+                    None if resource.patients is None else list(resource.patients),
+                    None if resource.mentions is None else list(resource.mentions),
                     resource_type,
-                    each.id,
+                    resource.id,
                 )
-                for each in resources
+                for resource in resources
             ],
         )
 
