@@ -21,6 +21,7 @@ from fhir_assets.errors import ConfigurationError
 from fhir_assets.sources import DEFAULT_SOURCE
 from fhir_assets.windows import Granularity, WindowScheme
 
+_ACCOUNTS = ("fhir_auth", "fhir_delivery", "connector_auth")
 _OWNER = re.compile(r"team:\w+|[^@\s]+@[^@\s]+\.[^@\s]+")
 
 EARLIEST_WINDOW = datetime(2020, 1, 1, tzinfo=UTC)
@@ -211,6 +212,27 @@ class Settings(BaseSettings):
         "data-sharing", description="The purpose that the tables are used for: `data-sharing` or `research`"
     )
 
+    connector_url: str = Field(
+        "", description="The FHIR server that the connector delivers to; unset: FHIR_BASE_URL, with FHIR_AUTH_*"
+    )
+    connector_auth_username: str | None = Field(
+        None, description="Basic authentication of the connector: the user name"
+    )
+    connector_auth_password: SecretStr | None = Field(
+        None, description="Basic authentication of the connector: the password"
+    )
+    connector_auth_token: SecretStr | None = Field(None, description="Bearer token of the connector")
+    connector_auth_client_id: str | None = Field(
+        None, description="SMART Backend Services: the id of the connector's registered client"
+    )
+    connector_auth_client_secret: SecretStr | None = Field(None, description="As FHIR_AUTH_CLIENT_SECRET")
+    connector_auth_private_key: SecretStr | None = Field(None, description="As FHIR_AUTH_PRIVATE_KEY")
+    connector_auth_private_key_file: Path | None = Field(None, description="As FHIR_AUTH_PRIVATE_KEY_FILE")
+    connector_auth_key_id: str | None = Field(None, description="As FHIR_AUTH_KEY_ID")
+    connector_auth_token_url: str | None = Field(None, description="As FHIR_AUTH_TOKEN_URL")
+    connector_auth_scope: str | None = Field(
+        None, description="As FHIR_AUTH_SCOPE; unset: system/*.read system/*.write"
+    )
     connector_mapping: Path | None = Field(
         None, description="The connector's mapping from rows to resources; unset: delivery/connector/mapping.json"
     )
@@ -319,14 +341,13 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_servers_and_credentials(self) -> Self:
-        if bool(self.fhir_auth_username) != bool(self.fhir_auth_password):
-            raise ValueError("FHIR_AUTH_USERNAME and FHIR_AUTH_PASSWORD are both required: one of them is missing")
-        if self.fhir_auth_username and self.fhir_auth_token:
-            raise ValueError("FHIR_AUTH_TOKEN and FHIR_AUTH_USERNAME exclude each other: unset one")
-        if self.fhir_delivery_username and self.fhir_delivery_token:
-            raise ValueError("FHIR_DELIVERY_TOKEN and FHIR_DELIVERY_USERNAME exclude each other: unset one")
-        if bool(self.fhir_delivery_username) != bool(self.fhir_delivery_password):
-            raise ValueError("FHIR_DELIVERY_USERNAME and FHIR_DELIVERY_PASSWORD are both required: one is missing")
+        for account in _ACCOUNTS:
+            user, password, token = (getattr(self, f"{account}_{name}") for name in ("username", "password", "token"))
+            prefix = account.upper()
+            if bool(user) != bool(password):
+                raise ValueError(f"{prefix}_USERNAME and {prefix}_PASSWORD are both required: one of them is missing")
+            if user and token:
+                raise ValueError(f"{prefix}_TOKEN and {prefix}_USERNAME exclude each other: unset one")
         if self.fhir_delivery_url and self.fhir_delivery_url.rstrip("/") == self.fhir_base_url.rstrip("/"):
             raise ValueError("FHIR_DELIVERY_URL equals FHIR_BASE_URL: resources would be written back to their server")
         if self.fhir_source is not SourceKind.NDJSON and self.fhir_base_url:

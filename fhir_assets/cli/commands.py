@@ -34,6 +34,11 @@ COMMANDS = {
         "Print the state of the daemons, the last ticks, the last load of each type, types that are behind, open "
         "incidents and free disk space.",
     ),
+    "psql": CommandSource(
+        "fhir_assets.cli.psql",
+        "psql",
+        "Open psql on the database of DB_URL, or on the embedded one.",
+    ),
     "sources": CommandSource(
         "fhir_assets.cli.sources",
         "app",

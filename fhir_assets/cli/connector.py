@@ -1,6 +1,8 @@
 """`fhir-assets connector`: deliver changes of the tables in schema ``health`` to a FHIR server."""
 
+import logging
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -13,9 +15,10 @@ from fhir_assets.cli.output import console, print_json, print_table
 from fhir_assets.delivery.connector import dead_letters, outbox
 from fhir_assets.delivery.connector.setup import build_connector, load_sources
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.errors import ConfigurationError
+from fhir_assets.errors import ConfigurationError, DatabaseUnavailable
 from fhir_assets.metrics.exposition import serve_metrics
 from fhir_assets.metrics.pipeline import register_database_metrics
+from fhir_assets.retries import RetryPolicy
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
@@ -24,6 +27,11 @@ dlq = typer.Typer(help="List, replay or discard changes that the FHIR server did
 app.add_typer(dlq, name="dlq")
 
 _COLUMNS = ("id", "source", "record_id", "reason", "message", "attempts", "failed_at", "status")
+
+DATABASE_WAIT = RetryPolicy(first_wait=0.5, max_wait=5, budget=60)
+"""How long `connector run` waits at its start for a database that cannot be reached."""
+
+_log = logging.getLogger(__name__)
 
 Json = Annotated[bool, typer.Option("--json", help="Print as JSON")]
 Ids = Annotated[
@@ -61,11 +69,13 @@ def run(
 ) -> None:
     """Deliver changes until SIGTERM or Ctrl-C; deliveries in progress are completed first.
 
-    Several connectors can run at the same time.
+    Several connectors can run at the same time. A database that cannot be reached is waited for at the start, for a
+    minute.
     """
     settings = load_settings()
     logs.configure("connector", settings.log_level)
     warehouse = Warehouse(settings)
+    _wait_for_database(warehouse)
     with _installed(warehouse):
         pass
     with closing(build_connector(settings, warehouse.connect, workers=workers)) as connector:
@@ -142,6 +152,23 @@ def _installed(warehouse: Warehouse) -> Iterator[Connection]:
                 "the outbox is not installed, or by an earlier release: run `fhir-assets connector install` first"
             )
         yield conn
+
+
+def _wait_for_database(warehouse: Warehouse) -> None:
+    """Return when the database can be reached. Raises DatabaseUnavailable if it cannot for ``DATABASE_WAIT.budget``."""
+    until = time.monotonic() + DATABASE_WAIT.budget
+    failures = 0
+    while True:
+        try:
+            with warehouse.connect():
+                return
+        except DatabaseUnavailable as error:
+            failures += 1
+            wait = DATABASE_WAIT.wait_seconds(failures)
+            if time.monotonic() + wait > until:
+                raise
+            _log.warning("waiting for the database", extra={"seconds": round(wait, 1), "reason": str(error)})
+            time.sleep(wait)
 
 
 def _require_choice(ids: list[int] | None, everything: bool, reason: str | None) -> None:

@@ -143,8 +143,7 @@ def _load(addresses: Path) -> None:
     report_failures(settings, failures)
     if failures:
         raise typer.Exit(1)
-    database = "the database of DB_URL" if settings.db_url else f"psql '{Warehouse(settings).url()}'"
-    console.print(f"Tables: schema fhir, {database}", markup=False, soft_wrap=True)
+    console.print("Tables: schema fhir, fhir-assets psql", markup=False)
     console.print("Dead letters: fhir-assets dead-letters list", markup=False)
 
 

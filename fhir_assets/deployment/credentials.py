@@ -1,11 +1,13 @@
-"""Credentials at FHIR servers: FHIR_AUTH_* at FHIR_BASE_URL, FHIR_DELIVERY_* at FHIR_DELIVERY_URL."""
+"""Credentials at FHIR servers: FHIR_AUTH_* at FHIR_BASE_URL, FHIR_DELIVERY_* at FHIR_DELIVERY_URL, CONNECTOR_AUTH_* at
+CONNECTOR_URL.
+"""
 
 from enum import StrEnum
 from pathlib import Path
 
 from pydantic import SecretStr
 
-from fhir_assets.deployment.labels import DELIVERY_LABELS, SOURCE_LABELS
+from fhir_assets.deployment.labels import CONNECTOR_LABELS, DELIVERY_LABELS, SOURCE_LABELS
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.auth.credentials import Credentials, build_credentials
 from fhir_assets.fhir.auth.smart import BackendServices, parse_private_key
@@ -18,11 +20,19 @@ class Account(StrEnum):
 
     SOURCE = "fhir_auth"
     DELIVERY = "fhir_delivery"
+    CONNECTOR = "connector_auth"
 
     @property
     def labels(self) -> ServerLabels:
         """The setting names for error messages about the account's server."""
-        return SOURCE_LABELS if self is Account.SOURCE else DELIVERY_LABELS
+        return _LABELS[self]
+
+
+_LABELS = {
+    Account.SOURCE: SOURCE_LABELS,
+    Account.DELIVERY: DELIVERY_LABELS,
+    Account.CONNECTOR: CONNECTOR_LABELS,
+}
 
 
 class Scope(StrEnum):

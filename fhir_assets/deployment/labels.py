@@ -37,3 +37,16 @@ DELIVERY_LABELS = ServerLabels(
     resource_types="FHIR_RESOURCE_TYPES",
 )
 """The server that the assets ``delivered/<type>`` write to."""
+
+CONNECTOR_LABELS = ServerLabels(
+    base_url="CONNECTOR_URL",
+    username="CONNECTOR_AUTH_USERNAME",
+    password="CONNECTOR_AUTH_PASSWORD",
+    token="CONNECTOR_AUTH_TOKEN",
+    client_id="CONNECTOR_AUTH_CLIENT_ID",
+    private_key="CONNECTOR_AUTH_PRIVATE_KEY",
+    scope="CONNECTOR_AUTH_SCOPE",
+    token_url="CONNECTOR_AUTH_TOKEN_URL",
+    timeout="FHIR_TIMEOUT_SECONDS",
+)
+"""The server that the connector writes to, if it is not the one of ``SOURCE_LABELS``."""

@@ -19,6 +19,7 @@ _is_code = re.compile(
 ).fullmatch
 """https://hl7.org/fhir/R4/valueset-issue-type.html"""
 
+_PATH = re.compile(r"\b[A-Z][A-Za-z]{2,40}(?:\.[a-zA-Z]{1,60}){1,8}\b")
 _INDEX = re.compile(r"\[\d{1,6}\]$")
 _HARMLESS = ("warning", "information")
 
@@ -51,15 +52,21 @@ def summarize_issues(outcome: bytes) -> list[str]:
     """Return the first issues as ``value at Patient.name[0].family``; an empty list if there is no OperationOutcome."""
     try:
         issues = orjson.loads(outcome)["issue"][:_MAX_ISSUES]
-        return [_summarize(issue["code"], issue.get("expression") or [None]) for issue in issues]
+        return [_summarize(issue["code"], issue.get("expression") or _find_paths(issue)) for issue in issues]
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
         return []
 
 
 def _summarize(code: object, paths: list[object]) -> str:
     known_code = code if isinstance(code, str) and _is_code(code) else "another code"
-    path = paths[0]
+    path = paths[0] if paths else None
     return f"{known_code} at {path}" if isinstance(path, str) and _is_path(path) else known_code
+
+
+def _find_paths(issue: dict[str, object]) -> list[object]:
+    """Return the element paths in the text of an issue: HAPI names there what refers to a resource, for example."""
+    text = issue.get("diagnostics")
+    return [word for word in _PATH.findall(text) if _is_path(word)] if isinstance(text, str) else []
 
 
 def _is_path(text: str) -> bool:

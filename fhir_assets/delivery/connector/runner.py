@@ -141,13 +141,13 @@ class Connector:
         if self._channels.stopping.is_set():
             return _Failed(change, TransientFailure("stopped", "the connector is stopping", server_wide=True))
         try:
-            return self._delivery.deliver(change)
+            acknowledged = self._delivery.deliver(change)
         except TransientFailure as failure:
-            if failure.server_wide or change.claim.attempts < self._options.policy.attempts:
+            limit = min(failure.attempts or self._options.policy.attempts, self._options.policy.attempts)
+            if failure.server_wide or change.claim.attempts < limit:
                 return _Failed(change, failure)
-            message = f"{failure}, {change.claim.attempts} times"
-            status = int(failure.code) if failure.code.isdecimal() else None
-            return Refused(change, "attempts-used-up", message, status)
+            reason = "attempts-used-up" if failure.attempts is None else failure.code
+            return Refused(change, reason, f"{failure} ({change.claim.attempts} attempts)", failure.status)
         except PermanentFailure as failure:
             return Refused(change, failure.reason, str(failure), failure.status)
         except Exception as error:
@@ -156,6 +156,14 @@ class Connector:
                 f"an unexpected error ({type(error).__name__}) occurred with this row: see the log of the connector"
             )
             return Refused(change, "defect", message, None)
+        resource = acknowledged.delivered or change.delivered
+        _log.info(
+            "delivered",
+            extra={"worker_id": threading.current_thread().name, "source": change.claim.source, "txid": change.txids,
+                   "fhirId": resource.resource_id if resource else None, "outcome": acknowledged.outcome,
+                   "attempts": change.claim.attempts},
+        )  # fmt: skip
+        return acknowledged
 
     def _listen(self) -> None:
         """Wake the session at every notification. Polling finds changes whose notification was missed."""
@@ -362,11 +370,6 @@ class _Session:
             source = change.claim.source
             metrics.PROCESSED.labels(source=source, outcome=acknowledged.outcome).inc(len(change.event_ids))
             metrics.DELIVERY.labels(source=source).observe((now - change.first_change_at).total_seconds())
-            _log.debug(
-                "delivered",
-                extra={"source": source, "txid": change.txids, "outcome": acknowledged.outcome,
-                       "attempts": change.claim.attempts},
-            )  # fmt: skip
         for dead in refused:
             claim = dead.change.claim
             metrics.FAILED.labels(source=claim.source, fate="dead", reason=dead.reason).inc()

@@ -4,6 +4,8 @@ A call returns a reply or raises a transient or a permanent failure. Retries are
 wait does not occupy a worker. urllib3 is used because it needs half the CPU time of requests for each call.
 """
 
+import logging
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from requests.structures import CaseInsensitiveDict
 
 from fhir_assets.errors import ConfigurationError, NotFhir, ServerRefused, TransientError
 from fhir_assets.fhir.auth.credentials import Credentials
+from fhir_assets.fhir.labels import DEFAULT_LABELS, ServerLabels
 from fhir_assets.fhir.outcome import summarize_issues
 from fhir_assets.metrics import connector as metrics
 from fhir_assets.retries import read_retry_after
@@ -26,19 +29,38 @@ FHIR_JSON = "application/fhir+json"
 _TRANSIENT_STATUSES = frozenset({401, 403, 408, 409, 423, 425, 429})
 _SERVER_WIDE_STATUSES = frozenset({401, 403, 429, 503})
 _PERMANENT_SERVER_ERRORS = frozenset({501, 505})
+_DELETION_ATTEMPTS = 5
+"""Attempts of a deletion that the server answers with 409.
+
+What refers to the resource may be deleted soon after it, for example by a change of the same transaction.
+"""
+
+_log = logging.getLogger(__name__)
 
 
 class TransientFailure(Exception):
     """A call failed, and a later attempt may succeed.
 
-    ``server_wide`` is whether the failure concerns all records. ``retry_after`` is in seconds.
+    ``server_wide`` is whether the failure concerns all records. ``retry_after`` is in seconds. ``attempts`` limits the
+    attempts of one change; without it the limit of the connector applies.
     """
 
-    def __init__(self, code: str, message: str, *, server_wide: bool, retry_after: float | None = None) -> None:
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        server_wide: bool,
+        retry_after: float | None = None,
+        attempts: int | None = None,
+        status: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.code = code
+        self.status = status
         self.server_wide = server_wide
         self.retry_after = retry_after
+        self.attempts = attempts
 
 
 class PermanentFailure(Exception):
@@ -65,10 +87,19 @@ class Reply:
 class FhirServer:
     """The FHIR server at ``base_url``. Safe for use by several threads. ``timeout`` of a call is in seconds."""
 
-    def __init__(self, base_url: str, credentials: Credentials, *, timeout: float, connections: int) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        credentials: Credentials,
+        *,
+        timeout: float,
+        connections: int,
+        labels: ServerLabels = DEFAULT_LABELS,
+    ) -> None:
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigurationError("FHIR_BASE_URL must be an address that begins with http:// or https://")
+            raise ConfigurationError(f"{labels.base_url} must be an address that begins with http:// or https://")
+        self._labels = labels
         self.base_url = base_url.rstrip("/")
         self._credentials = credentials
         self._conditional_creates: frozenset[str] | None = None
@@ -116,19 +147,27 @@ class FhirServer:
         if if_none_exist is not None:
             conditions["If-None-Exist"] = f"identifier={quote(if_none_exist, safe='')}"
         started = time.perf_counter()
+        result: int | str = "no answer"
         try:
             response = self._send(method, url, body, conditions)
             if response.status == 401 and self._credentials.renew():
                 response = self._send(method, url, body, conditions)
+            result = response.status
         except urllib3.exceptions.HTTPError as error:
-            code = _code(error)
+            result = code = _code(error)
             metrics.CALL_ERRORS.labels(method=method, code=code).inc()
             raise TransientFailure(code, f"the FHIR server cannot be reached ({code})", server_wide=True) from None
         except (TransientError, ServerRefused, NotFhir) as error:
             metrics.CALL_ERRORS.labels(method=method, code="token").inc()
             raise TransientFailure("token", f"no token: {error}", server_wide=True) from None
         finally:
-            metrics.CALL_LATENCY.labels(method=method).observe(time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            metrics.CALL_LATENCY.labels(method=method).observe(seconds)
+            _log.info(
+                "called the FHIR server",
+                extra={"worker_id": threading.current_thread().name, "call": _describe_call(method, path, query,
+                       if_none_exist), "result": result, "milliseconds": round(seconds * 1000, 1)},
+            )  # fmt: skip
         if response.status == 412 and if_match is not None and 412 not in absent:
             raise TransientFailure("changed", "the resource was changed at the same time", server_wide=False)
         return self._classify(method, response, absent, conditional=bool(query or if_none_exist))
@@ -161,11 +200,24 @@ class FhirServer:
             return Reply(status, response.headers, parsed)
         metrics.CALL_ERRORS.labels(method=method, code=str(status)).inc()
         if status < 400:
-            raise TransientFailure(str(status), "the FHIR server redirects: correct FHIR_BASE_URL", server_wide=True)
+            raise TransientFailure(
+                str(status), f"the FHIR server redirects: correct {self._labels.base_url}", server_wide=True
+            )
+        issues = ", ".join(summarize_issues(response.data))
+        if status == 409 and method == "DELETE":
+            raise TransientFailure(
+                "still-referenced",
+                f"the FHIR server refused the deletion with 409{f': {issues}' if issues else ''}: other resources may "
+                "still refer to the resource. Delete them, then replay this change",
+                server_wide=False,
+                attempts=_DELETION_ATTEMPTS,
+                status=status,
+            )
         if status in _TRANSIENT_STATUSES or (status >= 500 and status not in _PERMANENT_SERVER_ERRORS):
             raise TransientFailure(
                 str(status),
                 f"the FHIR server answered {status}",
+                status=status,
                 server_wide=status in _SERVER_WIDE_STATUSES,
                 retry_after=read_retry_after(response.headers.get("Retry-After")),
             )
@@ -173,7 +225,6 @@ class FhirServer:
             raise PermanentFailure(
                 "several-matches", "the FHIR server has several resources with this identifier", status
             )
-        issues = ", ".join(summarize_issues(response.data))
         raise PermanentFailure("refused", f"the FHIR server answered {status}{f': {issues}' if issues else ''}", status)
 
 
@@ -197,6 +248,13 @@ class _Rest(msgspec.Struct):
 
 class _CapabilityStatement(msgspec.Struct):
     rest: list[_Rest] = []
+
+
+def _describe_call(method: str, path: str, query: Mapping[str, str] | None, if_none_exist: str | None) -> str:
+    """Return a call without the values of its parameters, such as ``PUT Patient?identifier=…``."""
+    parameters = "&".join(f"{name}=…" for name in query or ())
+    condition = " (If-None-Exist: identifier=…)" if if_none_exist is not None else ""
+    return f"{method} {path}{'?' if parameters else ''}{parameters}{condition}"
 
 
 def _code(error: urllib3.exceptions.HTTPError) -> str:

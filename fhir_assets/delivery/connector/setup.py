@@ -7,7 +7,7 @@ from fhir_assets.delivery.connector.delivery import Delivery
 from fhir_assets.delivery.connector.mapping import BUILT_IN, Source, load_mapping
 from fhir_assets.delivery.connector.runner import Connector, RunnerOptions
 from fhir_assets.delivery.connector.server import FhirServer
-from fhir_assets.deployment.credentials import Scope, build_account_credentials
+from fhir_assets.deployment.credentials import Account, Scope, build_account_credentials
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.retries import RetryPolicy
 from fhir_assets.settings import Settings
@@ -40,18 +40,21 @@ class ConfiguredConnector:
 
 
 def build_connector(settings: Settings, connect: OpenSession, *, workers: int | None = None) -> ConfiguredConnector:
-    """Return a connector that delivers the outbox of the database to FHIR_BASE_URL.
+    """Return a connector that delivers the outbox of the database to CONNECTOR_URL, or else to FHIR_BASE_URL.
 
-    Raises ConfigurationError if FHIR_BASE_URL is not set or the mapping is not valid.
+    Raises ConfigurationError if neither is set or the mapping is not valid.
     """
-    if not settings.fhir_base_url:
-        raise ConfigurationError("FHIR_BASE_URL is not set: set it to the base URL of the FHIR server to deliver to")
+    url = settings.connector_url or settings.fhir_base_url
+    if not url:
+        raise ConfigurationError("CONNECTOR_URL is not set: set it to the base URL of the FHIR server to deliver to")
     count = workers or settings.connector_workers
+    account = _select_account(settings)
     server = FhirServer(
-        settings.fhir_base_url,
-        build_account_credentials(settings, settings.fhir_base_url, scope=Scope.WRITE),
+        url,
+        build_account_credentials(settings, url, account=account, scope=Scope.WRITE),
         timeout=settings.fhir_timeout_seconds,
         connections=count,
+        labels=account.labels,
     )
     sources = load_sources(settings)
     options = RunnerOptions(
@@ -66,3 +69,9 @@ def build_connector(settings: Settings, connect: OpenSession, *, workers: int | 
     )
     delivery = Delivery(sources, server, take_over=settings.connector_take_over)
     return ConfiguredConnector(Connector(connect, sources, delivery, options), server)
+
+
+def _select_account(settings: Settings) -> Account:
+    """Return the account of the connector: its own at CONNECTOR_URL, or if it is set, else the one of FHIR_BASE_URL."""
+    own = settings.connector_url or settings.connector_auth_username or settings.connector_auth_token
+    return Account.CONNECTOR if own or settings.connector_auth_client_id else Account.SOURCE

@@ -82,6 +82,11 @@ def is_running(home: Path) -> bool:
     return _Server(home.absolute()).answers()
 
 
+def find_programs(home: Path) -> Path:
+    """Return the folder of Postgres' programs. Raises ConfigurationError if the embedded Postgres is not installed."""
+    return _Server(home).programs
+
+
 def stop(home: Path, *, only_if_unused: bool = False) -> bool:
     """Stop the home's server and end its connections; with ``only_if_unused`` only if it has none.
 
