@@ -13,7 +13,7 @@ from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.ingestion import Ingestion, select_failed
 from fhir_assets.orchestration.instance import config
-from fhir_assets.pipeline.sources.binding import WAYS_ON
+from fhir_assets.pipeline.sources.binding import REMEDY
 from fhir_assets.pipeline.sources.transition import SourceTransition, TransitionResult
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.ops import sources
@@ -53,7 +53,7 @@ def list_sources(json: Json = False) -> None:
     for problem in problems:
         console.print(problem, markup=False, soft_wrap=True)
     if changed or problems:
-        console.print(f"Loads are refused: {WAYS_ON}.", markup=False, soft_wrap=True)
+        console.print(f"Loads are refused: {REMEDY}.", markup=False, soft_wrap=True)
 
 
 @app.command("carry-over")

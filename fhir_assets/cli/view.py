@@ -135,15 +135,15 @@ def run(
     and reason, and the exit code is 1. The output contains the rows of all other resources.
     """
     definition = read_view(view, views=_load_others(view))
-    passed_over = 0
+    skipped = 0
 
     def report(location: str, error: NotFhir | RowError) -> None:
-        nonlocal passed_over
-        passed_over += 1
+        nonlocal skipped
+        skipped += 1
         errors.print(f"{location}: {error}", markup=False, soft_wrap=True)
 
     with open_output(output, "--output") as file:
         write_rows(run_view(definition, data, on_error=report), definition.columns, form, file)
-    if passed_over:
-        errors.print(f"{passed_over:,} lines or resources were skipped; the rows of the others are written.")
+    if skipped:
+        errors.print(f"{skipped:,} lines or resources were skipped; the rows of the others are written.")
         raise typer.Exit(1)

@@ -69,8 +69,8 @@ def find_patient_id(resource: Mapping[str, Any], reference: Mapping[str, Any], b
         if target.startswith("Patient/") and target.find("/", 8) < 0 and target.isascii():
             return target[8:]
         if match := _match_patient(target):
-            is_ours = match.start() == 0 or bases is None or target[: match.start()] in bases
-            return match[1] if is_ours else UNKNOWN_PATIENT
+            is_own_server = match.start() == 0 or bases is None or target[: match.start()] in bases
+            return match[1] if is_own_server else UNKNOWN_PATIENT
         if target.startswith(("Patient?", "urn:")) or "/Patient?" in target:
             return UNKNOWN_PATIENT if reference.get("type", "Patient") == "Patient" else None
         if target.startswith("#"):

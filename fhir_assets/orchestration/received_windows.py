@@ -39,7 +39,7 @@ class ReceivedWindows:
     def run_key(self) -> str:
         """The first and last window and the number of the attempt, for example ``2024-01-05..2024-01-06/attempt 1``."""
         first, last = self.windows.windows[0].key, self.windows.windows[-1].key
-        return f"{first}..{last}/attempt {max(entry.asked for entry in self.pending) + 1}"
+        return f"{first}..{last}/attempt {max(entry.requested_runs for entry in self.pending) + 1}"
 
 
 def group_windows(settings: Settings, pending: Sequence[PendingWindow]) -> list[ReceivedWindows]:

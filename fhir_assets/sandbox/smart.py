@@ -36,7 +36,7 @@ class Smart:
     scopes: set[str] = field(default_factory=set)
     """The scopes that clients requested."""
     _tokens: dict[str, float] = field(default_factory=dict)
-    _seen: set[str] = field(default_factory=set)
+    _used_assertions: set[str] = field(default_factory=set)
 
     def admits(self, header: str) -> bool:
         """Return whether an Authorization header contains a valid token."""
@@ -68,8 +68,8 @@ class Smart:
             claims = jwt.decode(assertion, import_key(dict(key)), algorithms=_ALGORITHMS).claims
         except (JoseError, ValueError, LookupError):
             return False
-        is_fresh = time.time() < claims["exp"] <= time.time() + 300 and claims["jti"] not in self._seen
-        self._seen.add(claims["jti"])
+        is_fresh = time.time() < claims["exp"] <= time.time() + 300 and claims["jti"] not in self._used_assertions
+        self._used_assertions.add(claims["jti"])
         return is_fresh and claims["aud"] == audience and claims["sub"] == claims["iss"]
 
 

@@ -66,7 +66,8 @@ def _build_normalized_step(
     @dg.multi_asset(
         name=f"normalized__{resource_type.key}",
         description=f"Load the valid {name} resources of the windows into the tables of their views.",
-        # Not an input: Dagster cannot load one in a run without partitions, which evaluates the checks alone.
+        # A dependency, not an input: Dagster cannot load an input in a run without partitions, which only evaluates
+        # checks.
         deps=[["validated", resource_type.key]],
         outs={view.name: _output(view, resource_type, settings) for view in views},
         check_specs=window_check_specs(resource_type, partitions) if has_main_view else [],
@@ -85,7 +86,7 @@ def _build_normalized_step(
         checks = WindowChecks(resource_type, settings)
         check_names = sorted(key.name for key in context.selected_asset_check_keys)
         if not context.has_partition_key and not context.has_partition_key_range:
-            # All checks of the table were executed together: a run without partitions, which loads nothing.
+            # A run without partitions, which executes all checks of the table in the UI. It loads nothing.
             with sanitized_errors(), warehouse.connect() as conn:
                 counts = evaluate_windows(conn, store, name, store.partition_keys("raw", name), main_view=main_view)
                 yield from checks.evaluate(context, conn, counts, check_names)

@@ -54,12 +54,14 @@ class ConditionalReferenceStep:
         self._row_builders: dict[str, RowBuilder] = {}
 
     def run(self) -> int:
-        """Return the number of resources whose rows were written again. Raises DatabaseUnavailable, ViewError or
-        EncryptionError.
+        """Resolve the references whose targets are loaded. Return the number of resources whose rows were written
+        again.
+
+        Raises DatabaseUnavailable, ViewError or EncryptionError.
         """
         with self._connect() as conn:
             with conn.transaction():
-                identifiers.forget_other_tokens(conn)
+                identifiers.mark_outdated_tokens(conn)
             types = [name for name in identifiers.find_waiting_types(conn) if name in self._views]
             conn.commit()
             if not types:
@@ -74,16 +76,19 @@ class ConditionalReferenceStep:
         with self._connect() as reading:
             for ids, conditions in identifiers.stream_waiting(reading, resource_type):
                 # The conditions of resources that were never examined are known after the first pass.
-                unread = self._resolve_batch(conn, resource_type, ids, conditions)
-                resolved += unread[0]
-                if unread[1]:
-                    resolved += self._resolve_batch(conn, resource_type, ids, unread[1])[0]
+                count, new_conditions = self._resolve_batch(conn, resource_type, ids, conditions)
+                resolved += count
+                if new_conditions:
+                    resolved += self._resolve_batch(conn, resource_type, ids, new_conditions)[0]
         return resolved
 
     def _resolve_batch(
         self, conn: Session, resource_type: str, ids: Sequence[str], conditions: set[str]
     ) -> tuple[int, set[str]]:
-        """Resolve the references of a batch. Return the number of resolved resources, and conditions that are new."""
+        """Resolve the references of a batch.
+
+        Return the number of resolved resources, and conditions not in ``conditions``.
+        """
         for target in sorted({get_type(condition) for condition in conditions}):
             self._identify_type(conn, target)
         with conn.transaction():
@@ -163,7 +168,7 @@ class ConditionalReferenceStep:
 
 
 def read_resolved(row_builder: RowBuilder, batch: Batch, *, with_patients: bool) -> Iterator[ResolvedResource]:
-    """Yield what the rows of a batch say about their references."""
+    """Yield the values in the rows of a batch that depend on the targets of its references."""
     for line in batch.lines:
         record = row_builder.read(line, batch)
         if record is not None:

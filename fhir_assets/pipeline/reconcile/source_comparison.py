@@ -14,7 +14,7 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.warehouse.postgres.db.connections import Session
 from fhir_assets.warehouse.postgres.queries import source_comparison
-from fhir_assets.warehouse.postgres.queries.source_comparison import Accounted, SourceVersion
+from fhir_assets.warehouse.postgres.queries.source_comparison import AccountedCounts, SourceVersion
 from fhir_assets.windows import Interval, WindowScheme
 
 MAX_NAMED = 1000
@@ -22,6 +22,7 @@ MAX_NAMED = 1000
 
 _VERSIONS_PER_QUERY = 2000
 _END = datetime(2200, 1, 1, tzinfo=UTC)
+"""Later than any ``lastUpdated``. Resources dated after it are not due."""
 
 
 @runtime_checkable
@@ -46,9 +47,11 @@ class TypeComparison:
     """One resource type of the source, compared with the store and the tables."""
 
     resource_type: str
-    accounted: Accounted
+    accounted: AccountedCounts
     source_total: int | None = None
-    """The source's resources: its own count, or those that it returned; None if it does not count."""
+    """The number of resources in the source: its own total, or the number that it returned; None if it reports no
+    total.
+    """
     older: int | None = 0
     """Resources older than FHIR_LAST_UPDATED_GTE, which are not loaded; None if the source does not count them."""
     due: int | None = 0
@@ -58,7 +61,7 @@ class TypeComparison:
     surplus: int | None = None
     """Resources of the tables that the source does not have: it deleted them, or they came through another channel.
 
-    There are more than this number if others are missing. None if it is unknown, as after a deep comparison.
+    The actual number is larger if other resources are missing. None if it is unknown, as after a deep comparison.
     """
     missing_ids: tuple[str, ...] = ()
     """The logical ids of the first missing resources; only a deep comparison finds them."""
@@ -128,7 +131,7 @@ def _compare_versions(
     remaining = iter(items)
     while batch := list(islice(remaining, _VERSIONS_PER_QUERY)):
         total += len(batch)
-        versions = [_identify(item) for item in batch]
+        versions = [_read_version(item) for item in batch]
         for version in source_comparison.find_missing(conn, comparison.resource_type, versions):
             if start and version.last_updated and version.last_updated < start:
                 older += 1
@@ -146,7 +149,7 @@ def _compare_versions(
     return replace(comparison, source_total=total, older=older, due=due, missing=missing, missing_ids=tuple(named))
 
 
-def _identify(item: Record | RejectedInput) -> SourceVersion:
+def _read_version(item: Record | RejectedInput) -> SourceVersion:
     """Return the version of an item.
 
     The version of a rejected item is newer than any row, because only a dead letter accounts for it.

@@ -20,7 +20,7 @@ from fhir_assets.warehouse.ops.sources import StoreLink
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
 from fhir_assets.windows import WindowScheme
 
-WAYS_ON = (
+REMEDY = (
     "either restore the old value, or choose: `fhir-assets sources carry-over` keeps what is loaded, and "
     "`fhir-assets sources start-anew` removes it and loads the source again"
 )
@@ -149,7 +149,7 @@ class SourceBinding:
         if changes or problem:
             raise ConfigurationError(
                 f"The settings of source {self.source} changed: {'; '.join([*map(str, changes), *problem])}. "
-                f"Its windows and checkpoints belong to the old value: {WAYS_ON}"
+                f"Its windows and checkpoints belong to the old value: {REMEDY}"
             )
 
     def _bind(self, conn: Connection, current: Mapping[str, str]) -> Mapping[str, str]:

@@ -27,15 +27,15 @@ from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSessio
 Stage = Literal["fetch", "validate", "transform", "load", "export", "deliver"]
 Status = Literal["open", "replaying", "resolved", "discarded"]
 
-_CHUNK = 5000
-_STREAMED = 500
+_DEAD_LETTERS_PER_STATEMENT = 5000
+_ROWS_PER_FETCH = 500
 _IS_ID = re.compile(r"[A-Za-z0-9._-]{1,64}").fullmatch
 """Matches a valid FHIR id. Any other text in the element ``id`` may be patient data and is not stored as an id."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A resource, as the bytes received, that failed a stage.
+    """A resource that failed a stage, with its bytes as received.
 
     ``path``, ``message`` and ``issues`` contain no patient data. ``rule`` and ``path`` belong to the first error.
     ``origin`` identifies the input (see ``received``), None if the resource was fetched from the configured source.
@@ -78,7 +78,7 @@ def record(conn: Session, run_id: str, failures: Iterable[DeadLetter]) -> None:
     the run.
     """
     rest = iter(failures)
-    while chunk := list(islice(rest, _CHUNK)):
+    while chunk := list(islice(rest, _DEAD_LETTERS_PER_STATEMENT)):
         _record(conn, run_id, chunk)
 
 
@@ -233,7 +233,7 @@ def stream(conn: Session, selection: Selection) -> Iterator[tuple[StoredDeadLett
     query = sql.SQL("SELECT {}, resource FROM ops.dead_letters WHERE {} ORDER BY id").format(columns, where)
     cipher = cipher_of(conn)
     with conn.transaction(), conn.cursor(name="dead_letters") as cursor:
-        cursor.itersize = _STREAMED
+        cursor.itersize = _ROWS_PER_FETCH
         for row in cursor.execute(query, params):
             yield (
                 StoredDeadLetter(*row[:-1]),

@@ -34,11 +34,11 @@ class ReceivedWindow:
 
 @dataclass(frozen=True, slots=True)
 class PendingWindow:
-    """A window of a type that is not loaded yet. ``asked`` is the number of runs that were requested to load it."""
+    """A window of a type that is not loaded yet. ``requested_runs`` is the number of runs requested to load it."""
 
     resource_type: str
     partition_key: str
-    asked: int
+    requested_runs: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,7 +114,7 @@ def add_type(conn: Session, resource_type: str) -> bool:
     return True
 
 
-def forget_other_tokens(conn: Session) -> None:
+def mark_outdated_tokens(conn: Session) -> None:
     """Mark all resources with conditions to be examined, if identifiers were hashed by other rules or with another
     key.
     """

@@ -9,7 +9,7 @@ from fhir_assets.warehouse.postgres.tables.encoding import is_storable
 
 
 @dataclass(frozen=True, slots=True)
-class Accounted:
+class AccountedCounts:
     """The numbers of distinct resources of a type that are in the tables, or missing for a known reason."""
 
     loaded: int
@@ -31,7 +31,7 @@ class SourceVersion:
     last_updated: datetime | None
 
 
-def count_accounted(conn: Connection, resource_type: str) -> Accounted:
+def count_accounted(conn: Connection, resource_type: str) -> AccountedCounts:
     """Count the resources of a type by outcome. Each resource is counted once."""
     row = conn.execute(
         """
@@ -72,7 +72,7 @@ def count_accounted(conn: Connection, resource_type: str) -> Accounted:
         """,
         {"type": resource_type},
     ).fetchone()
-    return Accounted(*row) if row else Accounted(0, 0, 0)
+    return AccountedCounts(*row) if row else AccountedCounts(0, 0, 0)
 
 
 def find_missing(conn: Connection, resource_type: str, versions: Sequence[SourceVersion]) -> list[SourceVersion]:

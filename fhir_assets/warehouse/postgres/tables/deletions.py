@@ -133,7 +133,7 @@ def advance_checkpoint(conn: Connection, resource_type: str, until: datetime, ru
 
 
 def are_applied(conn: Connection, deletions: Sequence[Deletion]) -> bool:
-    """Return whether every one of these deletions is applied already, or overtaken by a later version."""
+    """Return whether each of these deletions is already applied, or a later version of its resource is stored."""
     latest = _keep_latest(deletions).values()
     row = conn.execute(
         """

@@ -72,7 +72,7 @@ def lock_bodies(conn: Connection, resource_type: str, ids: Sequence[str]) -> lis
 
 
 def replace_rows(conn: Session, views: Sequence[View], block: CopyBlock) -> None:
-    """Replace the rows of the resources of a block in the tables of ``views``, for which it was built."""
+    """Replace the rows of the resources of a block in the tables of ``views``. The block was built for these views."""
     for view, lines in zip(views, block.view_lines, strict=True):
         statements = build_view_statements(view, encrypted=cipher_of(conn).encrypts)
         conn.execute(statements.delete, [block.ids])
