@@ -12,13 +12,14 @@ and the next complete validation resolves them.
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Protocol
 
 import msgspec
 
 from fhir_assets.errors import Overtaken
 from fhir_assets.sources import DEFAULT_SOURCE
-from fhir_assets.storage.manifest import REPLAY, Manifest, Part
+from fhir_assets.storage.manifest import REPLAY, Fetch, Fetched, Manifest, Part
 from fhir_assets.storage.store import Store, partition_folder
 from fhir_assets.warehouse.ops import partition_rows, window_verdicts
 from fhir_assets.warehouse.ops.dead_letter_resolution import DeadLetterResolution, resolve_dead_letters
@@ -114,29 +115,77 @@ def merge_manifests(new: Manifest, base: Manifest | None, current: Manifest | No
 
 
 def _merge_raw(new: Manifest, base: Manifest | None, current: Manifest | None) -> Manifest:
-    """Keep received parts. Append the new parts if the run extended its base; otherwise replace the fetched parts."""
-    if current is None or current == base:
+    """Keep received parts and every interval that another run fetched in the meantime.
+
+    A run that extended its base appends its parts. A run that read the window from its start replaces the fetched parts
+    of its base, but not those that others have appended to the base since, because they are from later than its own. If
+    two runs read the window from its start, the reading that reaches further is kept.
+
+    Raises Overtaken if a complete window would be fetched up to an earlier time than before.
+    """
+    if current is None:
         return new
+    if base is not None and _continues(new, base):
+        return new if current == base else _append(new, base, current)
     received = tuple(part for part in current.parts if part.origin is not None)
-    fetched = new.fetched
-    if base is None or base.fetched is None or fetched is None or current.fetched is None:
-        parts = tuple(part for part in new.parts if part.origin is None)
-        return msgspec.structs.replace(new, parts=parts + received, receipts=current.receipts)
-    base_fetches = base.fetched.fetches
-    fetches = fetched.fetches[len(base_fetches) :]
-    until = current.fetched.until
-    complete = current.fetched.complete
-    for fetch in fetches:
-        if (fetch.start is None or fetch.start <= until) and fetch.end >= until:
-            until, complete = fetch.end, complete or fetched.complete
+    own = _fetched_parts(new)
+    replaced = msgspec.structs.replace(new, parts=own + received, receipts=current.receipts)
+    if current.fetched is None or new.fetched is None:
+        return replaced
+    if base is None or not _continues(current, base):
+        return current if _reach(current.fetched) > _reach(new.fetched) else replaced
+    later = tuple(part for part in _added_parts(current, base) if part.origin is None)
+    fetches = current.fetched.fetches[len(base.fetched.fetches) :] if base.fetched else ()
+    fetched = _join_fetches(new.fetched, fetches, complete=current.fetched.complete)
+    if current.fetched.complete and not fetched.complete and fetched.until < current.fetched.until:
+        raise Overtaken(
+            f"{new.resource_type} of {new.partition_key} is complete, and this run read it only up to "
+            f"{fetched.until:%Y-%m-%d %H:%M}, because another run loaded it at the same time or the source is behind: "
+            "start this run again"
+        )
+    return msgspec.structs.replace(replaced, parts=own + later + received, fetched=fetched)
+
+
+def _append(new: Manifest, base: Manifest, current: Manifest) -> Manifest:
+    """Append what a run added to its base to the partition as it is now."""
+    if new.fetched is None or current.fetched is None or base.fetched is None:
+        received = tuple(part for part in current.parts if part.origin is not None)
+        return msgspec.structs.replace(new, parts=_fetched_parts(new) + received, receipts=current.receipts)
+    fetches = new.fetched.fetches[len(base.fetched.fetches) :]
+    fetched = _join_fetches(current.fetched, fetches, complete=new.fetched.complete)
     return msgspec.structs.replace(
         new,
         parts=current.parts + _added_parts(new, base),
-        fetched=msgspec.structs.replace(
-            fetched, until=until, complete=complete, fetches=(*current.fetched.fetches, *fetches)
-        ),
+        fetched=msgspec.structs.replace(fetched, source_state=new.fetched.source_state),
         receipts=current.receipts,
     )
+
+
+def _fetched_parts(manifest: Manifest) -> tuple[Part, ...]:
+    return tuple(part for part in manifest.parts if part.origin is None)
+
+
+def _continues(manifest: Manifest, base: Manifest) -> bool:
+    """Return whether a raw partition has what another one fetched, and perhaps more."""
+    if manifest.fetched is None or base.fetched is None:
+        return False
+    parts = set(_fetched_parts(manifest))
+    fetches = manifest.fetched.fetches[: len(base.fetched.fetches)]
+    return fetches == base.fetched.fetches and parts.issuperset(_fetched_parts(base))
+
+
+def _reach(fetched: Fetched) -> tuple[datetime, datetime]:
+    """Return up to when a window was fetched, and when."""
+    return fetched.until, max((fetch.at for fetch in fetched.fetches), default=fetched.until)
+
+
+def _join_fetches(fetched: Fetched, later: Sequence[Fetch], *, complete: bool) -> Fetched:
+    """Append fetches to others. Those that leave no gap move the end; ``complete`` is their own completeness."""
+    until, is_complete = fetched.until, fetched.complete
+    for fetch in later:
+        if (fetch.start is None or fetch.start <= until) and fetch.end >= until:
+            until, is_complete = fetch.end, is_complete or complete
+    return msgspec.structs.replace(fetched, until=until, complete=is_complete, fetches=(*fetched.fetches, *later))
 
 
 def _merge_validated(new: Manifest, base: Manifest | None, current: Manifest | None) -> Manifest:

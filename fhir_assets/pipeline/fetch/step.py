@@ -36,6 +36,7 @@ class _Progress:
     """The counts of one planned window during the fetch, and the resource versions that its partition already has."""
 
     planned: PlannedFetch
+    existing: Manifest | None
     stored_versions: set[_Version] = field(default_factory=set)
     matched: int = 0
     repeated: int = 0
@@ -51,7 +52,9 @@ class RawUpdate:
     fetches: Mapping[str, Fetch]
     """By partition key, the counts of the fetch. Windows that were complete already are absent."""
     base_manifests: Mapping[str, Manifest | None] = field(default_factory=dict)
-    """By partition key, the manifest that was extended, or None for a new partition: see pipeline.partition_commit."""
+    """By partition key, the manifest that the fetch found, which it extends or replaces; None for a new partition (see
+    pipeline.partition_commit).
+    """
     before_first_window: int = 0
     """How many resources were skipped because they are older than FHIR_LAST_UPDATED_GTE."""
     refusal: str = ""
@@ -161,7 +164,7 @@ class FetchStep:
                     for key, progress in plan.items()
                 ),
                 fetches[name],
-                {key: progress.planned.base for key, progress in plan.items()},
+                {key: progress.existing for key, progress in plan.items()},
                 before_first_window[name],
                 refusal=str(self._source.refused.get(name, "")) if planned else "",
                 resolution=self._build_resolution(name, plan),
@@ -248,7 +251,7 @@ class FetchStep:
                 source_state=state,
             )
             if planned:
-                plan[window.key] = _Progress(planned, self._read_stored_versions(planned))
+                plan[window.key] = _Progress(planned, existing.get(window.key), self._read_stored_versions(planned))
         return plan
 
     def _read_stored_versions(self, planned: PlannedFetch) -> set[_Version]:
