@@ -140,6 +140,7 @@ class Ingestion:
             conn.transaction(),
         ):
             view_tables.ensure_tables(conn, views)
+            view_tables.refresh_marts(conn)
 
     def begin_checkpoints(self, due: DueWindows) -> None:
         """Begin the checkpoints of the resource types that are loaded for the first time."""

@@ -12,6 +12,7 @@ from fhir_assets.orchestration.instance import config
 from fhir_assets.pipeline.rebuild.step import RebuildProgress, RebuildStep
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.db import roles
+from fhir_assets.warehouse.postgres.tables import view_tables
 
 
 def migrate(
@@ -33,6 +34,7 @@ def migrate(
     step = RebuildStep(warehouse.connect, views.views, on_progress=_ProgressPrinter())
     rebuilt = step.run(drop_columns=apply_view_changes, cascade=cascade)
     with warehouse.connect() as conn:
+        refused = view_tables.refresh_marts(conn)
         roles.grant_rights(conn)
         missing_roles = roles.list_missing_roles(conn)
     console.print(f"The database is up to date: {len(views.views)} tables in schema fhir.")
@@ -42,6 +44,8 @@ def migrate(
             "Load their windows again: each becomes a dead letter that names the column.",
             soft_wrap=True,
         )
+    for mart, reason in refused.items():
+        console.print(f"marts.{mart} could not be made: {reason}", markup=False, soft_wrap=True)
     if missing_roles:
         statements = "; ".join(f"CREATE ROLE {name} NOLOGIN" for name in missing_roles)
         console.print(

@@ -264,7 +264,7 @@ def test_no_patient_is_returned_if_the_audit_record_cannot_be_written(
 
 def test_names_are_case_sensitive_in_tables_without_the_search_columns(clinic: Clinic) -> None:
     with clinic.warehouse.connect() as conn, conn.transaction(force_rollback=True):
-        conn.execute("ALTER TABLE fhir.patient DROP COLUMN given_search, DROP COLUMN family_search")
+        conn.execute("ALTER TABLE fhir.patient DROP COLUMN given_search CASCADE, DROP COLUMN family_search CASCADE")
         directory = PatientDirectory(clinic.warehouse.connect)
         assert directory.find(conn, PatientSearch(family="Lovelace"), 1, 20).ids == (clinic.ids["ada"],)
         assert directory.find(conn, PatientSearch(family="lovelace"), 1, 20).ids == ()

@@ -1,6 +1,6 @@
 """Rights in the database: three group roles, each with the rights that its members need.
 
-``fhir_reader`` reads the tables of views and ``fhir.deleted``, but neither ``ops`` nor ``fhir.resource``.
+``fhir_reader`` reads the tables of views, the marts and ``fhir.deleted``, but neither ``ops`` nor ``fhir.resource``.
 ``fhir_operator`` manages runs and dead letters, and has no right to schema ``fhir``. ``fhir_loader`` loads data. It may
 add to the audit log, but not change it, and may not migrate. The owner of the schemas runs migrations and rotates keys.
 """
@@ -55,6 +55,7 @@ def grant_rights(conn: Connection) -> None:
     if READER in existing:
         _execute(conn, "GRANT USAGE ON SCHEMA fhir TO {}", sql.Identifier(READER))
         _execute(conn, "GRANT SELECT ON fhir.deleted TO {}", sql.Identifier(READER))
+        _execute(conn, "GRANT USAGE ON SCHEMA marts TO {}", sql.Identifier(READER))
     if OPERATOR in existing:
         _execute(conn, "GRANT USAGE ON SCHEMA ops TO {}", sql.Identifier(OPERATOR))
         _set_rights(conn, OPERATOR, "ops", {name: _OPERATOR_RIGHTS.get(name, "SELECT") for name in ops})
@@ -62,6 +63,7 @@ def grant_rights(conn: Connection) -> None:
     if LOADER in existing:
         _execute(conn, "GRANT USAGE ON SCHEMA ops TO {}", sql.Identifier(LOADER))
         _execute(conn, "GRANT USAGE, CREATE ON SCHEMA fhir TO {}", sql.Identifier(LOADER))
+        _execute(conn, "GRANT USAGE, CREATE ON SCHEMA marts TO {}", sql.Identifier(LOADER))
         _set_rights(conn, LOADER, "ops", {name: _LOADER_EXCEPTIONS.get(name, _LOAD_RIGHTS) for name in ops})
         _execute(conn, "GRANT USAGE ON SEQUENCE ops.dead_letter_records TO {}", sql.Identifier(LOADER))
         _set_rights(conn, LOADER, "fhir", dict.fromkeys(resources, _LOAD_RIGHTS))
@@ -74,6 +76,7 @@ def grant_rights(conn: Connection) -> None:
     )
     grantable = _list_grantable_tables(conn, "fhir")
     grant_view_rights(conn, [name for (name,) in tables if name in grantable])
+    grant_mart_rights(conn, sorted(_list_grantable_tables(conn, "marts")))
 
 
 def grant_view_rights(conn: Connection, tables: Iterable[str]) -> None:
@@ -88,6 +91,18 @@ def grant_view_rights(conn: Connection, tables: Iterable[str]) -> None:
             # The role owns the table, so that every loader can alter it when its view gets a new column.
             if _may_transfer_ownership(conn):
                 _execute(conn, "ALTER TABLE {} OWNER TO {}", table, sql.Identifier(LOADER))
+
+
+def grant_mart_rights(conn: Connection, marts: Iterable[str]) -> None:
+    """Grant readers their right to views of schema ``marts``. Only the owner of the views may call this."""
+    existing = _list_roles(conn)
+    for name in marts:
+        view = sql.Identifier("marts", name)
+        if READER in existing:
+            _execute(conn, "GRANT SELECT ON {} TO {}", view, sql.Identifier(READER))
+        if LOADER in existing and _may_transfer_ownership(conn):
+            # The role owns the view, as it owns the tables: every loader can drop it before it changes a table.
+            _execute(conn, "ALTER VIEW {} OWNER TO {}", view, sql.Identifier(LOADER))
 
 
 def _set_rights(conn: Connection, role: str, schema: str, rights: dict[str, str]) -> None:

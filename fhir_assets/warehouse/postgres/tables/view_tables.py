@@ -17,6 +17,7 @@ from fhir_assets.warehouse.ops.checkpoints import remove_loaded_parts
 from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.db.schema_state import lock_schema
+from fhir_assets.warehouse.postgres.tables import marts
 from fhir_assets.warehouse.postgres.tables.layout import TableLayout, build_layout, column_type
 from fhir_assets.warehouse.postgres.tables.row_streams import join_resources
 from fhir_assets.warehouse.postgres.tables.table_definitions import apply_layout
@@ -33,6 +34,7 @@ __all__ = [
     "ensure_tables",
     "find_drift",
     "find_existing_tables",
+    "refresh_marts",
 ]
 
 _MAX_EXACT_COUNT = 1_000_000
@@ -69,6 +71,18 @@ def apply_changes(conn: Session, views: Iterable[View], *, cascade: bool = False
     column are dropped, too. See ``ensure_tables`` for all other changes.
     """
     return _update_tables(conn, _build_layouts(conn, views), drop_columns=True, cascade=cascade)
+
+
+def refresh_marts(conn: Session) -> dict[str, str]:
+    """Create the marts that are missing or whose definition changed. Commits if ``conn`` is not in a transaction.
+
+    Return the marts that could not be made, each with the reason. Loads are waited for only if there is one to make.
+    """
+    with conn.transaction():
+        if marts.find_outdated(conn):
+            lock_schema(conn)
+            marts.refresh(conn)
+        return marts.find_refused(conn)
 
 
 def read_layouts(conn: Connection, resource_type: str) -> dict[str, str]:
@@ -176,6 +190,8 @@ def _update_tables(
                     )
                 )
             try:
+                if any(difference.kind == "column" and difference.actual for difference in differences):
+                    marts.drop_marts_of(conn, layout.name, cascade=cascade)
                 complete = apply_layout(conn, layout, differences, cascade=cascade)
                 _record_layout(conn, layout, complete=complete)
             except psycopg.errors.DependentObjectsStillExist as error:
@@ -189,6 +205,7 @@ def _update_tables(
                 raise ViewError(_describe_refusal(layout, error)) from None
         for resource_type in sorted(outdated_types):
             remove_loaded_parts(conn, resource_type)
+        marts.refresh(conn, {change.view for change in changes if change.kind == "column"})
     return TableChanges(changes, sorted(outdated_types))
 
 
