@@ -53,7 +53,7 @@ def replace_file(path: Path, *, mode: int = _NEW_FILE_MODE) -> Iterator[BinaryIO
     try:
         with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, permissions & 0o777)) as file:
             if existing is not None:
-                _take_over(file.fileno(), existing)
+                _copy_owner_and_mode(file.fileno(), existing)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -90,7 +90,7 @@ def _stat(path: Path) -> os.stat_result | None:
         return None
 
 
-def _take_over(descriptor: int, existing: os.stat_result) -> None:
+def _copy_owner_and_mode(descriptor: int, existing: os.stat_result) -> None:
     """Give a new file the owner and the permissions of the file that it replaces."""
     with suppress(PermissionError):
         os.fchown(descriptor, existing.st_uid, existing.st_gid)

@@ -1,4 +1,4 @@
-"""Answers of the routes of intake.py, and the OpenAPI descriptions of their request bodies."""
+"""Response models of the routes of intake.py, and the OpenAPI descriptions of their request bodies."""
 
 from collections.abc import Mapping
 from typing import Any, Literal

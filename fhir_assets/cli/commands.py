@@ -92,7 +92,7 @@ COMMANDS = {
     "lake": CommandSource(
         "fhir_assets.cli.lake",
         "lake",
-        "Write the tables as Parquet files to FHIR_LAKE_URL: the windows whose rows changed since the last time.",
+        "Write the tables as Parquet files to FHIR_LAKE_URL. Only windows whose rows changed are written.",
     ),
     "validate": CommandSource(
         "fhir_assets.cli.validate",

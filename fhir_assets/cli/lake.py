@@ -28,9 +28,9 @@ def lake(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON")] = False,
 ) -> None:
-    """Write the tables as Parquet files to FHIR_LAKE_URL: the windows whose rows changed since the last time.
+    """Write the tables as Parquet files to FHIR_LAKE_URL. Only windows whose rows changed are written.
 
-    Windows that do not reconcile are held back and named; the next update after they reconcile writes them. The exit
+    Windows that do not reconcile are held back and listed; the next update after they reconcile writes them. The exit
     code is 1 if windows are held back, or if a table is left out because its ViewDefinition is not valid.
     """
     settings = load_settings()

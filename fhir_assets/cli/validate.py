@@ -42,7 +42,7 @@ def validate(
         max_bytes=settings.validation_max_bytes,
         max_depth=settings.validation_max_depth,
     )
-    tally = ValidationSummary()
+    summary = ValidationSummary()
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), console=errors,
         disable=not errors.is_terminal,
@@ -50,31 +50,33 @@ def validate(
     with nullcontext() if outcomes is None else open_output(outcomes, "--outcomes") as sink, bar:
         for file in bar.track(find_files(files), description="Validating"):
             for checked in validate_files([file], validator):
-                _note(checked, tally, sink)
+                _record_result(checked, summary, sink)
     if json:
         print_json(
             {
-                "resources": tally.resources,
-                "invalid": tally.invalid,
-                "unreadable": tally.unreadable,
-                "findings": tally.rows(),
+                "resources": summary.resources,
+                "invalid": summary.invalid,
+                "unreadable": summary.unreadable,
+                "findings": summary.rows(),
             }
         )
     else:
-        if rows := tally.rows():
+        if rows := summary.rows():
             print_table("Findings", rows, ("severity", "rule", "path", "count"))
-        unreadable = f", {tally.unreadable:,} parts of files cannot be read" if tally.unreadable else ""
-        console.print(f"{tally.resources:,} resources, {tally.invalid:,} invalid{unreadable}")
-    if tally.invalid or tally.unreadable:
+        unreadable = f", {summary.unreadable:,} parts of files cannot be read" if summary.unreadable else ""
+        console.print(f"{summary.resources:,} resources, {summary.invalid:,} invalid{unreadable}")
+    if summary.invalid or summary.unreadable:
         raise typer.Exit(1)
 
 
-def _note(checked: CheckedResource | UnreadablePart, tally: ValidationSummary, sink: BinaryIO | None) -> None:
-    """Count a result, and write its issues to the file of the outcomes."""
+def _record_result(
+    checked: CheckedResource | UnreadablePart, summary: ValidationSummary, sink: BinaryIO | None
+) -> None:
+    """Add a result to the summary, and write the OperationOutcome of its issues to ``sink``."""
     if isinstance(checked, UnreadablePart):
-        tally.unreadable += 1
+        summary.unreadable += 1
         errors.print(f"{checked.location}: cannot be read: {checked.message}", markup=False, soft_wrap=True)
         return
-    tally.add(checked.result)
+    summary.add(checked.result)
     if sink and checked.result.issues:
         sink.write(orjson.dumps(build_located_outcome(checked)) + b"\n")

@@ -337,7 +337,7 @@ def _find_problem(entry: Entry) -> str | None:
         return f"a {entry.method} without the resource that it writes"
     outcome = bytes(entry.response.outcome) if entry.response and missing else bytes(entry.resource)
     if errors := _find_errors(outcome):
-        return f"the server could not give everything that was asked for ({', '.join(errors)}): ask it again"
+        return f"the server could not return everything that was requested ({', '.join(errors)}): ask it again"
     return None
 
 

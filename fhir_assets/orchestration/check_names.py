@@ -15,4 +15,4 @@ TABLE_CHECKS = frozenset(
         *(NO_FAILED_PARTITIONS, NO_PLAINTEXT_PHI, PATIENTS_KNOWN),
     }
 )
-"""All other checks belong to the step that materializes their asset."""
+"""All checks of this module. The other checks are part of the step that materializes their asset."""

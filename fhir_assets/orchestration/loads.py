@@ -1,4 +1,4 @@
-"""The load of one resource type: what the assets ``normalized/<view>`` and the post loader have in common."""
+"""The load of one resource type, with consent. The assets ``normalized/<view>`` and the post loader call it."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext

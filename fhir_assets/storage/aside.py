@@ -22,7 +22,7 @@ def read_all_manifests(store: Store, layer: str) -> list[Manifest]:
 
 
 def copy_aside(store: Store, manifests: Iterable[Manifest], at: datetime) -> None:
-    """Copy manifests to a folder that is named by the time ``at``. Raises StoreError."""
+    """Copy manifests to a folder of ``aside`` that is named after the time ``at``. Raises StoreError."""
 
     def copy(manifest: Manifest) -> None:
         folder = partition_folder(manifest.layer, manifest.resource_type, manifest.partition_key)

@@ -38,7 +38,7 @@ def parse_encodings(header: str | None) -> tuple[str, ...]:
     codings = tuple(name for name in names if name not in ("", "identity"))
     unknown = [name[:20] for name in codings if name not in _GZIP_NAMES and name != "deflate"]
     if unknown:
-        raise NotFhir(f"an exported file has the Content-Encoding {unknown[0]}, which was not asked for: {_ADVICE}")
+        raise NotFhir(f"an exported file has the Content-Encoding {unknown[0]}, which was not requested: {_ADVICE}")
     return codings
 
 

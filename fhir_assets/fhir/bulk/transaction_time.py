@@ -12,11 +12,11 @@ from fhir_assets.windows import add_clamped
 TOLERANCE = timedelta(minutes=1)
 """How far ``transactionTime`` may be ahead of the server's own clock."""
 
-STALE = timedelta(days=31)
+STALE_AGE = timedelta(days=31)
 """A ``transactionTime`` that is older than this must agree with the resources of the export."""
 
 _DATE_PRECISION = timedelta(seconds=1)
-_LATER = "nothing of this export is loaded, and nothing is lost. Ask the server's administrator to correct its clock"
+_REMEDY = "nothing of this export is loaded, and nothing is lost. Ask the server's administrator to correct its clock"
 
 
 def bound_transaction_time(
@@ -37,13 +37,13 @@ def bound_transaction_time(
     if claimed - clock > TOLERANCE:
         ahead = _describe(claimed - clock)
         raise NotFhir(
-            f"the export's transactionTime {claimed:%Y-%m-%dT%H:%M:%SZ} lies {ahead} ahead of the server's clock (is "
-            f"it local time written as UTC?): {_LATER}, then run again"
+            f"the export's transactionTime {claimed:%Y-%m-%dT%H:%M:%SZ} is {ahead} ahead of the server's clock (is "
+            f"it local time written as UTC?): {_REMEDY}, then run again"
         )
     if since is not None and since - claimed > TOLERANCE:
         raise NotFhir(
-            f"the export's transactionTime {claimed:%Y-%m-%dT%H:%M:%SZ} is earlier than the _since "
-            f"{since:%Y-%m-%dT%H:%M:%SZ} that was asked for: {_LATER}, then run again"
+            f"the export's transactionTime {claimed:%Y-%m-%dT%H:%M:%SZ} is earlier than the requested "
+            f"_since {since:%Y-%m-%dT%H:%M:%SZ}: {_REMEDY}, then run again"
         )
     dates = [add_clamped(date, _DATE_PRECISION) for date in (kick_off_date, answer_date) if date is not None]
     return min(claimed, requested_at, *dates)
@@ -55,7 +55,7 @@ def check_stale_export(claimed: datetime, requested_at: datetime, newest: dateti
     ``newest`` is the greatest ``lastUpdated`` of the export, None if it has no resources: an export that was empty long
     ago does not show that the server is empty now.
     """
-    if requested_at - claimed < STALE:
+    if requested_at - claimed < STALE_AGE:
         return
     if newest is None:
         found = "has no resources"
@@ -64,8 +64,8 @@ def check_stale_export(claimed: datetime, requested_at: datetime, newest: dateti
     else:
         return
     raise NotFhir(
-        f"the export's transactionTime is {claimed:%Y-%m-%d}, {_describe(requested_at - claimed)} before it was asked "
-        f"for, and the export {found}: {_LATER}, then run again"
+        f"the export's transactionTime is {claimed:%Y-%m-%d}, {_describe(requested_at - claimed)} before the "
+        f"request, and the export {found}: {_REMEDY}, then run again"
     )
 
 

@@ -216,7 +216,7 @@ class SearchPager:
                 "error",
                 "outdated-answer",
                 f"the answer to a search of {self._type} was made {format_duration(until - page.date)} before the end "
-                "of the interval that was asked for (its Date header): a cache answers in place of the server, or the "
+                "of the requested interval (its Date header): a cache answers in place of the server, or the "
                 "clocks differ; correct that, then materialize raw, validated and normalized of the window again",
                 self._type,
             )

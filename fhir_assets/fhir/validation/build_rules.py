@@ -7,7 +7,8 @@
 FOLDER holds the StructureDefinitions, ValueSets and CodeSystems of R4 (4.0.1), as Bundles
 (``profiles-resources.json``, ``profiles-types.json``, ``valuesets.json``, ``v2-tables.json``,
 ``v3-codesystems.json`` of https://hl7.org/fhir/R4/definitions.json.zip) or as NDJSON, gzipped or not. The result
-contains only elements, cardinalities, types, codes and expressions. The same input gives the same bytes;
+contains only elements, cardinalities, types, codes and expressions. The same input always gives the same bytes.
+
 ``make rules`` runs this module and ``fhir_assets.fhir.build_model``.
 """
 
@@ -25,8 +26,8 @@ Definition = dict[str, Any]
 
 BASE = "http://hl7.org/fhir/StructureDefinition/"
 FHIR_TYPE = BASE + "structuredefinition-fhir-type"
-EVERYWHERE = {"ele-1": "Element", "ext-1": "Extension"}
-"""Invariants that the definitions repeat on every element, and the type on which the rules keep them."""
+REPEATED_INVARIANTS = {"ele-1": "Element", "ext-1": "Extension"}
+"""The invariants that the definitions repeat on every element. The rules contain them once, on the given type."""
 
 
 def read_definitions(folder: Path) -> Iterator[Definition]:
@@ -83,7 +84,7 @@ def read_structure(definition: Definition, bound: set[str]) -> dict[str, Definit
         constraints = [
             [c["key"], c["severity"], c["expression"]]
             for c in element.get("constraint", ())
-            if EVERYWHERE.get(c["key"], path) == path
+            if REPEATED_INVARIANTS.get(c["key"], path) == path
         ]
         if path in parents:
             kind = definition["kind"] if path == definition["type"] else "backbone"
@@ -139,9 +140,9 @@ def read_element(element: Definition, constraints: list[list[str]], has_children
 
 
 def type_name(base_path: str, type_: Definition) -> str:
-    """Return the FHIR type that a type reference names.
+    """Return the FHIR type of an entry of ``ElementDefinition.type``.
 
-    The FHIR type of a FHIRPath System type is in an extension, except for the elements ``id``.
+    If its code is a FHIRPath System type, the FHIR type is in an extension, except for elements named ``id``.
     """
     code: str = type_["code"]
     if not code.startswith("http://hl7.org/fhirpath/"):

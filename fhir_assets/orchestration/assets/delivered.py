@@ -28,7 +28,7 @@ from fhir_assets.warehouse.ops import dead_letters, held_windows
 
 LAYER = "delivered"
 CHECK = "accepted"
-"""The check of each asset: the server accepted every resource that was ever sent to it."""
+"""The check of each asset. It passes if the server has accepted every resource of the type that was sent to it."""
 
 
 def build_delivered_assets(
@@ -120,11 +120,11 @@ def build_delivered_assets(
     return [delivered]
 
 
-def _describe(failed: int) -> str:
-    if not failed:
+def _describe(refused: int) -> str:
+    if not refused:
         return "the server has accepted every resource that was sent"
     return (
-        f"the server refused {failed} resources, which are dead letters: "
+        f"the server refused {refused} resources, which are dead letters: "
         "`fhir-assets dead-letters list --stage deliver` lists the reasons. Correct the resources, then "
         "materialize the windows again"
     )

@@ -1,1 +1,1 @@
-"""The post loader: loads what is posted over HTTP within seconds, in a process that is up."""
+"""The post loader, a process that loads posts over HTTP into the tables within seconds."""

@@ -1,4 +1,7 @@
-"""The loop of the post loader: it listens for posts and loads those that arrive within half a second together."""
+"""The main loop of the post loader: it waits for notifications of posts, and loads the posts of half a second at once.
+
+What a load does is in ``loads``; the reports to Dagster are in ``reports``.
+"""
 
 import logging
 from threading import Event
@@ -17,10 +20,10 @@ from fhir_assets.warehouse.postgres.db import connections
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 GATHER_SECONDS = 0.5
-"""The least number of seconds from the start of a load to the start of the next."""
+"""The minimum number of seconds between the starts of two loads."""
 
 POLL_SECONDS = 5.0
-"""Seconds after which posts are looked for without a notification, which may have been missed."""
+"""The loader looks for posts at least this often, in seconds, because it may have missed a notification."""
 
 _FIRST_GATHER_SECONDS = 0.05
 _LISTEN_SECONDS = 0.25
@@ -31,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 class PostLoader:
-    """Loads posts until it is stopped. Of several loaders of a source one works, and the others stand by."""
+    """Loads posts until it is stopped. Only one loader of a source works at a time; any others stand by."""
 
     def __init__(self, warehouse: Warehouse, loads: PostLoads, reports: PostReports) -> None:
         self._warehouse = warehouse
@@ -44,21 +47,21 @@ class PostLoader:
         self._stopping.set()
 
     def run(self) -> None:
-        """Load posts until ``stop``. A lost connection to Postgres is opened again. Raises ConfigurationError."""
+        """Load posts until ``stop``, and reconnect to Postgres if necessary. Raises ConfigurationError."""
         self._reports.start()
-        lost = 0
+        failures = 0
         try:
             while not self._stopping.is_set():
                 try:
                     with connections.connect(
                         self._warehouse.url(), autocommit=True, source=self._warehouse.source
                     ) as conn:
-                        lost = 0
-                        if self._begin(conn):
+                        failures = 0
+                        if self._wait_for_lock(conn):
                             self._serve(conn)
                 except (psycopg.OperationalError, DatabaseUnavailable) as error:
-                    lost += 1
-                    wait = _RECONNECT.wait_seconds(lost)
+                    failures += 1
+                    wait = _RECONNECT.wait_seconds(failures)
                     _log.warning(
                         "the connection to the database was lost: reconnecting",
                         extra={"seconds": round(wait, 1), "reason": describe_error(error)},
@@ -67,16 +70,16 @@ class PostLoader:
         finally:
             self._reports.stop()
 
-    def _begin(self, conn: Connection) -> bool:
+    def _wait_for_lock(self, conn: Connection) -> bool:
         """Wait until no other loader of the source runs. Return False if this one was stopped in the meantime."""
-        told = False
+        logged = False
         while not self._stopping.is_set():
             if post_lane.try_begin(conn):
                 post_lane.listen(conn)
                 _log.info("post loader started")
                 return True
-            if not told:
-                told = True
+            if not logged:
+                logged = True
                 _log.info("another post loader runs: this one stands by")
             self._stopping.wait(_STANDBY_SECONDS)
         return False
@@ -91,7 +94,7 @@ class PostLoader:
         _log.info("post loader stopped")
 
     def _load_waiting(self) -> bool:
-        """Receive and load everything that waits. Return whether there was anything that is not left for later."""
+        """Receive and load the waiting posts. Return whether any were loaded."""
         try:
             self._loads.receive_files()
             found = False
@@ -101,8 +104,8 @@ class PostLoader:
                     self._reports.add(load)
             return found
         except Exception as error:
-            # Nothing is lost: the posts are in the landing zone or in raw, and the sensors load what waits too long.
-            _log.warning("posts could not be loaded: they are tried again", extra={"reason": describe_error(error)})
+            # The posts are stored in the landing zone or in raw. The sensors load those that wait too long.
+            _log.warning("posts could not be loaded: trying again", extra={"reason": describe_error(error)})
             return False
 
     def _wait_for_post(self, conn: Connection) -> bool:

@@ -1,8 +1,8 @@
-"""Loads of posts, in this process, by the steps that Dagster's job ``load_received`` executes.
+"""Loads of posts. They run in this process, with the same steps as Dagster's job ``load_received``.
 
-A load takes the same locks, and writes the same accounts, dead letters, decisions of consent and audit records. It
-takes no slot of FHIR_MAX_LOADERS, so that it does not wait behind a first load. What it leaves stays in
-``ops.received``, where the sensor ``load_received`` finds it.
+A load takes the same locks as the job, and records the same counts, dead letters, consent decisions and audit records.
+It does not count towards FHIR_MAX_LOADERS, so that it does not wait for a long load. Posts that it does not load stay
+in ``ops.received``, where the sensor ``load_received`` finds them.
 """
 
 import logging
@@ -43,19 +43,19 @@ from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.windows import Window, WindowRange
 
 MAX_ROWS = 20_000
-"""A window in which more resources wait, posted or not, is left to Dagster's job."""
+"""The maximum number of waiting resources in a window, posted or not. Dagster's job loads windows with more."""
 
 MAX_WINDOWS = 100
-"""The largest number of windows of one type in one load. The others are in the next load."""
+"""The maximum number of windows in a load. Further windows are in the next load."""
 
 TRIGGER = "posts"
-"""What ``ops.ingestion_runs`` and the audit log name as the cause of a load of posts."""
+"""The trigger of loads of posts in ``ops.ingestion_runs`` and in the audit log."""
 
 LEFT_SECONDS = 60.0
-"""Seconds after which a window that was left to Dagster's job is looked at again."""
+"""The seconds until the post loader tries again to load a window that it left to Dagster's job."""
 
 _RETRY_SECONDS = (0.5, 2.0)
-"""Seconds before each further attempt at a window whose load failed."""
+"""The seconds before the second and the third attempt to load a window."""
 
 _log = logging.getLogger(__name__)
 
@@ -65,14 +65,14 @@ WindowKey = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class PostLoad:
-    """A load of posts of one type that is committed."""
+    """A committed load of posts of one resource type."""
 
     run_id: str
     resource_type: str
     posted: Mapping[str, int]
     """The number of posted resources by partition key."""
     counts: Mapping[str, Mapping[str, int]]
-    """What became of the resources of each window, by partition key and name."""
+    """The counts of the run in ``ops.ingestion_runs``, by partition key and name."""
     resolved_windows: Sequence[str]
     """Other windows whose dead letters were resolved."""
 
@@ -97,9 +97,9 @@ class PostLoads:
         self._postponed: dict[WindowKey, float] = {}
 
     def create_tables(self) -> None:
-        """Create the tables that do not exist, so that no post waits until a load beside it has ended.
+        """Create the tables that do not exist. The first load of posts would otherwise wait for a load in progress.
 
-        A view whose table cannot be created is reported by the load of its type.
+        Errors are ignored here; the load of the type reports them.
         """
         views = [view for view in self._views if view.resource_type in self._loaded_types]
         with (
@@ -110,19 +110,19 @@ class PostLoads:
             view_tables.ensure_tables(conn, views)
 
     def receive_files(self) -> None:
-        """Receive the posted lists of visits that wait in the landing zone. Raises as ``LandingStep.run``."""
+        """Receive the posted files of visits from the landing zone. Raises the same errors as ``LandingStep.run``."""
         if self._landing:
             self._landing.run_posted(str(uuid4()))
 
     def run(self) -> Iterator[PostLoad | None]:
-        """Load the posts that wait, one load for each resource type. Yield None for a load that failed.
+        """Load the waiting posts, with one load for each resource type. Yield None for a load that failed.
 
-        Consents are first, so that the other types are loaded or withheld according to them. Raises DatabaseUnavailable
+        Consents are loaded first, so that they apply to the resources of the other types. Raises DatabaseUnavailable
         and StoreError.
         """
         with self._warehouse.connect() as conn:
             found = received.find_posted(conn)
-        self._forget_others({(window.resource_type, window.partition_key) for window in found})
+        self._forget_loaded_windows({(window.resource_type, window.partition_key) for window in found})
         waiting = [window for window in found if self._is_due(window)]
         waiting.sort(key=lambda window: _order(window.resource_type))
         for name, windows in groupby(waiting, key=lambda window: window.resource_type):
@@ -134,14 +134,14 @@ class PostLoads:
         """The seconds until a postponed window is due; infinite if none is."""
         return max(0.0, min(self._postponed.values(), default=inf) - monotonic())
 
-    def _forget_others(self, waiting: Set[WindowKey]) -> None:
-        """Forget the failures of windows in which nothing waits any more, because somebody else has loaded them."""
-        for known in (self._failures, self._postponed):
-            for key in known.keys() - waiting:
-                del known[key]
+    def _forget_loaded_windows(self, waiting: Set[WindowKey]) -> None:
+        """Forget the failures of windows without waiting posts, which Dagster's job has loaded in the meantime."""
+        for by_window in (self._failures, self._postponed):
+            for key in by_window.keys() - waiting:
+                del by_window[key]
 
     def _is_due(self, window: PostedWindow) -> bool:
-        """Return whether to load a window now: it is of these settings, and it is not postponed."""
+        """Return whether to load a window now: its type and its length match the settings, and it is not postponed."""
         if window.resource_type not in self._loaded_types or self._find_window(window.partition_key) is None:
             return False
         return self._postponed.get((window.resource_type, window.partition_key), 0.0) <= monotonic()
@@ -162,7 +162,9 @@ class PostLoads:
         for window in windows:
             rows = rows_by_key.get(window.partition_key, 0)
             if rows > MAX_ROWS:
-                self._leave(name, [window.partition_key], f"{rows:,} resources wait in it, more than {MAX_ROWS:,}")
+                self._leave_to_job(
+                    name, [window.partition_key], f"the window has {rows:,} waiting resources: over {MAX_ROWS:,}"
+                )
             elif len(chosen) < MAX_WINDOWS and total + rows <= MAX_ROWS:
                 chosen.append(window)
                 total += rows
@@ -210,7 +212,7 @@ class PostLoads:
                 self._failures.pop((name, key), None)
                 self._postponed.pop((name, key), None)
             else:
-                self._record_failure(name, [key], "the load found nothing to load in it")
+                self._record_failure(name, [key], "the load found no resources in the window")
         posted = {window.partition_key: window.rows for window in windows}
         return PostLoad(run.run_id, name, posted, counts, resolved_windows)
 
@@ -232,7 +234,7 @@ class PostLoads:
         with warehouse.connect() as conn:
             runs.record_counts(conn, run.run_id, name, counts)
             if self._destination:
-                # A delivery takes up the windows that are recorded here: see assets/delivered.py.
+                # The next delivery includes the windows that are recorded here: see assets/delivered.py.
                 held_windows.hold(conn, self._destination, name, run.partition_keys, run_id=run.run_id)
         loaded = load_windows(
             self._settings,
@@ -256,16 +258,16 @@ class PostLoads:
             return f"delivered {client.base_url}"
 
     def _record_failure(self, name: str, partition_keys: Sequence[str], reason: str) -> None:
-        """Postpone the windows of a load that failed: for a moment, or after the last attempt to Dagster's job."""
+        """Postpone the windows of a load that failed. After the last attempt, leave them to Dagster's job."""
         for key in partition_keys:
             attempts = self._failures.get((name, key), 0)
             if attempts < len(_RETRY_SECONDS):
                 self._failures[name, key] = attempts + 1
                 self._postponed[name, key] = monotonic() + _RETRY_SECONDS[attempts]
             else:
-                self._leave(name, [key], reason)
+                self._leave_to_job(name, [key], reason)
 
-    def _leave(self, name: str, partition_keys: Sequence[str], reason: str) -> None:
+    def _leave_to_job(self, name: str, partition_keys: Sequence[str], reason: str) -> None:
         for key in partition_keys:
             self._failures.pop((name, key), None)
             self._postponed[name, key] = monotonic() + LEFT_SECONDS

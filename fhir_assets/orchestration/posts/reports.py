@@ -1,8 +1,8 @@
-"""Reports of the post loader to Dagster: materializations and results of checks, outside of a run.
+"""Reports of the post loader to Dagster: materializations and check results that belong to no run.
 
-An event takes about 14 ms, and a post concerns twenty assets. Windows are therefore reported at most once a second, and
-less often if reports take long. What Dagster does not take is reported again. A loader that was killed before its
-report leaves a window without a verdict, which the next loader reports.
+Reporting an event takes about 14 ms, and a post may affect twenty assets. Windows are therefore reported at most once a
+second, and less often if reporting takes long. A report that fails is repeated. If a loader is killed before it reports
+a window, the window has no verdict, and the next loader reports it.
 """
 
 import logging
@@ -33,10 +33,10 @@ from fhir_assets.warehouse.ops import received
 from fhir_assets.warehouse.postgres.tables.view_tables import count_rows_by_window
 
 INTERVAL_SECONDS = 1.0
-"""The least number of seconds between two reports."""
+"""The minimum number of seconds between the starts of two reports."""
 
 MAX_SHARE = 0.2
-"""The largest share of the time that reports take."""
+"""The maximum share of the time that is spent on reports."""
 
 _LONGEST_PAUSE_SECONDS = 60.0
 _UNVERIFIED = timedelta(days=1)
@@ -48,7 +48,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _WindowReport:
-    """What the loads of a window have done since its last report."""
+    """The counts of the loads of a window since its last report."""
 
     loads: int = 0
     posted: int = 0
@@ -73,7 +73,7 @@ class _WindowReport:
 
 
 class PostReports:
-    """Reports loads of posts in a thread of its own. ``open_instance`` is called at the first report."""
+    """Reports loads of posts in a background thread. ``open_instance`` is called before the first report."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class PostReports:
         self._thread = Thread(target=self._run, name="post-reports", daemon=True)
 
     def start(self) -> None:
-        """Start to report, beginning with what an earlier loader has not reported. Raises DatabaseUnavailable."""
+        """Start the thread. It first reports what an earlier loader did not report. Raises DatabaseUnavailable."""
         since = datetime.now(UTC) - _UNVERIFIED
         with self._warehouse.connect() as conn:
             found = received.find_unverified_posts(conn, since)
@@ -107,13 +107,13 @@ class PostReports:
         self._thread.start()
 
     def stop(self) -> None:
-        """Report what is left, once, and end."""
+        """Report the remaining loads in one attempt, and end the thread."""
         self._stopping.set()
         self._changed.set()
         self._thread.join()
 
     def add(self, load: PostLoad) -> None:
-        """Report a load soon."""
+        """Queue a load for the next report."""
         with self._lock:
             for key in load.posted:
                 self._waiting.setdefault((load.resource_type, key), _WindowReport()).add(load, key)
@@ -121,21 +121,21 @@ class PostReports:
         self._changed.set()
 
     def flush(self) -> bool:
-        """Report everything that waits. Return False if a part was not reported, which waits again then."""
+        """Report all queued loads. Return False if a report failed; its loads are queued again."""
         with self._lock:
             self._changed.clear()
             waiting, self._waiting = self._waiting, {}
             resolved, self._resolved = self._resolved, set()
         done = True
         for name in sorted({name for name, _ in waiting.keys() | resolved}):
-            reports = {key: report for (of, key), report in waiting.items() if of == name}
-            others = sorted(key for of, key in resolved if of == name and key not in reports)
+            reports = {key: report for (type_name, key), report in waiting.items() if type_name == name}
+            others = sorted(key for type_name, key in resolved if type_name == name and key not in reports)
             try:
                 self._report_type(BY_NAME[name], reports, others)
             except Exception as error:
                 done = False
                 _log.warning(
-                    "loads of posts are not reported to Dagster yet: they are reported again",
+                    "loads of posts could not be reported to Dagster: trying again",
                     extra={"types": [name], "reason": describe_error(error)},
                 )
                 with self._lock:

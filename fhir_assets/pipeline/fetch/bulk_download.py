@@ -73,7 +73,7 @@ class Download:
             self._notices.add(
                 "warning",
                 "export-types",
-                f"the server exports types that were not asked for; they are not loaded: {', '.join(sorted(unwanted))}",
+                f"the server exports types that were not requested; they are not loaded: {', '.join(sorted(unwanted))}",
             )
         progress = _Progress(self._on_progress, len(self._manifest.output), len(done))
         with (

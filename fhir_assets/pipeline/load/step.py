@@ -141,8 +141,8 @@ class LoadStep:
     def run(self, resource_type: str, windows: Sequence[Window]) -> LoadResult:
         """Load the new parts of the windows, or all parts if ``refresh`` requires it or loaded parts were replaced.
 
-        The step first takes the record number of its dead letters and then reads the manifests, so that every dead
-        letter with a smaller number is about a resource that it loads, and may be resolved.
+        The step first takes the record number of its dead letters and then reads the manifests. Every dead letter with
+        a smaller number is therefore about a resource that the step loads, and may be resolved.
 
         Raises DatabaseUnavailable, ViewError, Overtaken, StoreError or WorkerLost; windows whose transaction was not
         committed are unchanged then.

@@ -48,15 +48,15 @@ def _observation(person: Person, visit: Visit, category: str, code: str, rest: s
     )
 
 
-def _draw(person: Person, measure: Measure) -> str:
-    """Return a random value as text with trailing zeros: mostly healthy, sometimes above the range."""
+def _draw_value(person: Person, measure: Measure) -> str:
+    """Return a random value as text, with trailing zeros. About 85 % are in the normal range, and the rest above it."""
     spread = measure.high - measure.low
     draw = person.random.random()
     share = draw / 0.85 if draw < 0.85 else 1 + (draw - 0.85) * 3
     return f"{measure.low + share * spread:.{measure.places}f}"
 
 
-def _measured(measure: Measure, value: str) -> str:
+def _value_quantity(measure: Measure, value: str) -> str:
     return f'"valueQuantity":{_quantity(value, measure.unit)}'
 
 
@@ -82,7 +82,9 @@ def generate_vital_signs(person: Person, visit: Visit) -> Resources:
         measure = VITALS[(first + n) % len(VITALS)]
         yield (
             "Observation",
-            _observation(person, visit, _VITAL_SIGNS, measure.code, _measured(measure, _draw(person, measure))),
+            _observation(
+                person, visit, _VITAL_SIGNS, measure.code, _value_quantity(measure, _draw_value(person, measure))
+            ),
         )
 
 
@@ -95,7 +97,7 @@ def generate_body_measurements(person: Person, visit: Visit) -> Resources:
     weight = f"{(float(height) / 100) ** 2 * person.bmi:.1f}"
     bmi = f"{float(weight) / (float(height) / 100) ** 2:.2f}"
     for measure, value in ((HEIGHT, height), (WEIGHT, weight), (BMI, bmi)):
-        yield "Observation", _observation(person, visit, _VITAL_SIGNS, measure.code, _measured(measure, value))
+        yield "Observation", _observation(person, visit, _VITAL_SIGNS, measure.code, _value_quantity(measure, value))
     answer = SMOKING_ANSWERS[person.number % len(SMOKING_ANSWERS) if age >= 18 else 0]
     yield (
         "Observation",
@@ -104,7 +106,7 @@ def generate_body_measurements(person: Person, visit: Visit) -> Resources:
 
 
 def generate_laboratory_report(person: Person, visit: Visit, request: str, panel: Panel) -> Resources:
-    """Yield a specimen, its measurements and the report, all based on ``request``."""
+    """Yield a Specimen, its Observations and the DiagnosticReport. ``request`` is the id of their ServiceRequest."""
     specimen = person.new_id("sp")
     collected = date_time(visit.start + 420)
     yield (
@@ -118,7 +120,7 @@ def generate_laboratory_report(person: Person, visit: Visit, request: str, panel
     )
     results = []
     for measure in panel.measures:
-        value = _draw(person, measure)
+        value = _draw_value(person, measure)
         high = float(value) > measure.high
         results.append(f'{{"reference":"Observation/{person.id}-o{person.serial + 1}"}}')
         yield (
@@ -128,7 +130,7 @@ def generate_laboratory_report(person: Person, visit: Visit, request: str, panel
                 visit,
                 _LABORATORY,
                 measure.code,
-                f'{_measured(measure, value)},"interpretation":[{_INTERPRETATION["H" if high else "N"]}]'
+                f'{_value_quantity(measure, value)},"interpretation":[{_INTERPRETATION["H" if high else "N"]}]'
                 f',"specimen":{{"reference":"Specimen/{specimen}"}}'
                 f',"referenceRange":[{{"low":{_quantity(f"{measure.low:g}", measure.unit)},'
                 f'"high":{_quantity(f"{measure.high:g}", measure.unit)}}}]',

@@ -1,7 +1,7 @@
 """CSV files of a view's rows (RFC 4180), for data tools and for spreadsheets.
 
 Text is quoted and null is empty, so that an empty text differs from null and a code that looks like a number is marked
-as text. Times have always six fractional digits. Text that a spreadsheet would evaluate as a formula begins with an
+as text. Times always have six fractional digits. Text that a spreadsheet would evaluate as a formula begins with an
 apostrophe, as in the files of visits (``fhir/intake/formulas.py``). Values of jsonb and array columns are JSON.
 """
 
@@ -19,17 +19,17 @@ _FLUSH_CHARACTERS = 1 << 20
 _BYTE_ORDER_MARK = "\ufeff"
 
 _MONTHS = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"
-_is_converted = re.compile(
+_looks_numeric = re.compile(
     rf"[\d.,][\d.,:/ -]*(?:[eE][+-]?\d+)?%?|(?:\d{{1,2}}[-/ ]?)?(?:{_MONTHS})[a-z]*[-/ .]?\d{{1,4}}", re.IGNORECASE
 ).fullmatch
-"""Whether a spreadsheet may take a text for a number, a date or a time."""
+"""Whether a spreadsheet may interpret a text as a number, a date or a time."""
 
 
 def write(file: BinaryIO, columns: Sequence[TableColumn], rows: Iterable[Sequence[Any]], *, excel: bool = False) -> int:
     """Write a header and rows, whose values are in the order of ``columns``. Return the number of rows.
 
-    With ``excel`` the file begins with a byte order mark, by which Excel recognizes UTF-8, and text that Excel would
-    take for a number or a date is written as ``="0123"``, which it shows as text.
+    With ``excel``, the file begins with a byte order mark, by which Excel recognizes UTF-8. Text that Excel would
+    interpret as a number or a date is written as ``="0123"``, which it shows as text.
     """
     formats = [_choose_format(column.type, _quote_for_excel if excel else _quote) for column in columns]
     count, size = 0, 0
@@ -89,6 +89,6 @@ def _quote(text: str) -> str:
 
 
 def _quote_for_excel(text: str) -> str:
-    if _is_converted(text):
+    if _looks_numeric(text):
         return f'"=""{text}"""'
     return _quote(text)

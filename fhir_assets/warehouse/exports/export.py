@@ -139,11 +139,10 @@ class Export:
             del self._complete[name]
 
     def finish(self, *, unreconciled: Mapping[str, Mapping[str, str]] | None = None) -> str:
-        """Move all files to their final names, then write the manifest. Return the URL of the folder. Raises
-        StoreError.
+        """Move all files to their final names, then write the manifest. Return the URL of the folder.
 
-        ``unreconciled`` has the windows that do not reconcile, by resource type, each with the reason. The manifest
-        names them.
+        The manifest lists ``unreconciled``: the reasons of windows that do not reconcile, by resource type and window.
+        Raises StoreError.
         """
         self._publish()
         content = {

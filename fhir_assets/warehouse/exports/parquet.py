@@ -24,10 +24,10 @@ BATCH_ROWS = 10_000
 """The number of rows in a row group. One row group is in memory at a time."""
 
 PRECISION, SCALE = 38, 18
-"""The digits of a decimal, and those of them after the point: FHIR's decimals have 18 significant digits."""
+"""The number of digits of a decimal, and of digits after the point. FHIR's decimals have 18 significant digits."""
 
 EXACT_COLUMN = "_exact_decimals"
-"""The column with decimals that do not fit, in files of tables that have a column of type numeric."""
+"""The column that has the digits of decimals that do not fit. Only tables with a numeric column have it."""
 
 _LIMIT = Decimal(10) ** (PRECISION - SCALE)
 _UNIT = Decimal(1).scaleb(-SCALE)
@@ -125,7 +125,7 @@ def _round(value: Decimal) -> Decimal | None:
 
 
 def _build_array(values: Sequence[Any], field: "pa.Field", exact: dict[int, dict[str, str]]) -> "pa.Array":
-    """Return an Arrow array. Times that Arrow does not take from Python are passed as microseconds."""
+    """Return an Arrow array. Times that Arrow cannot convert from Python objects are passed as microseconds."""
     arrow = _import_pyarrow()
     arrow_type = field.type
     if arrow.types.is_decimal(arrow_type):

@@ -18,13 +18,13 @@ _MAX_ROWS = 1 << 20
 _MAX_CHARACTERS = 32_767
 _MAX_DIGITS = 15
 _FIRST_DATE = date(1900, 3, 1)
-"""Excel counts a February 29 in 1900, which did not exist."""
+"""Earlier dates are written as text: Excel has a February 29 in 1900, which did not exist."""
 
 
 def write(path: Path, columns: Sequence[TableColumn], rows: Iterable[Sequence[Any]]) -> int:
     """Write a header and rows, whose values are in the order of ``columns``. Return the number of rows.
 
-    Raises ConfigurationError if a text is longer than a cell may be, or if xlsxwriter is not installed.
+    Raises ConfigurationError if a text is too long for a cell, or if xlsxwriter is not installed.
     """
     workbook = _import_xlsxwriter().Workbook(
         str(path), {"constant_memory": True, "tmpdir": str(path.parent), "in_memory": False}

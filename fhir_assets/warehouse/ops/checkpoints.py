@@ -119,8 +119,8 @@ def record_loaded_parts(
 ) -> None:
     """Replace the loaded parts of partitions, by partition key. Call it in the transaction that loads them.
 
-    ``views`` names the views that the parts were loaded into; None means all. A process that does not know a new view
-    yet leaves it out, so that the parts are loaded into it later.
+    ``views`` names the views that the parts were loaded into; None means all. A process that was started before a view
+    was added does not name it, so that the parts are loaded into that view later.
     """
     rows = [(key, part.name, part.rows) for key in sorted(parts) for part in parts[key]]
     keys, names, counts = zip(*rows, strict=True) if rows else ((), (), ())

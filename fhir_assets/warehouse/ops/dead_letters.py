@@ -3,8 +3,8 @@
 This module records, lists and counts dead letters. Their resolution by a load is in ``dead_letter_resolution``, replays
 are in ``replays``, and corrections by hand are in ``corrections``.
 
-Each time a dead letter is recorded, ``recorded`` is set to the next number of a sequence. The numbers show which dead
-letters were recorded since a step began, independently of clocks and of the order of commits.
+Each time a dead letter is recorded, ``recorded`` is set to the next number of a sequence. The numbers show which of
+the dead letters were recorded since a step began, independently of clocks and of the order of commits.
 """
 
 import re

@@ -1,7 +1,7 @@
-"""The lane of posts: receipts notify the post loader, which holds a lock while it runs.
+"""Coordination of the post loader: receipts of posts notify it, and a lock shows whether it runs.
 
-The lock belongs to the session of the loader. Postgres frees it as soon as the process ends, also after a kill, so that
-the sensors know at once that they have to load the posts.
+The lock belongs to a session of the loader. Postgres releases it as soon as the process ends, even if it is killed, so
+that the sensors of Dagster load the posts instead.
 """
 
 from datetime import datetime, timedelta

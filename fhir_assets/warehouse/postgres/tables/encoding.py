@@ -288,7 +288,7 @@ def _complete_date(text: str) -> str:
     try:
         date.fromisoformat(complete)
     except ValueError:
-        raise UnstorableValue("a date that the calendar does not have") from None
+        raise UnstorableValue("not a valid date") from None
     return f"{complete}\t{precision}"
 
 
@@ -332,15 +332,15 @@ def _check_instant(text: str) -> str:
     """Return the text of an instant unchanged. Cached: consecutive resources often have the same times."""
     if not _DATETIME(text):
         raise UnstorableValue("not a time of the form YYYY-MM-DDThh:mm:ss with a zone")
-    if not _is_instant(text) and not _is_instant(_name_usual_time(text)):
-        raise UnstorableValue("a time that the calendar or the clock does not have")
+    if not _is_instant(text) and not _is_instant(_replace_unusual_time(text)):
+        raise UnstorableValue("not a valid date and time")
     if text[-6] in "+-" and (text[-5:-3] > "15" or text[-2:] > "59"):
-        raise UnstorableValue("a time zone that does not exist")
+        raise UnstorableValue("not a valid time zone")
     return text
 
 
-def _name_usual_time(text: str) -> str:
-    """Return an instant with a time of the same day in place of a leap second or of 24:00:00, which Postgres stores."""
+def _replace_unusual_time(text: str) -> str:
+    """Return an instant that Python can parse: a leap second and 24:00:00, which Postgres stores, are replaced."""
     if text[16:19] == ":60":
         return f"{text[:17]}59{text[19:]}"
     return f"{text[:11]}00{text[13:]}" if _END_OF_DAY(text, 11) else text
@@ -359,7 +359,7 @@ def _encode_time(value: object) -> str:
         raise UnstorableValue("not a time of the form hh:mm:ss")
     text: str = value
     if (text[:2] > "23" and not _END_OF_DAY(text)) or text[3:5] > "59" or text[6:8] > "60":
-        raise UnstorableValue("a time that the clock does not have")
+        raise UnstorableValue("not a valid time")
     return text
 
 
