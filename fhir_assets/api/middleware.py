@@ -1,6 +1,6 @@
 """ASGI middleware for every request: request id, authentication, rate and size limits, security headers, access log.
 
-It also turns unexpected exceptions into an answer 500 that contains no patient data.
+It also turns unexpected exceptions into responses with status 500, which contain no patient data.
 """
 
 import logging
@@ -63,15 +63,15 @@ class RequestMiddleware:
         sent_id = headers.get(b"x-request-id", b"")
         request_id = sent_id.decode() if _is_request_id(sent_id) else uuid4().hex
         scope["fhir_assets.request_id"] = request_id
-        answer = _Responder(send, request_id, docs=scope["path"] == "/docs")
+        responder = _Responder(send, request_id, docs=scope["path"] == "/docs")
         started = perf_counter()
         token: Token | None = None
         try:
             token = self._authenticate(scope, headers)
             scope["fhir_assets.token"] = token
-            await self._app(scope, self._limit_body(headers, receive), answer)
+            await self._app(scope, self._limit_body(headers, receive), responder)
         except Problem as problem:
-            await self._refuse(scope, receive, answer, problem, request_id)
+            await self._refuse(scope, receive, responder, problem, request_id)
         except Exception as error:
             frame = extract_tb(error.__traceback__)[-1]
             # The log gets neither the message nor the stack trace, because either may quote patient data.
@@ -83,8 +83,8 @@ class RequestMiddleware:
                     "place": f"{Path(frame.filename).name}:{frame.lineno}",
                 },
             )
-            defect = Problem(500, "the service has a defect: its log has the error under this request's id")
-            await self._refuse(scope, receive, answer, defect, request_id)
+            defect = Problem(500, "internal error: the service's log contains it with the id of this request")
+            await self._refuse(scope, receive, responder, defect, request_id)
         finally:
             route = scope.get("route")
             _log.info(
@@ -94,7 +94,7 @@ class RequestMiddleware:
                     "method": scope["method"],
                     # The path template of the route, so that ids and search parameters stay out of the log.
                     "route": getattr(route, "path", "-"),
-                    "status": answer.status,
+                    "status": responder.status,
                     "token": token.name if token else None,
                     "seconds": round(perf_counter() - started, 4),
                 },
@@ -108,13 +108,13 @@ class RequestMiddleware:
             scheme = "Basic" if scope["path"] in ("/docs", "/openapi.json") else "Bearer"
             raise Problem(
                 401,
-                "a bearer token is needed: Authorization: Bearer <token>",
+                "a bearer token is required: Authorization: Bearer <token>",
                 headers={"WWW-Authenticate": f'{scheme} realm="fhir_assets"'},
             )
         if wait := self._rate_limiter.take(token):
             raise Problem(
                 429,
-                "this token sends too many requests: wait the seconds of Retry-After",
+                "this token sends too many requests: wait for the seconds in Retry-After",
                 headers={"Retry-After": str(int(wait) + 1)},
             )
         return token
@@ -139,11 +139,11 @@ class RequestMiddleware:
         return limited
 
     async def _refuse(
-        self, scope: Scope, receive: Receive, answer: "_Responder", problem: Problem, request_id: str
+        self, scope: Scope, receive: Receive, responder: "_Responder", problem: Problem, request_id: str
     ) -> None:
-        """Answer with the problem, unless an answer has begun."""
-        if not answer.status:
-            await problem.response(request_id)(scope, receive, answer)
+        """Send the problem as the response, unless a response was already started."""
+        if not responder.status:
+            await problem.response(request_id)(scope, receive, responder)
 
 
 class _Responder:

@@ -108,18 +108,18 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 _COMMON_STATUSES = (401, 403, 409, 413, 422, 429, 500, 503)
 _DESCRIPTIONS = {
     415: "the body is not JSON in UTF-8",
-    400: "the request does not have the form that this operation takes",
-    401: "a bearer token is needed",
+    400: "the request is malformed",
+    401: "a bearer token is required",
     403: "the token's role may not call this operation, or the patient's consent denies access (`reason` is `consent`)",
     404: "there is no resource with this id",
-    409: "a setting that this operation needs is missing, or does not allow it",
+    409: "the settings do not allow this operation, or lack one that it requires",
     410: "the source deleted the resource",
     413: "the body is larger than API_MAX_BODY_BYTES, or has more records than API_MAX_RECORDS",
     422: "a parameter is not valid; `errors` lists the invalid ones",
-    429: "the token sends more requests than API_RATE_LIMIT allows: wait the seconds of Retry-After",
-    500: "a defect of the service: its log has the error under the request's id",
+    429: "the token sends more requests than API_RATE_LIMIT allows: wait for the seconds in Retry-After",
+    500: "internal error: the service's log contains it with the id of the request",
     502: "the FHIR server refused the request, or its answer is not FHIR",
-    503: "the database, the store, Dagster or the FHIR server is not available: wait the seconds of Retry-After",
+    503: "the database, the store, Dagster or the FHIR server is not available: wait for the seconds in Retry-After",
 }
 
 
@@ -146,7 +146,7 @@ def install_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def handle_http_exception(request: Request, error: HTTPException) -> Response:
         # Errors of the router: an unknown path or method.
-        detail = {404: "this path does not exist", 405: "this path does not have this method"}.get(
+        detail = {404: "this path does not exist", 405: "this path does not support this method"}.get(
             error.status_code, ""
         )
         return Problem(error.status_code, detail, headers=error.headers).response(_request_id(request))

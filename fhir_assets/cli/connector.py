@@ -69,14 +69,14 @@ def run(
 ) -> None:
     """Deliver changes until SIGTERM or Ctrl-C; deliveries in progress are completed first.
 
-    Several connectors can run at the same time. A database that cannot be reached is waited for at the start, for a
-    minute.
+    Several connectors can run at the same time. If the database cannot be reached at the start, the command waits for
+    it, at most for a minute.
     """
     settings = load_settings()
     logs.configure("connector", settings.log_level)
     warehouse = Warehouse(settings)
     _wait_for_database(warehouse)
-    with _installed(warehouse):
+    with _connect_to_outbox(warehouse):
         pass
     with closing(build_connector(settings, warehouse.connect, workers=workers)) as connector:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -95,7 +95,7 @@ def status(json: Json = False) -> None:
     The exit code is 1 if the oldest change waits longer than CONNECTOR_MAX_LAG_SECONDS.
     """
     settings = load_settings()
-    with _installed(Warehouse(settings)) as conn:
+    with _connect_to_outbox(Warehouse(settings)) as conn:
         outbox_status = outbox.read_status(conn)
     if json:
         print_json(asdict(outbox_status))
@@ -117,7 +117,7 @@ def list_dead_letters(
     """List changes that were not delivered, newest first."""
     if status not in ("open", "replayed", "superseded", "discarded", "all"):
         raise ConfigurationError("--status is one of open, replayed, superseded, discarded, all")
-    with _installed(Warehouse(load_settings())) as conn:
+    with _connect_to_outbox(Warehouse(load_settings())) as conn:
         wanted: dead_letters.Status | None = None if status == "all" else status  # type: ignore[assignment]
         rows = [asdict(row) for row in dead_letters.find(conn, status=wanted, reason=reason, limit=limit)]
     if json:
@@ -129,8 +129,8 @@ def list_dead_letters(
 @dlq.command()
 def replay(ids: Ids = None, everything: All = False, reason: Reason = None) -> None:
     """Put changes back into the outbox. The current rows of the tables are sent."""
-    _require_choice(ids, everything, reason)
-    with _installed(Warehouse(load_settings())) as conn:
+    _require_selection(ids, everything, reason)
+    with _connect_to_outbox(Warehouse(load_settings())) as conn:
         count = dead_letters.replay(conn, ids or None, reason=reason)
     _report(ids, count, "changes are back in the outbox")
 
@@ -138,24 +138,24 @@ def replay(ids: Ids = None, everything: All = False, reason: Reason = None) -> N
 @dlq.command()
 def discard(ids: Ids = None, everything: All = False, reason: Reason = None) -> None:
     """Discard changes. They stay in the table with the status discarded."""
-    _require_choice(ids, everything, reason)
-    with _installed(Warehouse(load_settings())) as conn:
+    _require_selection(ids, everything, reason)
+    with _connect_to_outbox(Warehouse(load_settings())) as conn:
         count = dead_letters.discard(conn, ids or None, reason=reason)
     _report(ids, count, "changes are discarded")
 
 
 @contextmanager
-def _installed(warehouse: Warehouse) -> Iterator[Connection]:
+def _connect_to_outbox(warehouse: Warehouse) -> Iterator[Connection]:
     with warehouse.connect() as conn:
         if not outbox.is_installed(conn):
             raise ConfigurationError(
-                "the outbox is not installed, or by an earlier release: run `fhir-assets connector install` first"
+                "the outbox is not installed, or an earlier release installed it: run `fhir-assets connector install`"
             )
         yield conn
 
 
 def _wait_for_database(warehouse: Warehouse) -> None:
-    """Return when the database can be reached. Raises DatabaseUnavailable if it cannot for ``DATABASE_WAIT.budget``."""
+    """Wait until the database can be reached. Raises DatabaseUnavailable after ``DATABASE_WAIT.budget`` seconds."""
     until = time.monotonic() + DATABASE_WAIT.budget
     failures = 0
     while True:
@@ -171,7 +171,7 @@ def _wait_for_database(warehouse: Warehouse) -> None:
             time.sleep(wait)
 
 
-def _require_choice(ids: list[int] | None, everything: bool, reason: str | None) -> None:
+def _require_selection(ids: list[int] | None, everything: bool, reason: str | None) -> None:
     if not ids and not everything and not reason:
         raise ConfigurationError("select changes: ids as `connector dlq list` prints them, --reason, or --all")
 

@@ -40,5 +40,5 @@ def find_view_folders(settings: Settings) -> list[Path]:
 
 
 def find_reference_bases(settings: Settings) -> Bases:
-    """Return the base URLs whose absolute references make keys."""
+    """Return the base URLs of the sources. Absolute references have a key if they begin with one of them."""
     return normalize_bases([settings.fhir_base_url, settings.fhir_link_base])

@@ -62,7 +62,7 @@ def select_elements(node: Any, path: tuple[str, ...]) -> Iterator[dict[str, Any]
 def find_patient_id(resource: Mapping[str, Any], reference: Mapping[str, Any], bases: Bases) -> str | None:
     """Return the id of the patient to whom a reference in a resource leads, or UNKNOWN_PATIENT.
 
-    Return None if the reference leads to something else, or does not indicate that it leads to a patient.
+    Return None if the reference refers to something else, or does not indicate that it refers to a patient.
     """
     target = reference.get("reference")
     if isinstance(target, str):
@@ -81,7 +81,7 @@ def find_patient_id(resource: Mapping[str, Any], reference: Mapping[str, Any], b
 
 
 def find_contained(resource: Mapping[str, Any], target: str) -> dict[str, Any] | None:
-    """Return the contained resource that a reference ``#id`` leads to, or None."""
+    """Return the contained resource that a reference ``#id`` refers to, or None."""
     contained = resource.get("contained")
     for inner in contained if isinstance(contained, list) else ():
         if isinstance(inner, dict) and inner.get("id") == target[1:]:

@@ -101,7 +101,7 @@ _decode_history_entry = msgspec.json.Decoder(HistoryEntry).decode
 _ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _NO_TIME = datetime.min.replace(tzinfo=UTC)
 _HALF = (
-    "a page of a search or a history whose next link leads to resources that the file does not contain. The resources "
+    "a page of a search or a history whose next link points to resources that the file does not contain. The resources "
     "of this page are loaded: give all pages in one file, or have the server searched instead"
 )
 

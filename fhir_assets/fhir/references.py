@@ -1,6 +1,6 @@
-"""Literal references, and which of them lead to a resource of the deployment's own sources.
+"""Literal references, and which of them refer to a resource of the deployment's own sources.
 
-See https://hl7.org/fhir/R4/references.html#literal. A relative reference (``Patient/1``) leads to the server of its
+See https://hl7.org/fhir/R4/references.html#literal. A relative reference (``Patient/1``) refers to the server of its
 resource. An absolute one has a key only if its base belongs to one of the own sources, because ``Patient/1`` of another
 server is another person. Versions (``/_history/2``) are left out of keys.
 """

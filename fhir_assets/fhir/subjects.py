@@ -107,7 +107,7 @@ def find_subjects(resource: Mapping[str, Any], bases: Bases, hash_identifier: Ha
 def _find_patient(
     resource: Mapping[str, Any], reference: Mapping[str, Any], is_participant: bool, bases: Bases
 ) -> str | None:
-    """Return the id of the patient that a reference leads to, UNKNOWN_PATIENT, or None if it leads to none."""
+    """Return the id of the patient that a reference refers to, UNKNOWN_PATIENT, or None if it refers to none."""
     patient_id = find_patient_id(resource, reference, bases)
     if patient_id is not None:
         return patient_id if _is_id(patient_id) else UNKNOWN_PATIENT

@@ -1,4 +1,4 @@
-"""Facts about the current Dagster run that assets need: its id, windows, refresh mode, trigger and replay mode."""
+"""The context of a run: its id, windows, refresh mode, trigger and replay mode."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _TRIGGERS = ("dagster/schedule_name", "dagster/sensor_name", "dagster/backfill")
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """The facts about one run."""
+    """The context of one run, which the steps of all layers use."""
 
     run_id: str
     windows: WindowRange
@@ -29,7 +29,7 @@ class RunContext:
     replay: Literal["marked", "open"] | None = None
     """The dead letters that the run replays; None if the run is not a replay."""
     request_retry: Callable[[], None] = lambda: None
-    """Ask Dagster's daemon to start the run again from its failed steps. A run of a command is not started again."""
+    """Request that Dagster's daemon retries the failed steps of the run. Runs of the command line are not retried."""
 
     @property
     def partition_keys(self) -> list[str]:
@@ -38,7 +38,7 @@ class RunContext:
 
     @classmethod
     def from_context(cls, context: dg.AssetExecutionContext, scheme: WindowScheme) -> "RunContext":
-        """Read the facts from the context of a step, for a run of one partition or of a range of partitions."""
+        """Build the context from that of a Dagster step, for a run of one partition or of a range of partitions."""
         tags = context.run.tags
         automatic = (f"{tag.removeprefix('dagster/')}:{tags[tag]}" for tag in _TRIGGERS if tag in tags)
         windows = [scheme.window(key) for key in context.partition_keys]
@@ -61,7 +61,6 @@ class RunContext:
 def step_tags(resource_types: Sequence[str]) -> dict[str, str]:
     """Return the tags of a step that handles ``resource_types``.
 
-    Steps of Consent start first, so that the other resource types are loaded or withheld according to the new consents
-    at once.
+    The steps of Consent start first, so that the new consents already apply to the other resource types of the run.
     """
     return {PRIORITY_TAG: "1"} if "Consent" in resource_types else {}

@@ -7,14 +7,14 @@ from fhir_assets.storage.store import Store
 
 MARKER = "store.json"
 FORMAT = 1
-"""The layout of the store. A version of the project refuses a store with a greater number."""
+"""The version of the store's layout. Stores with a greater number are refused."""
 
 
 class StoreMarker(msgspec.Struct, frozen=True):
     """The identity of a store.
 
-    ``database`` is the id of the database whose checkpoints belong to the partitions of the store. ``sources`` has the
-    settings by name that the partitions of each source were fetched with.
+    ``database`` is the id of the database that has the checkpoints of the store's partitions. ``sources`` maps the name
+    of each source to the settings with which its partitions were fetched.
     """
 
     id: str
@@ -37,7 +37,7 @@ def read_marker(store: Store) -> StoreMarker | None:
         raise StoreError(f"{store.blobs.url}/{MARKER} is damaged: restore it from a backup") from None
     if marker.format > FORMAT:
         raise StoreError(
-            f"{store.blobs.url} has format {marker.format}, this version knows {FORMAT}: upgrade fhir-assets"
+            f"{store.blobs.url} has format {marker.format}, this version supports {FORMAT}: upgrade fhir-assets"
         )
     return marker
 

@@ -226,7 +226,7 @@ def test_links_to_another_base_are_named_and_rewritten_by_the_setting(links: str
     with ScriptedServer(script) as server:
         base = links.format(origin=server.origin)
         with pytest.raises(
-            NotFhir, match=f"lead to {base} instead of .*/proxy/fhir: set the link base to {base} "
+            NotFhir, match=f"point to {base} instead of .*/proxy/fhir: set the link base to {base} "
         ) as caught:
             list(_build_proxied(server).fetch(["Patient"], DAY))
         assert SECRET not in str(caught.value)

@@ -1,4 +1,4 @@
-"""References that make no key are stored with their resource and counted; they put it into no patient's compartment."""
+"""References that have no key are stored with their resource and counted; they put it into no patient's compartment."""
 
 import json
 from datetime import UTC, datetime

@@ -116,7 +116,7 @@ class BulkClient:
         )
 
     def resolve(self, link: str, page_url: str) -> str:
-        """Return the absolute URL of a link of the server. Raises NotFhir if it leads to another origin."""
+        """Return the absolute URL of a link of the server. Raises NotFhir if it points to another origin."""
         return self._client.resolve(link, page_url)
 
     def poll(self, status_url: str, polls: int) -> ExportPending | ExportManifest:

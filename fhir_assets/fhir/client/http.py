@@ -139,7 +139,7 @@ class FhirClient:
     def resolve(self, link: str, page_url: str) -> str:
         """Return the absolute URL of a link on ``page_url``, rewritten to the base URL if it begins with the link base.
 
-        Raises NotFhir if it leads to another origin.
+        Raises NotFhir if it points to another origin.
         """
         try:
             url = rewrite_link(urljoin(page_url, link), self._link_base, self.base_url)
@@ -154,14 +154,14 @@ class FhirClient:
         return rewrite_link(url, self._link_base, self.base_url)
 
     def leads_elsewhere(self, url: str) -> bool:
-        """Return whether a link leads to an address that is not below the base URL, as behind some proxies."""
+        """Return whether a link points to an address that is not below the base URL, as behind some proxies."""
         return not is_below(url, self.base_url)
 
     def describe_links(self, url: str) -> str:
         """Return a message that names the base of a link that is not below the base URL, and the setting to change."""
         base = guess_base(url)
         return (
-            f"{self.base_url} sends links that lead to {base} instead of {self.base_url}: set "
+            f"{self.base_url} sends links that point to {base} instead of {self.base_url}: set "
             f"{self.labels.link_base} to {base} if that is the same server, so that they are rewritten to "
             f"{self.labels.base_url}, or correct the base URL in the configuration of the server or of the proxy in "
             "front of it"

@@ -181,9 +181,9 @@ def build_reference_key(wanted: str | None, bases: Bases) -> Callable[[Mapping[s
     """Return the function ``getReferenceKey(wanted)`` for sources with these base URLs.
 
     The key is the id in a literal reference of type ``wanted`` (None: any): ``Type/id``, or ``base/Type/id`` with one
-    of the bases, each with or without ``/_history/version``. Any other reference has no key: it leads to another server
-    (absolute, ``urn:…``), to no resource in particular (``Type?identifier=…``), or to a contained resource (``#id``),
-    which has no row.
+    of the bases, each with or without ``/_history/version``. Any other reference has no key: it refers to another
+    server (absolute, ``urn:…``), to a resource by its identifier (``Type?identifier=…``), or to a contained resource
+    (``#id``), which has no row.
     """
     start = f"{wanted}/" if wanted else None
 

@@ -26,11 +26,11 @@ PATTERNS = {
 }
 """The pattern of the values of each primitive type."""
 
-RARE_TYPES = ("Element.id", "oid", "time", "uuid")
-"""Types that few resources use. The decoder tests their pattern, which costs nothing if they are absent."""
+TYPES_CHECKED_BY_DECODER = ("Element.id", "oid", "time", "uuid")
+"""Types that few resources use. The decoder itself checks their patterns, at no cost for resources without them."""
 
-RARE = {"code": r"[^\s\x00-\x1f]+", "uri": r"[^\s\x00-\x1f]+"}
-"""The patterns that the decoder tests for the rare elements ``implicitRules`` and ``language``, by their type."""
+RARE_ELEMENT_PATTERNS = {"code": r"[^\s\x00-\x1f]+", "uri": r"[^\s\x00-\x1f]+"}
+"""The patterns by which the decoder checks the rare elements ``implicitRules`` and ``language``, by type."""
 
 
 def anchor_pattern(pattern: str) -> str:

@@ -22,7 +22,12 @@ import msgspec
 from fhir_assets.fhir.validation import cached_checks, invariants
 from fhir_assets.fhir.validation.bindings import allows_code, list_codes
 from fhir_assets.fhir.validation.contained import ContainedScope
-from fhir_assets.fhir.validation.decoder_patterns import PATTERNS, RARE, RARE_TYPES, anchor_pattern
+from fhir_assets.fhir.validation.decoder_patterns import (
+    PATTERNS,
+    RARE_ELEMENT_PATTERNS,
+    TYPES_CHECKED_BY_DECODER,
+    anchor_pattern,
+)
 from fhir_assets.fhir.validation.fast_invariants import (
     ABATED,
     SUFFICIENT_CONDITIONS,
@@ -50,7 +55,7 @@ _TEXT = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_STRING)]
 _DECODED: dict[str, Any] = (
     {"boolean": bool, "decimal": float, "markdown": _TEXT, "string": _TEXT}
     | {name: Annotated[int, msgspec.Meta(ge=least, le=MAX_INTEGER)] for name, least in INTEGERS.items()}
-    | {name: Annotated[str, msgspec.Meta(pattern=anchor_pattern(PATTERNS[name]))] for name in RARE_TYPES}
+    | {name: Annotated[str, msgspec.Meta(pattern=anchor_pattern(PATTERNS[name]))] for name in TYPES_CHECKED_BY_DECODER}
 )
 """The types that the decoder checks completely. Control characters in strings are detected in the bytes instead."""
 
@@ -153,7 +158,7 @@ class FastPathCompiler:
         if type_ not in PRIMITIVES:
             return ForwardRef(python_name(type_))
         if is_rare(element, type_):
-            return Annotated[str, msgspec.Meta(pattern=anchor_pattern(RARE[type_]))]
+            return Annotated[str, msgspec.Meta(pattern=anchor_pattern(RARE_ELEMENT_PATTERNS[type_]))]
         return _DECODED.get(type_, str)
 
 
@@ -269,8 +274,10 @@ class CheckWriter:
 
 
 def is_rare(element: Element, type_: str) -> bool:
-    """Return True for an element that few resources have; the decoder tests its value by a pattern of ``RARE``."""
-    return element.name in {"implicitRules", "language"} and type_ in RARE and element.value_set is None
+    """Return whether few resources have an element, so that the decoder checks it by ``RARE_ELEMENT_PATTERNS``."""
+    return (
+        element.name in {"implicitRules", "language"} and type_ in RARE_ELEMENT_PATTERNS and element.value_set is None
+    )
 
 
 def python_name(name: str) -> str:

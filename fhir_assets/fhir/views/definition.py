@@ -45,7 +45,7 @@ class View:
     fallbacks: tuple[str, ...] = ()
     """The paths that fhirpathpy evaluates, which is much slower than compiled code."""
     reference_bases: Bases = None
-    """The base URLs whose absolute references make keys; None: any."""
+    """Absolute references have a key if they begin with one of these base URLs; None: always."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return parse_view, (self.definition, self.path, self.reference_bases)

@@ -105,7 +105,7 @@ def _build_raw_step(
                 write_dead_letters=lambda rejected: dead_letters.record_now(warehouse.connect, run.run_id, rejected),
                 recorded_before=dead_letter_resolution.next_record_number(warehouse.connect),
             )
-            # The command line prints the progress of an export, and no other lines: it listens to observations.
+            # The progress of an export is logged as observations, because the command line prints only those.
             with progress.send_to(
                 lambda text: context.log_event(dg.AssetObservation(["raw", types[0].key], description=text))
             ):
@@ -155,9 +155,10 @@ def _apply_deletions(
     resource_types: Sequence[str],
     updates: Mapping[str, RawUpdate],
 ) -> tuple[dict[str, RawUpdate], dict[str, int]]:
-    """Apply the deletions of the source's history, and remove what it no longer has from windows that were read again.
+    """Delete resources that the source has deleted.
 
-    Return the updates with the notices of both, and the numbers of deleted resources by type.
+    They are listed in the source's history, or missing in windows that were fetched again. Return the updates with the
+    notices of both steps, and the number of deleted resources by type.
     """
     deletion_log = DeletionLog(store, warehouse.connect)
     deleted: dict[str, int] = {}

@@ -107,7 +107,7 @@ def _build_checks(
 
 
 class TableEvaluator:
-    """Evaluates the checks of one resource type. ``open_source`` is needed by the check ``fresh`` only."""
+    """Evaluates the checks of one resource type. Only the check ``fresh`` needs ``open_source``."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class TableEvaluator:
         checkpoint = checkpoints.get(conn, [self._type.name]).get(self._type.name)
         advice = "`fhir-assets ingest` loads the missing windows; `fhir-assets runs list` lists the runs"
         if checkpoint is None:
-            return self._result(FRESH, False, f"not loaded from the first window on: {advice}")
+            return self._result(FRESH, False, f"the first window is not loaded: {advice}")
         now = datetime.now(UTC)
         loaded_until = checkpoint.loaded_until
         metadata = {
@@ -169,7 +169,7 @@ class TableEvaluator:
             description = "the files are loaded" if passed else f"the files changed since they were loaded: {advice}"
             return self._result(FRESH, passed, description, metadata)
         # A load reads up to the time at which it begins, and the schedule waits for the load before it.
-        expected = _last_but_one_tick(self._settings.fhir_schedule, now - _GRACE)
+        expected = _find_second_to_last_tick(self._settings.fhir_schedule, now - _GRACE)
         passed = loaded_until >= expected
         description = f"loaded up to {loaded_until:%Y-%m-%d %H:%M} UTC"
         if not passed:
@@ -257,19 +257,19 @@ class TableEvaluator:
         total, missing = sum(target.references for target in targets), sum(target.missing for target in targets)
         share = missing / total if total else 0.0
         keyless = references.count_keyless(conn, self._type.name)
-        description = f"all of {total} references lead to a loaded resource"
+        description = f"all of {total} references refer to a loaded resource"
         if missing:
             description = (
-                f"{missing} of {total} references ({share:.2%}) lead to resources that are not loaded, most of "
+                f"{missing} of {total} references ({share:.2%}) refer to resources that are not loaded, most of "
                 f"them to {targets[0].target}. `fhir-assets missing-references fetch` asks the server for them; "
                 "`fhir-assets dead-letters list` lists those that are dead letters"
             )
         if keyless:
             forms = ", ".join(f"{count} {form}" for form, count in keyless[:_MAX_SHOWN_FORMS])
             description += (
-                f". Resources with references that make no key, as they lead to another server, or not to one loaded "
-                f"resource by its id or identifier: {forms}. Absolute references make keys if they begin with "
-                "FHIR_BASE_URL or FHIR_LINK_BASE"
+                f". Number of resources with references that have no key, by the form of the reference: {forms}. A "
+                "reference has a key if it refers to a resource of the source by id, or to exactly one loaded resource "
+                "by identifier. An absolute reference must begin with FHIR_BASE_URL or FHIR_LINK_BASE"
             )
         table = rows_table(
             ("target", "references:int", "missing:int", "share"),
@@ -300,7 +300,7 @@ class TableEvaluator:
         )
         volumes = compare_volumes(windows, compared, counts, span=settings.volume_windows)
         unusual = [volume for volume in volumes if volume.unusual]
-        description = "the number of resources of every window is usual"
+        description = "every window has a normal number of resources"
         if unusual:
             description = "; ".join(f"{volume.partition_key} has {volume.description}" for volume in unusual[:3])
             description += (
@@ -332,7 +332,7 @@ class TableEvaluator:
         )
 
 
-def _last_but_one_tick(cron_schedule: str, now: datetime) -> datetime:
+def _find_second_to_last_tick(cron_schedule: str, now: datetime) -> datetime:
     """Return the tick before the last tick of a cron schedule, in UTC: the start of its last complete interval."""
     intervals = dg.TimeWindowPartitionsDefinition(
         start=now, fmt="%Y-%m-%dT%H:%M", cron_schedule=cron_schedule, timezone="UTC"

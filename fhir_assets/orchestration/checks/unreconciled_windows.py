@@ -1,4 +1,4 @@
-"""Evaluates again the windows whose check ``reconciles`` failed, because the cause may be gone."""
+"""The windows that do not reconcile. Those whose check failed are evaluated again, as the cause may be gone by now."""
 
 import os
 from collections.abc import Sequence

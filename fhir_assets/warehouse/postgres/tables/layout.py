@@ -267,7 +267,7 @@ _LOADED_AT = "Start of the transaction that wrote the row, which readers see whe
 
 
 def _find_targets(view: View, key: str | None) -> dict[str, str]:
-    """Return the column that each key of the view leads to, such as ``fhir.patient.id``."""
+    """Return the column that each key of the view refers to, such as ``fhir.patient.id``."""
     types = {column.column: column.target for column in find_reference_columns(view)}
     if key is not None and view.resource_type in BY_NAME and view.name != BY_NAME[view.resource_type].key:
         types[key] = view.resource_type

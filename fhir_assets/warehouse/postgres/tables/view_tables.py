@@ -76,7 +76,7 @@ def apply_changes(conn: Session, views: Iterable[View], *, cascade: bool = False
 def refresh_marts(conn: Session) -> dict[str, str]:
     """Create the marts that are missing or whose definition changed. Commits if ``conn`` is not in a transaction.
 
-    Return the marts that could not be made, each with the reason. Loads are waited for only if there is one to make.
+    Return the marts that could not be created, each with the reason. Wait for loads only if a mart must be created.
     """
     with conn.transaction():
         if marts.find_outdated(conn):
