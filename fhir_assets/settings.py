@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from fhir_assets.catalog import BY_NAME, CATALOG
@@ -110,8 +110,17 @@ class Settings(BaseSettings):
     fhir_bulk_fresh_minutes: float = Field(
         10, ge=0, description="Minutes after the request of an export during which other runs reuse it"
     )
-    fhir_auth_username: str | None = Field(None, description="Basic authentication: the user name")
-    fhir_auth_password: SecretStr | None = Field(None, description="Basic authentication: the password")
+    fhir_auth_enabled: bool = Field(True, description="Whether FHIR_AUTH_* is used; false: no credentials are sent")
+    fhir_auth_username: str | None = Field(
+        None,
+        validation_alias=AliasChoices("fhir_auth_username", "fhir_username"),
+        description="Basic authentication: the user name",
+    )
+    fhir_auth_password: SecretStr | None = Field(
+        None,
+        validation_alias=AliasChoices("fhir_auth_password", "fhir_password"),
+        description="Basic authentication: the password",
+    )
     fhir_auth_token: SecretStr | None = Field(None, description="Bearer token")
     fhir_auth_client_id: str | None = Field(None, description="SMART Backend Services: the id of the registered client")
     fhir_auth_client_secret: SecretStr | None = Field(
@@ -182,6 +191,11 @@ class Settings(BaseSettings):
     phi_required: bool = Field(False, description="Refuse to start without encryption keys")
     phi_encrypt_store: bool = Field(True, description="With encryption keys: encrypt the parts in the store too")
 
+    upload_dir: str = Field(
+        "",
+        validation_alias=AliasChoices("upload_dir", "tmp_dir"),
+        description="The folder or s3://bucket/prefix that `upload` sends without --input",
+    )
     batch_size: int = Field(100, ge=1, le=10_000, description="Resources in one Bundle of `upload` and of delivered/*")
     fhir_delivery_url: str = Field(
         "", description="The FHIR server that loaded resources are delivered to (assets delivered/*); unset: none"

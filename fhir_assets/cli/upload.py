@@ -1,12 +1,14 @@
-"""`fhir-assets upload`: send a folder of NDJSON files to a FHIR server."""
+"""`fhir-assets upload`: send NDJSON files of a folder or a bucket to a FHIR server."""
 
 import hashlib
+import shutil
 import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event
 from typing import Annotated
 
@@ -19,16 +21,19 @@ from fhir_assets.atomic_files import replace_content, replace_file
 from fhir_assets.cli.output import console, errors, print_json, print_table
 from fhir_assets.cli.upload_progress import Progress
 from fhir_assets.delivery.tables import build_dead_letter
+from fhir_assets.delivery.upload.download import download_files
 from fhir_assets.delivery.upload.files import Folder, Unusable
 from fhir_assets.delivery.upload.journal import Journal
 from fhir_assets.delivery.upload.uploader import NullListener, Uploader
 from fhir_assets.deployment.encryption import build_cipher
+from fhir_assets.deployment.store import build_blobs
 from fhir_assets.deployment.targets import build_upload_client
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, FhirAssetsError
 from fhir_assets.fhir import bundles
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.settings import Settings, load_settings
+from fhir_assets.storage.blobs import ListedFile
 from fhir_assets.warehouse.ops import dead_letter_resolution, dead_letters
 from fhir_assets.warehouse.ops.dead_letter_resolution import DeadLetterResolution
 
@@ -40,10 +45,20 @@ _COLUMNS = ("type", "created", "updated", "unchanged", "failed")
 
 
 def upload(
-    source: Annotated[Path, typer.Option("--input", "-i", help="A folder of NDJSON files (.gz too), or one file")],
+    source: Annotated[
+        str,
+        typer.Option(
+            "--input",
+            "-i",
+            help="A folder of NDJSON files (.gz too), one file, or s3://bucket/prefix; default: UPLOAD_DIR",
+        ),
+    ] = "",
     url: Annotated[str | None, typer.Option(help="Base URL of the FHIR server; default: FHIR_BASE_URL")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, max=10_000, help="Number of resources in a Bundle; default: BATCH_SIZE (100)")
+        int | None,
+        typer.Option(
+            "--batch-size", "-s", min=1, max=10_000, help="Number of resources in a Bundle; default: BATCH_SIZE (100)"
+        ),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, max=64, help="Number of Bundles that are sent at the same time")] = 4,
     transaction: Annotated[bool, typer.Option("--transaction", help="Send transactions instead of batches")] = False,
@@ -59,6 +74,9 @@ def upload(
     failures: Annotated[Path, typer.Option(help="File for the resources that the server refused")] = Path(
         "upload_failures.ndjson"
     ),
+    list_only: Annotated[
+        bool, typer.Option("--list", help="Print the files and how many resources of each type they have; send nothing")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON")] = False,
 ) -> None:
     """Send every resource of a folder with its own id. Referenced types are sent first.
@@ -69,14 +87,22 @@ def upload(
     overrides = {"fhir_source": "search", **({"fhir_base_url": url} if url else {})}
     settings = load_settings(**overrides)
     logs.configure("upload", settings.log_level)
-    size = batch_size or settings.batch_size
-    folder, stop, started = Folder(source), Event(), time.perf_counter()
+    location = source or settings.upload_dir
+    if not location:
+        raise ConfigurationError("there is nothing to upload: pass --input, or set UPLOAD_DIR")
+    size, stop, started = batch_size or settings.batch_size, Event(), time.perf_counter()
+    if list_only:
+        with TemporaryDirectory() as downloads:
+            _print_files(_open_folder(settings, location, Path(downloads), quiet=json), json=json)
+        return
     with (
         build_upload_client(settings, workers=workers, stop=stop) as client,
-        _journal(settings, client, source) as journal,
+        _journal(settings, client, location) as journal,
     ):
+        downloads = settings.home / "uploads" / f"files-{_digest(location, client)}"
+        folder = _open_folder(settings, location, downloads, quiet=json)
         print_fact = (lambda *_: None) if json else _print_fact
-        print_fact("Source", f"{source}, {len(folder.names)} files")
+        print_fact("Source", f"{location}, {len(folder.names)} files")
         print_fact("Destination", client.base_url)
         kind = "transactions" if transaction else "batches"
         print_fact(
@@ -100,17 +126,65 @@ def upload(
                 stop=stop,
             ).upload(steps, folder.entries)
         failed = _record_failures(settings, journal, steps, failures)
-        _print_summary(journal, client, source, failures if failed else None, time.perf_counter() - started, json=json)
+        _print_summary(
+            journal, client, location, failures if failed else None, time.perf_counter() - started, json=json
+        )
     if failed:
         raise typer.Exit(1)
     if journal.path:
         journal.path.unlink()
+    shutil.rmtree(downloads, ignore_errors=True)
 
 
-def _journal(settings: Settings, client: FhirClient, source: Path) -> Journal:
+def _is_bucket(location: str) -> bool:
+    return location.startswith("s3://")
+
+
+def _digest(location: str, client: FhirClient) -> str:
+    """Return a name for the upload of this input to this server."""
+    name = location if _is_bucket(location) else Path(location).expanduser().resolve()
+    return hashlib.sha256(f"{name}\0{client.base_url}".encode()).hexdigest()[:16]
+
+
+def _open_folder(settings: Settings, location: str, downloads: Path, *, quiet: bool) -> Folder:
+    """Return the files at ``location``. Those of a bucket are downloaded to ``downloads`` first.
+
+    Raises ConfigurationError or StoreError.
+    """
+    if not _is_bucket(location):
+        return Folder(Path(location))
+
+    def report(file: ListedFile) -> None:
+        if not quiet:
+            _print_fact("Download", f"{file.name}, {file.bytes:,} bytes")
+
+    download_files(build_blobs(settings, location), downloads, report)
+    return Folder(downloads)
+
+
+def _print_files(folder: Folder, *, json: bool) -> None:
+    """Print the number of resources of each type in each file, in the order in which the types are sent."""
+    unusable: list[Unusable] = []
+    counts = {name: folder.count(name, unusable.append) for name in folder.names}
+    order = bundles.sort_types({name for types in counts.values() for name in types})
+    rows = [
+        {"type": name, "file": file, "resources": types[name]}
+        for name in order
+        for file, types in counts.items()
+        if name in types
+    ]
+    lost = [{"location": item.location, "message": item.message} for item in unusable]
+    if json:
+        print_json({"files": rows, "unusable": lost})
+        return
+    print_table("Resources to upload, in this order", rows, ("type", "file", "resources"))
+    if lost:
+        print_table("Lines that cannot be sent", lost, ("location", "message"))
+
+
+def _journal(settings: Settings, client: FhirClient, location: str) -> Journal:
     """Open the journal of the upload of this input to this server."""
-    digest = hashlib.sha256(f"{source.expanduser().resolve()}\0{client.base_url}".encode()).hexdigest()[:16]
-    return Journal(settings.home / "uploads" / f"{digest}.sqlite", cipher=build_cipher(settings))
+    return Journal(settings.home / "uploads" / f"{_digest(location, client)}.sqlite", cipher=build_cipher(settings))
 
 
 def _plan(folder: Folder, journal: Journal, shape: Mapping[str, str], *, resume: bool) -> Steps:
@@ -232,7 +306,7 @@ def _print_plan(steps: Steps) -> None:
 
 
 def _print_summary(
-    journal: Journal, client: FhirClient, source: Path, failures: Path | None, seconds: float, *, json: bool
+    journal: Journal, client: FhirClient, location: str, failures: Path | None, seconds: float, *, json: bool
 ) -> None:
     totals = journal.count_resources()
     rows = [{"type": name, **totals[name]} for name in bundles.sort_types(totals)]
@@ -240,7 +314,7 @@ def _print_summary(
     if json:
         print_json(
             {
-                "source": str(source),
+                "source": location,
                 "destination": client.base_url,
                 "success": failures is None,
                 "seconds": round(seconds, 3),

@@ -55,6 +55,8 @@ def build_account_credentials(
         value = getattr(settings, f"{account}_{name}")
         return value.get_secret_value() if isinstance(value, SecretStr) else value
 
+    if account is Account.SOURCE and not settings.fhir_auth_enabled:
+        return build_credentials(None, None, None, labels=account.labels)
     client_id = read_setting("client_id")
     if not client_id:
         return build_credentials(

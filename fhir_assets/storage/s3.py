@@ -200,7 +200,7 @@ class S3Blobs:
 
     def listing(self, prefix: str) -> Iterator[ListedFile]:
         """Yield the files below the folder ``prefix`` with sizes and times."""
-        for entry in self.bucket.listing(f"{prefix.rstrip('/')}/"):
+        for entry in self.bucket.listing(f"{prefix.rstrip('/')}/" if prefix else ""):
             yield ListedFile(entry["Name"], entry["Size"], entry["LastModified"])
 
     def delete(self, name: str) -> None:

@@ -27,6 +27,11 @@ class Unusable:
     body: bytes
 
 
+def is_ndjson(name: str) -> bool:
+    """Return whether a file name is that of NDJSON: ``.ndjson`` or ``.jsonl``, with or without ``.gz``."""
+    return _SUFFIX.search(name) is not None
+
+
 class Folder:
     """The NDJSON files of a folder and its subfolders, or one file. Raises ConfigurationError if there is no file."""
 
@@ -36,7 +41,7 @@ class Folder:
             self._root, paths = root.parent, [root]
         else:
             self._root = root
-            paths = [path for path in root.rglob("*") if path.is_file() and _SUFFIX.search(path.name)]
+            paths = [path for path in root.rglob("*") if path.is_file() and is_ndjson(path.name)]
         if not paths:
             raise ConfigurationError(f"--input {location}: there is no .ndjson or .ndjson.gz file")
         self._paths = {path.relative_to(self._root).as_posix(): path for path in sorted(paths)}
