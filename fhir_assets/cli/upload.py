@@ -92,8 +92,8 @@ def upload(
         raise ConfigurationError("there is nothing to upload: pass --input, or set UPLOAD_DIR")
     size, stop, started = batch_size or settings.batch_size, Event(), time.perf_counter()
     if list_only:
-        with TemporaryDirectory() as downloads:
-            _print_files(_open_folder(settings, location, Path(downloads), quiet=json), json=json)
+        with TemporaryDirectory() as temporary:
+            _print_files(_open_folder(settings, location, Path(temporary), quiet=json), json=json)
         return
     with (
         build_upload_client(settings, workers=workers, stop=stop) as client,
