@@ -212,3 +212,34 @@ def test_a_row_of_a_child_view_has_the_status_and_the_time_of_its_resource() -> 
         location=[{"location": {"reference": "Location/l"}, "status": "completed"}],
     )
     assert (row["encounter_status"], row["status"]) == ("finished", "completed")
+
+
+ACT = "http://terminology.hl7.org/CodeSystem/v3-ActCode"
+
+
+@pytest.mark.parametrize(
+    ("coding", "display"),
+    [
+        ({"system": ACT, "code": "AMB"}, "ambulatory"),
+        ({"system": ACT, "code": "VR"}, "virtual"),
+        ({"system": ACT, "code": "IMP", "display": "Ward"}, "Ward"),
+        ({"system": ACT, "code": "of tomorrow"}, None),
+        ({"system": "http://local.example", "code": "AMB"}, None),
+        ({"code": "AMB"}, None),
+    ],
+)
+def test_the_name_of_a_class_comes_from_the_value_set_if_the_source_sends_none(
+    coding: dict[str, str], display: str | None
+) -> None:
+    [row] = rows_of("encounter", "Encounter", **{"class": coding})
+    assert (row["class_code"], row["class_display"]) == (coding["code"], display)
+
+
+def test_names_of_marital_status_and_discharge_come_from_the_value_set_as_well() -> None:
+    codes = "http://terminology.hl7.org/CodeSystem"
+    status = {"coding": [{"system": f"{codes}/v3-MaritalStatus", "code": "S"}]}
+    [row] = rows_of("patient", "Patient", maritalStatus=status)
+    assert row["marital_status_display"] == "Never Married"
+    discharge = {"coding": [{"system": f"{codes}/discharge-disposition", "code": "exp"}]}
+    [row] = rows_of("encounter", "Encounter", hospitalization={"dischargeDisposition": discharge})
+    assert row["discharge_disposition_display"] == "Expired"

@@ -37,7 +37,7 @@ from fhir_assets.warehouse.ops.dead_letter_resolution import DeadLetterResolutio
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Stage
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session, cipher_of
 from fhir_assets.warehouse.postgres.queries import identifiers
-from fhir_assets.warehouse.postgres.tables import view_tables
+from fhir_assets.warehouse.postgres.tables import statistics, view_tables
 from fhir_assets.warehouse.postgres.tables.copy_blocks import CopyBlock
 from fhir_assets.warehouse.postgres.tables.loading import NO_CONSENT_GATE, LoadCounts, Loader, UnloadableResource
 from fhir_assets.windows import Interval, Window, merge_intervals
@@ -163,6 +163,8 @@ class LoadStep:
                     self._finds_targets = not self._consent_gate.withholds and identifiers.are_used(conn)
                     total += self._load_group(conn, resource_type, group)
             runs.reduce_loaded(conn, self._run_id, resource_type, [window.key for window in windows])
+            conn.commit()
+            statistics.analyze_changed(conn, total.rows)
         return total
 
     def _plan_tasks(
