@@ -59,13 +59,13 @@ class Settings(BaseSettings):
     fhir_base_url: str = Field("", description="The FHIR server's base URL; for `ndjson` a folder, a file or a glob")
     fhir_link_base: str = Field(
         "",
-        description="The base URL in the server's links, if it is another: they are rewritten to FHIR_BASE_URL",
+        description="The base URL in the server's links if it differs: links are rewritten to FHIR_BASE_URL",
     )
     fhir_source: SourceKind = Field(SourceKind.SEARCH, description="`search`, `bulk` or `ndjson`")
     fhir_page_size: int = Field(500, ge=1, le=10_000, description="Resources in one page of a search (`_count`)")
     fhir_last_updated_gte: datetime | None = Field(
         None,
-        description="Load only resources updated on or after this date. Unset: all; the first window has the oldest",
+        description="Load only resources updated on or after this date. Unset: all; those before 2020 in one window",
     )
     fhir_resource_types: Annotated[tuple[str, ...], NoDecode] = Field(
         tuple(t.name for t in CATALOG), description="Comma-separated subset of the catalog"
@@ -74,7 +74,7 @@ class Settings(BaseSettings):
     fhir_overlap_seconds: int = Field(
         120,
         ge=0,
-        description="Seconds before the last load that a load of the open window reads again, for late commits",
+        description="Seconds before the previous load that the next load fetches again, to include late commits",
     )
     fhir_schedule: str = Field("*/15 * * * *", description="Cron expression of the schedule `incremental_load`, in UTC")
     fhir_owners: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -106,7 +106,7 @@ class Settings(BaseSettings):
         "system", description="The level of a Bulk Data export: `system`, `patient` or `group/<id>`"
     )
     fhir_bulk_type_filter: str = Field("", description="`_typeFilter` of an export: comma-separated searches")
-    fhir_bulk_days: float = Field(30, gt=0, description="Days that the server may take for an export")
+    fhir_bulk_days: float = Field(30, gt=0, description="Maximum duration of an export, in days")
     fhir_bulk_fresh_minutes: float = Field(
         10, ge=0, description="Minutes after the request of an export during which other runs reuse it"
     )
@@ -252,8 +252,8 @@ class Settings(BaseSettings):
     )
     connector_take_over: bool = Field(
         False,
-        description="Whether a resource of the FHIR server with the identifier of a row, which the connector did not "
-        "create, is updated with the row and from then on deleted with it; false: the row becomes a dead letter",
+        description="Take over resources that the connector did not create but that have the identifier of a row: "
+        "update and delete them with the row. False: such a row becomes a dead letter",
     )
     connector_workers: int = Field(4, ge=1, le=64, description="Concurrent calls of one connector to the FHIR server")
     connector_poll_seconds: float = Field(
@@ -262,7 +262,7 @@ class Settings(BaseSettings):
     connector_first_wait_seconds: float = Field(
         0.5, gt=0, description="Wait in seconds after the first transient failure"
     )
-    connector_max_wait_seconds: float = Field(300, gt=0, description="The longest wait between attempts, in seconds")
+    connector_max_wait_seconds: float = Field(300, gt=0, description="Maximum wait between attempts, in seconds")
     connector_max_attempts: int = Field(
         20, ge=1, description="Attempts with a response of 5xx before a change becomes a dead letter"
     )
@@ -313,7 +313,7 @@ class Settings(BaseSettings):
     def _known_types(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         unknown = [name for name in value if name not in BY_NAME]
         if unknown:
-            raise ValueError(f"unknown resource types {', '.join(unknown)}; known are {', '.join(BY_NAME)}")
+            raise ValueError(f"unknown resource types {', '.join(unknown)}; the catalog has {', '.join(BY_NAME)}")
         return tuple(t.name for t in CATALOG if t.name in value)
 
     @field_validator("fhir_owners")
@@ -340,16 +340,17 @@ class Settings(BaseSettings):
         if self.fhir_last_updated_gte and self.fhir_last_updated_gte > datetime.now(UTC):
             raise ValueError("FHIR_LAST_UPDATED_GTE is in the future")
         if self.phi_encryption_keys and self.phi_encryption_keys_file:
-            raise ValueError("PHI_ENCRYPTION_KEYS and PHI_ENCRYPTION_KEYS_FILE exclude each other: unset one")
+            raise ValueError("PHI_ENCRYPTION_KEYS and PHI_ENCRYPTION_KEYS_FILE are mutually exclusive: unset one")
         if not self.encrypts and self.phi_required:
             raise ValueError(
-                "PHI_REQUIRED is set, but there are no keys: set PHI_ENCRYPTION_KEYS (`fhir-assets keys new` makes one)"
+                "PHI_REQUIRED is set, but there are no keys: create one by `fhir-assets keys new`, and set "
+                "PHI_ENCRYPTION_KEYS"
             )
         if not self.encrypts and (self.phi_encryption_keys or self.phi_encryption_keys_file):
             raise ValueError("PHI_ENCRYPTION_KEYS contains no key: unset it, or set a key (`fhir-assets keys new`)")
         if self.consent_policy != "off" and "Consent" not in self.fhir_resource_types:
             raise ValueError(
-                "CONSENT_POLICY needs Consent among FHIR_RESOURCE_TYPES: add it, or set CONSENT_POLICY=off"
+                "CONSENT_POLICY requires Consent in FHIR_RESOURCE_TYPES: add it, or set CONSENT_POLICY=off"
             )
         return self
 
@@ -361,7 +362,7 @@ class Settings(BaseSettings):
             if bool(user) != bool(password):
                 raise ValueError(f"{prefix}_USERNAME and {prefix}_PASSWORD are both required: one of them is missing")
             if user and token:
-                raise ValueError(f"{prefix}_TOKEN and {prefix}_USERNAME exclude each other: unset one")
+                raise ValueError(f"{prefix}_TOKEN and {prefix}_USERNAME are mutually exclusive: unset one")
         if self.fhir_delivery_url and self.fhir_delivery_url.rstrip("/") == self.fhir_base_url.rstrip("/"):
             raise ValueError("FHIR_DELIVERY_URL equals FHIR_BASE_URL: resources would be written back to their server")
         if self.fhir_source is not SourceKind.NDJSON and self.fhir_base_url:
@@ -424,7 +425,7 @@ class Settings(BaseSettings):
 
     @cached_property
     def overlap(self) -> timedelta:
-        """The time that an extension of the open window reads back."""
+        """The time before the previous load that the next load of the open window fetches again."""
         return timedelta(seconds=self.fhir_overlap_seconds)
 
     def require_broker(self) -> str:
@@ -444,7 +445,7 @@ class Settings(BaseSettings):
 
 
 def load_settings(**overrides: object) -> Settings:
-    """Return the settings of the environment. Raises ConfigurationError, whose message names every bad variable."""
+    """Return the settings of the environment. Raises ConfigurationError, which names every invalid variable."""
     try:
         return Settings(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:
@@ -453,7 +454,7 @@ def load_settings(**overrides: object) -> Settings:
             f"{'.'.join(map(str, detail['loc'])).upper() or 'settings'}: {detail['msg'].removeprefix('Value error, ')}"
             for detail in details
         )
-        raise ConfigurationError(f"Bad settings. {reasons}") from None
+        raise ConfigurationError(f"Invalid settings. {reasons}") from None
 
 
 def _cores() -> int:

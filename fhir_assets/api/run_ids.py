@@ -23,7 +23,7 @@ def find_run_id(conn: Connection, prefix: str) -> str:
 def run_not_found(matches: Sequence[str]) -> Problem:
     """Return the problem for a prefix of run ids that matches no run, or several."""
     detail = (
-        "several run ids begin with these characters: give more characters of the id"
+        "several run ids begin with these characters: pass more characters of the id"
         if matches
         else "there is no such run"
     )

@@ -1,4 +1,4 @@
-"""Answers of the routes of runs.py and exports.py."""
+"""Response models of the routes of runs.py and exports.py."""
 
 from datetime import datetime
 from typing import Literal

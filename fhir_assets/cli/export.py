@@ -48,7 +48,7 @@ def export(
 
     With --run the files are written to a folder for that run. The exit code is 1 if a table is left out because its
     ViewDefinition is not valid. Windows that do not reconcile are exported as they are; the command and the manifest
-    name them.
+    list them.
     """
     settings = load_settings()
     _check_options(resource_type, form, excel=excel, run=run, dated=bool(first or last))
@@ -117,7 +117,7 @@ def _check_options(resource_type: str, form: Format, *, excel: bool, run: str | 
             f"{resource_type} is not a supported resource type: pass one of {', '.join(BY_NAME)}, or all"
         )
     if excel and form != "csv":
-        raise ConfigurationError("--excel is about CSV files: pass --format csv as well")
+        raise ConfigurationError("--excel requires --format csv")
     if run and dated:
         raise ConfigurationError("--run selects the windows of the run: leave out --from and --to")
 
@@ -128,7 +128,7 @@ def _find_run_windows(conn: Connection, run: str) -> tuple[str, dict[str, list[s
         return find_run_windows(conn, run)
     except KeyError:
         raise ConfigurationError(
-            f"no run, or several, have an id that begins with {run}: `fhir-assets runs list` prints the ids"
+            f"there is not exactly one run whose id begins with {run}: `fhir-assets runs list` prints the ids"
         ) from None
 
 

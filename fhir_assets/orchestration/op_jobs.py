@@ -114,12 +114,12 @@ _STAGES = ("validate", "transform", "load")
 
 
 def build_request_replay(settings: Settings) -> dg.JobDefinition:
-    """Return the job that marks dead letters for a replay, by type, rule, stage and window, as its config selects them.
+    """Return the job that marks dead letters for a replay. Its config selects them by type, rule, stage and window.
 
     The sensor ``replay_dead_letters`` starts the runs that replay them.
     """
-    # Dagster keeps one config schema per process for equal names and descriptions, whatever the values of an enum are.
-    # The types in the description keep the schemas of two deployments apart.
+    # Dagster reuses a config schema in a process if names and descriptions are equal, even if enums have other values.
+    # The types are in the description, so that the schemas of two deployments differ.
     types = ", ".join(settings.fhir_resource_types)
     schema = {
         "resource_type": dg.Field(
@@ -166,8 +166,8 @@ def build_request_replay(settings: Settings) -> dg.JobDefinition:
     @dg.job(
         name=REQUEST_REPLAY,
         executor_def=dg.in_process_executor,
-        description="Replay dead letters by type, rule, stage or window, which the Launchpad offers as config. The job "
-        "marks them; the sensor replay_dead_letters starts the runs that replay them within half a minute.",
+        description="Replay dead letters by type, rule, stage or window, as the config in the Launchpad selects them. "
+        "The job marks them; the sensor replay_dead_letters starts the runs that replay them within half a minute.",
     )
     def request_replay() -> None:
         mark_dead_letters()

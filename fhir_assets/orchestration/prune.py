@@ -22,7 +22,7 @@ from fhir_assets.warehouse.postgres.db.connections import Connection
 
 LAYERS = ("raw", "validated", "deleted")
 _MARGIN = timedelta(hours=1)
-"""Parts that were written later than this long before the start of the oldest running load are kept."""
+"""Parts are deleted only if they are older than the oldest running load by this time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +46,12 @@ def list_prunable(
     reconciliation counts, or that the UI needs to show the state of a partition or check, is never included.
     """
     running = retention.find_oldest_running(conn)
-    unwritten = min(before, running - _MARGIN) if running else before
+    parts_before = min(before, running - _MARGIN) if running else before
 
     def list_orphans() -> Iterator[ListedFile]:
         return chain(
-            *(find_unreferenced_parts(store, layer, before=unwritten) for layer in LAYERS),
-            find_unfinished_files(store.blobs, before=unwritten),
+            *(find_unreferenced_parts(store, layer, before=parts_before) for layer in LAYERS),
+            find_unfinished_files(store.blobs, before=parts_before),
         )
 
     def count_orphans() -> tuple[int, int]:

@@ -94,7 +94,7 @@ class Fault(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.every is not None and self.probability is not None:
-            raise ValueError("`every` and `probability` exclude each other")
+            raise ValueError("`every` and `probability` are mutually exclusive")
         if unfit := self.on - _APPLICABLE_KINDS.get(self.kind, _ALL):
             raise ValueError(f"{self.kind} cannot apply to {', '.join(sorted(unfit))}")
         return self

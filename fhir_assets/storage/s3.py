@@ -35,7 +35,7 @@ class Bucket:
         """Take the bucket and the prefix from ``url``, ``s3://bucket/prefix``. Raises ConfigurationError."""
         name, _, prefix = url.removeprefix("s3://").partition("/")
         if not name:
-            raise ConfigurationError(f"{url} names no bucket: set s3://bucket/prefix")
+            raise ConfigurationError(f"{url} does not contain a bucket: set s3://bucket/prefix")
         self.url = url.rstrip("/")
         self.name = name
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
@@ -165,7 +165,7 @@ class S3Blobs:
         return path
 
     def remove_spool(self) -> None:
-        """Keep the temporary folder, which is no part of the bucket and is removed when the process ends."""
+        """Do nothing: the temporary folder is not in the bucket, and is removed when the process ends."""
 
     @cached_property
     def _spool(self) -> Path:

@@ -65,7 +65,7 @@ def test_keys_come_from_the_environment_or_from_a_file(tmp_path: object, monkeyp
     assert build_cipher(load_settings()).keys == build_cipher(from_environment).keys == parse_keys([first, second])
     assert first not in repr(from_environment)
     monkeypatch.setenv("PHI_ENCRYPTION_KEYS", first)
-    with pytest.raises(ConfigurationError, match="exclude each other"):
+    with pytest.raises(ConfigurationError, match="mutually exclusive"):
         load_settings()
 
 

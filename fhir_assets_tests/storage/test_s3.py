@@ -152,5 +152,5 @@ def test_the_error_for_an_unreachable_endpoint_names_its_variable(s3_url: str, m
 
 
 def test_a_url_without_a_bucket_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="names no bucket"):
+    with pytest.raises(ConfigurationError, match="does not contain a bucket"):
         build_store(load_settings(fhir_store_url="s3://"))

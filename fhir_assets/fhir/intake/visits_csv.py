@@ -163,7 +163,7 @@ def _header_problems(names: Sequence[str]) -> tuple[tuple[str, str], ...]:
     if missing := [name for name in REQUIRED if name not in names]:
         problems.append(("", f"the header lacks {', '.join(missing)}"))
     if unknown := sum(name not in COLUMNS for name in names):
-        problems.append(("", f"the header has {unknown} unknown columns; known are {', '.join(COLUMNS)}"))
+        problems.append(("", f"the header has {unknown} unknown columns; the known ones are {', '.join(COLUMNS)}"))
     if duplicates := sorted({name for name in names if name in COLUMNS and names.count(name) > 1}):
         problems.append(("", f"the header has {', '.join(duplicates)} more than once"))
     return tuple(problems)

@@ -113,7 +113,7 @@ class _Reader:
         self.problems.append(Problem(location, message))
         return _Stop()
 
-    def note(self, location: str, message: str, severity: Literal["error", "warning"] = "error") -> None:
+    def add_problem(self, location: str, message: str, severity: Literal["error", "warning"] = "error") -> None:
         """Record a problem that does not prevent parsing the rest of the definition."""
         self.problems.append(Problem(location, message, severity))
 
@@ -161,7 +161,7 @@ class _Reader:
         seen: set[str] = set()
         for column in columns:
             if column.name in seen:
-                self.note("select", f'two columns have the name "{column.name}"')
+                self.add_problem("select", f'two columns have the name "{column.name}"')
             seen.add(column.name)
 
     def read_text(self, node: dict[str, Any], key: str, location: str) -> str:
@@ -198,17 +198,17 @@ class _Reader:
         try:
             expression = self.resolve(text, focus)
         except FhirPathError as error:
-            self.note(location, str(error))
+            self.add_problem(location, str(error))
             return EmptyCollection(many=True, types=None)
         if isinstance(expression, Fallback):
             self.fallbacks.append(text)
-            self.note(location, "is evaluated by fhirpathpy, which is far slower than compiled paths", "warning")
+            self.add_problem(location, "is evaluated by fhirpathpy, which is far slower than compiled paths", "warning")
         return expression
 
     def read_condition(self, node: dict[str, Any], location: str, focus: Types) -> Expression:
         expression = self.read_expression(self.read_text(node, "path", location), f"{location}.path", focus)
         if expression.types is not None and expression.types - {"boolean"}:
-            self.note(f"{location}.path", f"must give a boolean, not {' or '.join(sorted(expression.types))}")
+            self.add_problem(f"{location}.path", f"must give a boolean, not {' or '.join(sorted(expression.types))}")
         return expression
 
     def read_selects(self, node: dict[str, Any], key: str, location: str, focus: Types) -> tuple[Select, ...]:
@@ -241,7 +241,7 @@ class _Reader:
             expected = [column.name for column in union[0].columns]
             actual = [column.name for column in branch.columns]
             if actual != expected:
-                self.note(
+                self.add_problem(
                     f"{location}.unionAll[{n}]",
                     f"has the columns {', '.join(actual)}; the first has {', '.join(expected)}",
                 )
@@ -311,11 +311,11 @@ class _Reader:
         try:
             name = resolve_type_name(declared.rpartition("/")[2])
         except FhirPathError as error:
-            self.note(location, str(error))
+            self.add_problem(location, str(error))
             return _UNTYPED
         kinds = kind(frozenset({name})), kind(expression.types)
         if None not in kinds and kinds[0] != kinds[1]:
-            self.note(
+            self.add_problem(
                 location, f"is {name}, but the path gives {' or '.join(sorted(expression.types or ()))}", "warning"
             )
         return name

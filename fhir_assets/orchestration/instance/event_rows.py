@@ -115,7 +115,7 @@ def _build_row(event: dg.EventLogEntry, text: str) -> Row:
 
 
 def _find_asset_and_partition(event: dg.DagsterEvent) -> tuple[dg.AssetKey | None, str | None]:
-    # The two most frequent types first: the properties of the event test for every type in turn.
+    # Check the two most frequent types first, because the properties of the event check all types in turn.
     match event.event_specific_data:
         case StepMaterializationData() as data:
             return data.materialization.asset_key, data.materialization.partition

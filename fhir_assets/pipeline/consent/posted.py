@@ -19,15 +19,15 @@ from fhir_assets.warehouse.postgres.tables.posted_consents import record_posted_
 from fhir_assets.windows import WindowScheme
 
 _ATTEMPTS = 3
-"""Attempts of the statements, which may be in a deadlock with a load of the same Consents."""
+"""The maximum number of attempts, because a load of the same Consents may cause a deadlock."""
 
 
 class PostedDecisions:
-    """Decides by posted Consents, in the transaction that receives them.
+    """Records the decisions of posted Consents, in the transaction that receives them.
 
-    Reads obey the decisions from then on; the tables are updated when the Consents are loaded, or when consent is
-    applied. ``list_views`` returns the views of the deployment, whose reference bases determine which patients a
-    Consent names.
+    Reads through the API follow the decisions immediately. The tables are updated when the Consents are loaded, or when
+    consent is applied. ``list_views`` returns the views of the deployment, whose reference bases determine which
+    patients a Consent names.
     """
 
     def __init__(
@@ -38,10 +38,10 @@ class PostedDecisions:
         self._scheme = scheme
 
     def record(self, conn: Session, records: Sequence[Record], *, actor: str, now: datetime) -> None:
-        """Decide at ``now`` on the patients whom the Consents among ``records`` concern.
+        """Decide, as of ``now``, about the patients of the Consents in ``records``.
 
-        The origin of the records is recorded as received in the same transaction. Without a policy that withholds,
-        nothing is done. Raises DatabaseUnavailable or EncryptionError; nothing may be committed then.
+        The caller records the origin of the records in the same transaction. Without a policy that withholds, nothing
+        is done. Raises DatabaseUnavailable or EncryptionError; the caller then rolls the transaction back.
         """
         posted = [record for record in records if record.resource_type == "Consent"]
         if not posted or not self._consent_gate.withholds:
@@ -52,14 +52,14 @@ class PostedDecisions:
                 with conn.transaction():
                     consents.lock_decisions_for_post(conn)
                     patients = record_posted_consents(conn, blocks, self._consent_gate)
-                    changed = consents.decide_at_once(conn, patients, now)
+                    changed = consents.decide_before_load(conn, patients, now)
                     audit_log.record(conn, AuditRecord("consent decision", actor, "Consent", count=changed))
                 return
             except psycopg.errors.DeadlockDetected:
                 if attempt == _ATTEMPTS:
                     raise DatabaseUnavailable(
-                        "The decision of a posted Consent was in a deadlock with loads of Consents: nothing was "
-                        "received, post it again"
+                        "A deadlock with loads of Consents prevented the decision of a posted Consent. Nothing was "
+                        "received: post it again"
                     ) from None
 
     def _build_blocks(self, conn: Session, posted: Sequence[Record], now: datetime) -> list[PartitionBlock]:

@@ -30,7 +30,7 @@ PROGRESS_INTERVAL = 5.0
 """The seconds between two progress reports of a download."""
 
 _GROUP_ATTEMPTS = 3
-"""The maximum number of downloads of a group whose files the server returns in another order after an interruption."""
+"""How often a group is downloaded. It is repeated if a file has its lines in another order after an interruption."""
 
 BATCH_RESOURCES = 500
 """One thread downloads small files one after another, up to this many resources in total."""

@@ -12,7 +12,7 @@ from fhir_assets.fhir.record import Record, RejectedInput
 from fhir_assets.storage.manifest import Manifest, Undated
 
 INTERVAL = timedelta(days=1)
-"""The current window is read for undated resources at its first fetch, and again after this time."""
+"""The time after which the undated resources are read again. They belong to the current window."""
 
 
 @runtime_checkable
@@ -29,16 +29,16 @@ class UndatedSource(Protocol):
 
 
 def is_due(base: Manifest | None, now: datetime) -> bool:
-    """Return whether a window has not been read for undated resources within INTERVAL.
+    """Return whether no fetch of a window has read the undated resources within INTERVAL.
 
-    ``base`` is the manifest of its raw partition, if it has one.
+    ``base`` is the manifest of the window's raw partition, if it has one.
     """
     fetches = base.fetched.fetches if base and base.fetched else ()
     return all(fetch.undated is None or now - fetch.undated.at >= INTERVAL for fetch in fetches)
 
 
 class UndatedReader:
-    """Reads the undated resources of one type, and accounts for those that the server counts but does not return."""
+    """Reads the undated resources of one type, and counts those that the server reports but does not return."""
 
     def __init__(self, source: UndatedSource, resource_type: str) -> None:
         self._source = source
@@ -66,8 +66,8 @@ class UndatedReader:
                 return
         if self._expected is not None:
             # Resources may have been deleted since the first count.
-            again = self._source.count_undated(self._type)
-            expected = self._expected if again is None else min(self._expected, again)
+            recounted = self._source.count_undated(self._type)
+            expected = self._expected if recounted is None else min(self._expected, recounted)
             self._missing = max(0, expected - len(self._seen))
 
     def _read_new(self, *, filtered: bool) -> Iterator[Record | RejectedInput]:

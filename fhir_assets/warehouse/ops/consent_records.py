@@ -1,7 +1,7 @@
 """``ops.consent_records``: the newest version of every Consent resource.
 
-A change of a Consent marks its patients in ``ops.consent_changes``, so that the module ``consents`` decides on them
-again.
+A change of a Consent marks its patients in ``ops.consent_changes``, so that the module ``consents`` updates their
+decisions.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """The decisions that follow from Consents.
 
-``ops.consents`` holds the decision for each patient and purpose, ``ops.consent_changes`` the time at which each patient
-must be decided on again, and ``ops.consent_policy`` the policy that the tables follow. A patient is identified by a key
+``ops.consents`` holds the decision for each patient and purpose, ``ops.consent_changes`` the time at which the decision
+must be updated, and ``ops.consent_policy`` the policy that the tables follow. A patient is identified by a key
 of ``withheld_conditions``: the id, a token of an identifier, or the delivery of a Consent whose patient is not known.
 The Consents are in the module ``consent_records``, and the resources that a decision keeps out of the tables are in
 ``withheld_resources``.
@@ -9,9 +9,9 @@ The Consents are in the module ``consent_records``, and the resources that a dec
 Loads hold a shared lock while they read decisions. A change of decisions holds the same lock exclusively until the
 tables are changed, so that a running load cannot insert a resource that was just withheld.
 
-A posted Consent takes effect at once, in the transaction that receives it (``decide_at_once``). It does not wait for
-loads: the patients stay marked in ``ops.consent_changes``, so that the next change of decisions updates the tables, and
-until then reads consult ``ops.consents``. A separate lock serializes posts and changes of decisions.
+A posted Consent takes effect immediately, in the transaction that receives it (``decide_before_load``). It does not
+wait for loads: the patients stay marked in ``ops.consent_changes``, so that the next change of decisions updates the
+tables, and until then reads consult ``ops.consents``. A separate lock serializes posts and changes of decisions.
 """
 
 from collections import defaultdict
@@ -176,8 +176,8 @@ def update_decisions(conn: Session, patients: Sequence[str], at: datetime) -> in
     return changed
 
 
-def decide_at_once(conn: Session, patients: Sequence[str], at: datetime) -> int:
-    """Decide on patients at time ``at``, and keep them marked, because the tables are not updated yet.
+def decide_before_load(conn: Session, patients: Sequence[str], at: datetime) -> int:
+    """Update the decisions about patients as of ``at``, and keep the patients marked until the tables are updated.
 
     The caller holds the lock of ``lock_decisions_for_post``. Return the number of decisions that changed. Raises
     EncryptionError.

@@ -16,10 +16,10 @@ _STATE = (
     *("loaded_parts", "checkpoints", "deletion_checkpoints", "deletion_parts", "missing_references"),
     *("window_verdicts", "held_windows"),
 )
-"""Tables of ``ops`` with the state of the loads of a source."""
+"""The tables of ``ops`` that record what was loaded from a source."""
 
 _CONTENT = ("withheld", "consent_records", "consents", "consent_changes")
-"""Tables of ``ops`` with data from resources of a source. The load of these resources fills them."""
+"""The tables of ``ops`` that contain data of a source's resources. Loads fill them."""
 
 
 def find_running(conn: Connection) -> list[str]:
@@ -29,9 +29,9 @@ def find_running(conn: Connection) -> list[str]:
 
 
 def list_origins(conn: Connection) -> frozenset[str]:
-    """Return the origins of received inputs whose content is the source's own.
+    """Return the origins of received inputs whose content comes from the source.
 
-    These are missing references, which are read from the source by id, and corrections of resources that were fetched.
+    These are missing references, which are read from the source by id, and corrections of fetched resources.
     """
     rows = conn.execute(
         r"""
@@ -89,9 +89,7 @@ def remove_state(conn: Connection, origins: Collection[str]) -> None:
 
 
 def remove_exports(conn: Connection) -> None:
-    """End the bulk exports of the source and remove the records of their files, so that no run continues or reads
-    them.
-    """
+    """Cancel the bulk exports of the source and remove the records of their files, so that no run continues them."""
     conn.execute(
         """
         DELETE FROM ops.bulk_parts
@@ -101,7 +99,10 @@ def remove_exports(conn: Connection) -> None:
     conn.execute(
         """
         UPDATE ops.bulk_exports
-        SET status = 'cancelled', error = 'the source got other settings', finished_at = coalesce(finished_at, now())
+        SET
+            status = 'cancelled',
+            error = 'the settings of the source changed',
+            finished_at = coalesce(finished_at, now())
         WHERE source = ops.current_source()
             AND status IN ('waiting', 'downloading', 'done')
         """
@@ -161,7 +162,7 @@ def list_dead_letter_keys(conn: Connection) -> list[str]:
 
 
 def move_dead_letters(conn: Connection, keys: Mapping[str, str]) -> None:
-    """Give open dead letters other partition keys: the new key by the old one."""
+    """Change the partition keys of open dead letters. ``keys`` maps old keys to new ones."""
     conn.execute(
         """
         UPDATE ops.dead_letters
@@ -176,7 +177,7 @@ def move_dead_letters(conn: Connection, keys: Mapping[str, str]) -> None:
 
 
 def move_received(conn: Connection, windows: Mapping[str, Sequence[ReceivedWindow]], old_keys: Sequence[str]) -> None:
-    """Replace the windows of received inputs, by origin, in the partitions ``old_keys``. They are loaded again."""
+    """Replace the received inputs in the partitions ``old_keys`` by ``windows``, by origin. They are loaded again."""
     conn.execute(
         "DELETE FROM ops.received WHERE source = ops.current_source() AND origin = ANY(%s) AND partition_key = ANY(%s)",
         [list(windows), list(old_keys)],

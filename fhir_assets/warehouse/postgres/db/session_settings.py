@@ -11,5 +11,5 @@ def disable_sequential_scans(conn: Connection) -> None:
 
 
 def limit_lock_wait(conn: Connection, milliseconds: int) -> None:
-    """Make statements of this transaction fail with LockNotAvailable if they wait longer for a lock."""
+    """Make statements of this transaction raise LockNotAvailable if they wait for a lock longer than this."""
     conn.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(milliseconds)))
