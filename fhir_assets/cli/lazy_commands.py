@@ -46,7 +46,7 @@ class LazyCommand(TyperCommand):
 
 
 def build_group(sources: Mapping[str, CommandSource]) -> type[TyperGroup]:
-    """Return a class of command groups that have these commands, by name, after those registered with the group."""
+    """Return a class of command groups. A group has the commands that are registered with it, and then ``sources``."""
 
     class LazyGroup(TyperGroup):
         def __init__(self, **attributes: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from fhir_assets.metrics.pipeline import dagster_url
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.dagster.activity import Activity, read_activity
-from fhir_assets.warehouse.ops import checkpoints, incidents, post_lane, received, run_history
+from fhir_assets.warehouse.ops import checkpoints, incidents, post_loader, received, run_history
 from fhir_assets.warehouse.ops.incidents import Incident
 from fhir_assets.warehouse.postgres.db import connections
 from fhir_assets.warehouse.postgres.db.connections import OpenConnection
@@ -58,7 +58,7 @@ def read_status(settings: Settings, connect: OpenConnection) -> Status:
         known = checkpoints.get(conn, settings.fhir_resource_types)
         loads = {row["resource_type"]: row for row in run_history.find_last_loads(conn)}
         waiting = len(received.find_pending(conn))
-        post_loader = post_lane.is_running(conn)
+        post_loader_runs = post_loader.is_running(conn)
         open_incidents = incidents.list_open(conn)
     disks = _read_disks(settings)
     types = [name for name in settings.fhir_resource_types if name in known or name in loads]
@@ -80,7 +80,7 @@ def read_status(settings: Settings, connect: OpenConnection) -> Status:
             for name in types
         ],
         waiting,
-        post_loader,
+        post_loader_runs,
         open_incidents,
         disks,
         [*_find_problems(activity, now), *_describe_incidents(open_incidents), *_describe_disks(disks)],

@@ -13,7 +13,7 @@ That process takes the advisory lock of the run before it creates the run.
 """
 
 USER_TAG = "user"
-"""The user who asked Dagster to launch a run. The run holds no advisory lock until a worker starts it."""
+"""The user who requested a run from Dagster. The run holds no advisory lock until a worker starts it."""
 
 REPLAY_TAG = "fhir_assets/replay"
 """The dead letters that a run replays: ``marked`` (those marked for a replay) or ``open`` (all open dead letters of the
@@ -24,7 +24,7 @@ PRIORITY_TAG = "dagster/priority"
 """Dagster's own tag of a step: steps with a higher number start first."""
 
 RETRY_TAG = "dagster/retry_on_asset_or_op_failure"
-"""Dagster's own tag of a run: ``true`` if the daemon starts the run again after a failed step."""
+"""Dagster's own tag of a run: ``true`` if the daemon retries the run after a failed step."""
 
 PARTITION_TAG = "dagster/partition"
 """Dagster's own tag of a run of one partition."""

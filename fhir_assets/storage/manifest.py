@@ -21,7 +21,7 @@ class Arrival(msgspec.Struct, frozen=True, array_like=True):
 
 
 def list_times(arrivals: Sequence[Arrival]) -> Iterator[datetime | None]:
-    """Yield the time of arrival of each line; without end None if there are no arrivals."""
+    """Yield the time of arrival of each line. If there are no arrivals, yield None endlessly."""
     if not arrivals:
         return repeat(None)
     return chain.from_iterable([repeat(arrival.at, arrival.rows) for arrival in arrivals])

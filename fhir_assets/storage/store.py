@@ -75,7 +75,7 @@ class LineBatch(NamedTuple):
     dated: bool
 
     def times(self) -> Iterator[datetime | None]:
-        """Yield the time of arrival of each line; without end None if the part does not record them."""
+        """Yield the time of arrival of each line. If the part does not record them, yield None endlessly."""
         return list_times(self.arrivals)
 
 

@@ -1,4 +1,4 @@
-"""What is posted is loaded by the post loader, in a lane of its own, and Dagster lists it as its own loads."""
+"""The post loader loads posts without waiting for other loads, and Dagster lists these loads like its own."""
 
 import json
 from collections.abc import Callable

@@ -17,7 +17,7 @@ from fhir_assets.orchestration.posts.loader import PostLoader
 from fhir_assets.orchestration.posts.loads import PostLoads
 from fhir_assets.orchestration.posts.reports import PostReports
 from fhir_assets.pipeline.reconcile.window_counts import find_main_view, reconcile
-from fhir_assets.warehouse.ops import post_lane
+from fhir_assets.warehouse.ops import post_loader
 from fhir_assets_tests.support.api import TOKENS, Api, api_environment
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 
@@ -60,7 +60,7 @@ def build_post_loader(deployment: Deployment) -> PostLoader:
 def reserved_lane(deployment: Deployment) -> Iterator[None]:
     """Hold the lock of a post loader that loads nothing."""
     with Warehouse(deployment.settings).connect() as conn:
-        assert post_lane.try_begin(conn)
+        assert post_loader.try_begin(conn)
         conn.commit()
         yield
 
@@ -104,7 +104,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 def is_running(deployment: Deployment) -> bool:
     """Return whether a post loader of the deployment runs."""
     with Warehouse(deployment.settings).connect() as conn:
-        return post_lane.is_running(conn)
+        return post_loader.is_running(conn)
 
 
 def wait_until(condition: Callable[[], object]) -> None:

@@ -135,7 +135,7 @@ def _text(value: object) -> str:
 
 
 def _cell(value: object) -> str:
-    """Return a cell of CSV. A number is as it is; other text is guarded, so that no spreadsheet evaluates it."""
+    """Return a cell of CSV. Numbers are unchanged; other text is guarded, so that no spreadsheet evaluates it."""
     text = _text(value)
     return text if isinstance(value, int | float | Decimal) else formulas.guard(text)
 

@@ -15,7 +15,7 @@ from fhir_assets.orchestration.failures import describe_error
 from fhir_assets.orchestration.posts.loads import PostLoads
 from fhir_assets.orchestration.posts.reports import PostReports
 from fhir_assets.retries import RetryPolicy
-from fhir_assets.warehouse.ops import post_lane
+from fhir_assets.warehouse.ops import post_loader
 from fhir_assets.warehouse.postgres.db import connections
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
@@ -74,8 +74,8 @@ class PostLoader:
         """Wait until no other loader of the source runs. Return False if this one was stopped in the meantime."""
         logged = False
         while not self._stopping.is_set():
-            if post_lane.try_begin(conn):
-                post_lane.listen(conn)
+            if post_loader.try_begin(conn):
+                post_loader.listen(conn)
                 _log.info("post loader started")
                 return True
             if not logged:

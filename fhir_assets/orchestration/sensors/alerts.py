@@ -51,8 +51,8 @@ def build_alerts_sensor(
 ) -> dg.SensorDefinition:
     """Return the sensor that opens, closes and reports incidents.
 
-    ``ops.alert_cursor`` holds the ids of the last events that were read. It moves in the transaction of their
-    incidents, so that a tick that is ended early neither loses nor repeats an event.
+    ``ops.alert_cursor`` holds the ids of the last events that were read. It is updated in the transaction that records
+    their incidents, so that no event is lost or repeated if a tick is ended early.
     """
     url = settings.alert_webhook_url
     webhook = Webhook(url.get_secret_value(), ui_url=settings.dagster_ui_url) if url else None
@@ -152,7 +152,7 @@ def _observe(
     before: Sequence[incidents.Incident],
     now: Sequence[incidents.Incident],
 ) -> list[dg.AssetObservation]:
-    """Return an observation of each asset that a new or closed incident concerns."""
+    """Return an observation for each asset of new and closed incidents."""
     if repository is None:
         return []
     known, still_open = ({incident.id for incident in listed} for listed in (before, now))
@@ -210,7 +210,8 @@ def _record_runs(conn: Connection, instance: dg.DagsterInstance, settings: Setti
         if result.has_more:
             limits.append(result.records[-1].storage_id)
     records.sort(key=lambda record: record.storage_id)
-    # Failures and successes come from two queries. Beyond the end of the shorter page their order is unknown.
+    # Failures and successes come from two queries. Events after the end of a full page are left for the next call,
+    # because earlier events of the other type may be missing.
     records = [record for record in records if record.storage_id <= min(limits, default=record.storage_id)]
     for record in records:
         run = instance.get_run_by_id(record.run_id)
@@ -303,8 +304,8 @@ def _integers(evaluation: dg.AssetCheckEvaluation) -> dict[str, int]:
 def _record_types_behind(conn: Connection, settings: Settings) -> None:
     """Record the resource types that are behind schedule and not catching up.
 
-    The checkpoint of these types is older than ALERT_BEHIND_MINUTES and has not moved for ALERT_BEHIND_MINUTES. Types
-    that are read from files are left out.
+    A type is behind if its checkpoint is older than ALERT_BEHIND_MINUTES, and is not catching up if the checkpoint has
+    not changed for ALERT_BEHIND_MINUTES. Types that are read from files are left out.
     """
     limit = datetime.now(UTC) - timedelta(minutes=settings.alert_behind_minutes)
     by_type = checkpoints.get(conn, settings.fhir_resource_types)

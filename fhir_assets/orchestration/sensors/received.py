@@ -12,7 +12,7 @@ from fhir_assets.orchestration.jobs import LOAD_RECEIVED
 from fhir_assets.orchestration.received_windows import group_windows, select_assets, select_own_checks
 from fhir_assets.orchestration.run_requests import UNFINISHED, build_run_request
 from fhir_assets.settings import Settings
-from fhir_assets.warehouse.ops import post_lane, received
+from fhir_assets.warehouse.ops import post_loader, received
 
 MAX_RUNS = 10
 """The largest number of runs that one tick requests."""
@@ -45,7 +45,7 @@ def build_load_received_sensor(
             return
         now = datetime.now(UTC)
         with warehouse.connect() as conn:
-            reserved_since = post_lane.find_reserved_since(conn, now)
+            reserved_since = post_loader.find_reserved_since(conn, now)
             pending = received.find_pending(conn, now=now, reserved_since=reserved_since)
             waiting = group_windows(settings, pending)[:MAX_RUNS]
             received.record_request(conn, [entry for run_windows in waiting for entry in run_windows.pending], now=now)

@@ -40,7 +40,7 @@ def record_recoveries(
 def find_assets(
     instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, incident: Incident
 ) -> list[dg.AssetKey]:
-    """Return the existing assets that an incident of a run or check concerns, in order."""
+    """Return the assets of the run or check of an incident, in order, without those that no longer exist."""
     existing = repository.asset_graph.get_all_asset_keys()
     if incident.kind == "check":
         key = dg.AssetKey(incident.name.rpartition(":")[0].split("/"))
@@ -55,7 +55,7 @@ def find_assets(
 def _find_recovered_partitions(
     instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, incident: Incident
 ) -> list[str]:
-    """Return the partitions of a failed run whose failed assets and checks were written since."""
+    """Return the partitions of a failed run whose failed assets and checks have been updated since then."""
     run = instance.get_run_by_id(incident.run_id) if incident.run_id else None
     if run is None:
         return []
@@ -102,7 +102,7 @@ def _find_materialized(
 def find_selected(
     instance: dg.DagsterInstance, repository: dg.RepositoryDefinition | None, run: dg.DagsterRun
 ) -> tuple[set[dg.AssetKey], set[dg.AssetCheckKey]]:
-    """Return the assets that a run was to materialize, or the checks that it was to evaluate if it has no assets."""
+    """Return the assets that were selected for a run, or the selected checks if it has no assets."""
     if run.asset_selection:
         return set(run.asset_selection), set()
     if run.asset_check_selection:

@@ -17,7 +17,7 @@ from fhir_assets.fhir.record import Deletion, Record, RejectedInput
 from fhir_assets.pipeline.landing import visit_resources
 from fhir_assets.pipeline.receive.receiver import Received, Receiver
 from fhir_assets.storage.landing_zone import DONE, LandingFile, Zone
-from fhir_assets.warehouse.ops import landing_files, post_lane
+from fhir_assets.warehouse.ops import landing_files, post_loader
 from fhir_assets.warehouse.ops import visits as ledger
 from fhir_assets.warehouse.ops.landing_files import ReadyFile
 from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session
@@ -99,7 +99,7 @@ class LandingStep:
         now = self._now()
         with self._connect() as conn, conn.transaction():
             landing_files.record_listing(conn, self._zone.url, self._list_files(assume_complete))
-            reserved_since = post_lane.find_reserved_since(conn, now)
+            reserved_since = post_loader.find_reserved_since(conn, now)
             return len(
                 landing_files.find_ready(
                     conn, self._zone.url, now=now, limit=MAX_FILES_PER_RUN, reserved_since=reserved_since

@@ -30,10 +30,10 @@ _NO_ID = "the resource has no id, so its rows would have no key: give it one at 
 class Batch(NamedTuple):
     """Lines of one partition.
 
-    ``arrivals`` are the times at which the lines arrived. If they are not known, ``arrived`` is the time of resources
-    without ``lastUpdated``. ``dated`` is False if the ``lastUpdated`` of the lines does not count. ``targets`` are the
-    ids of the resources to which conditional references lead, by condition (``fhir/conditional_references``); the
-    tokens of the resources' own identifiers are determined only ``with_identifiers``.
+    ``arrivals`` are the times at which the lines arrived. If they are not known, resources without ``lastUpdated`` get
+    the time ``arrived``. If ``dated`` is False, the ``lastUpdated`` of the lines is ignored. ``targets`` maps the
+    conditions of conditional references to the ids of the resources that match them (``fhir/conditional_references``).
+    ``with_identifiers`` states whether to determine the tokens of the resources' own identifiers.
     """
 
     lines: list[bytes]
@@ -50,12 +50,12 @@ class Batch(NamedTuple):
         return sum(map(len, self.lines))
 
     def times(self) -> Iterator[datetime | None]:
-        """Yield the time of arrival of each line; without end None if they are not known."""
+        """Yield the time of arrival of each line. If they are not known, yield None endlessly."""
         return list_times(self.arrivals)
 
 
 class FailedResource(Protocol):
-    """The data of a dead letter that is needed to load its resource."""
+    """The attributes of a dead letter that the load of its resource needs."""
 
     @property
     def partition_key(self) -> str:
@@ -69,14 +69,14 @@ class FailedResource(Protocol):
 
     @property
     def dated(self) -> bool:
-        """Whether its ``lastUpdated`` counts."""
+        """Whether its ``lastUpdated`` is used."""
         ...
 
 
 def build_batch_of_one(line: bytes, failed: FailedResource, arrived: datetime) -> Batch:
-    """Return the batch that loads a resource that failed before, as ``line``, in the order of its first arrival.
+    """Return the batch that loads the resource of a dead letter, which may be corrected, from ``line``.
 
-    ``arrived`` is used if the time of the first arrival is not known.
+    The resource keeps the time of its first arrival; ``arrived`` is used if that is not known.
     """
     arrivals = (Arrival(1, failed.arrived),) if failed.arrived else ()
     return Batch([line], failed.partition_key, arrived, arrivals, failed.dated)
@@ -154,17 +154,19 @@ class RowBuilder:
         return self._read(line, None, batch)[1]
 
     def _read(self, line: bytes, arrived: datetime | None, batch: Batch) -> tuple[dict[str, Any], Record | None]:
-        """Return the resource on a line, whose conditional references are resolved, and its record as received."""
+        """Return the resource on a line, with resolved conditional references, and its record."""
         resource = _parse(line)
         record = _build_record(resource, line, arrived, batch, self._views.reference_bases)
         if record is not None and self._with_subjects:
             subjects = find_subjects(resource, self._views.reference_bases, self._encoder.cipher.fingerprint)
             record = replace(record, patients=subjects.patients, mentions=subjects.mentions)
         if record is not None and (batch.with_identifiers or (record.keyless and has_conditional(record.keyless))):
-            return self._identify(resource, record, batch)
+            return self._resolve_conditional_references(resource, record, batch)
         return resource, record
 
-    def _identify(self, resource: dict[str, Any], record: Record, batch: Batch) -> tuple[dict[str, Any], Record]:
+    def _resolve_conditional_references(
+        self, resource: dict[str, Any], record: Record, batch: Batch
+    ) -> tuple[dict[str, Any], Record]:
         """Return a resource with resolved references, and its record with identifiers."""
         bases, hash_identifier = self._views.reference_bases, self._encoder.cipher.fingerprint
         own = list_own_tokens(resource.get("identifier"), hash_identifier) if batch.with_identifiers else None
@@ -178,7 +180,7 @@ class RowBuilder:
         record = replace(record, keyless=find_keyless(resource, resolved_body, bases))
         if not self._with_subjects:
             return resource, replace(record, patients=find_patient_ids(resource, bases))
-        # Consent matches patients by identifier itself, including withheld ones: ``patients`` keeps the tokens.
+        # ``patients`` keeps the tokens, because consent itself matches patients by identifier, also withheld ones.
         mentions = find_subjects(resource, bases, hash_identifier).mentions
         return resource, replace(record, mentions=tuple(dict.fromkeys((*(record.mentions or ()), *mentions))))
 

@@ -9,7 +9,7 @@ from psycopg import sql
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from fhir_assets.warehouse.ops import post_lane
+from fhir_assets.warehouse.ops import post_loader
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 FIRST_WAIT_SECONDS = 60
@@ -114,7 +114,7 @@ def record_posted(conn: Connection, zone: str, file: ListedFile) -> None:
         """,
         [zone, file.name, file.size, file.mark, file.written],
     )
-    post_lane.notify(conn)
+    post_loader.notify(conn)
 
 
 def find_posted(conn: Connection, zone: str, *, limit: int) -> list[ReadyFile]:
@@ -137,7 +137,7 @@ def find_ready(
 ) -> list[ReadyFile]:
     """Return at most ``limit`` files to receive, oldest first. Failed files are included after their waiting time.
 
-    With ``reserved_since``, files that were posted since then are left out (see ``post_lane``).
+    With ``reserved_since``, files that were posted since then are left out (see ``post_loader``).
     """
     rows = conn.execute(
         """

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from fhir_assets.warehouse.ops import post_lane
+from fhir_assets.warehouse.ops import post_loader
 from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
@@ -110,7 +110,7 @@ def record(
             ],
         )
     if posted:
-        post_lane.notify(conn)
+        post_loader.notify(conn)
 
 
 def find_pending(
@@ -123,7 +123,7 @@ def find_pending(
     """Return the received windows that are not loaded, in order; only those of ``origin`` if it is given.
 
     With ``now``, windows are left out if the waiting time since their last requested run has not elapsed. With
-    ``reserved_since``, windows are left out in which only posts wait that arrived since then (see ``post_lane``).
+    ``reserved_since``, windows are left out in which only posts wait that arrived since then (see ``post_loader``).
     """
     rows = conn.execute(
         """

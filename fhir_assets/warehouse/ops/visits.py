@@ -75,7 +75,8 @@ def lock_ledger(conn: Connection) -> None:
 def find_persons(conn: Connection, ids: Sequence[str]) -> dict[str, Person]:
     """Return the persons among ``ids`` that the ledger holds, by id.
 
-    A person that another channel received later has the time of that input, and an empty hash that equals no content.
+    If another channel received the person later, ``as_of`` is the time of that input, and the hashes are empty, so that
+    they differ from those of any data.
     """
     rows = conn.execute(
         """
@@ -95,7 +96,7 @@ def find_persons(conn: Connection, ids: Sequence[str]) -> dict[str, Person]:
 
 
 def record_elsewhere(conn: Connection, ids: Iterable[str], at: datetime) -> None:
-    """Record that another channel than files of visits received these Patients at time ``at``."""
+    """Record that these Patients were received at time ``at`` through a channel other than files of visits."""
     conn.execute(
         """
         INSERT INTO ops.visit_persons_elsewhere AS known (id, at)

@@ -15,7 +15,7 @@ from fhir_assets.warehouse.postgres.tables.copy_blocks import CopyBlock
 class PartitionBlock(NamedTuple):
     """Encoded resources of one partition.
 
-    All lines of their batch as received, and their arrivals, are kept for dead letters.
+    ``lines`` and ``arrivals`` are those of the whole batch as received, for dead letters.
     """
 
     block: CopyBlock
@@ -67,11 +67,11 @@ EMPTY_CHUNK = CopyChunk(())
 
 
 def split_versions(blocks: Sequence[PartitionBlock]) -> list[list[PartitionBlock]]:
-    """Return lists of blocks to be written one after the other; no id occurs twice in a list.
+    """Return one or two lists of blocks, to be written one after the other. No id occurs twice in a list.
 
-    Of the dated versions of a resource only the newest is kept, and likewise of the undated ones; of equal versions,
-    the last one. If a resource has both, the one that was added first is in the first list: the order of the two is
-    decided when the second is written.
+    For each resource, the newest dated version and the newest undated version are kept, or the last of several equal
+    versions. If a resource has both a dated and an undated version, the one that was added first is in the first list.
+    The write of the second list then decides which of them is newer.
     """
     newest: dict[tuple[str, int], tuple[float, int, int, int]] = {}
     for b, partition_block in enumerate(blocks):
@@ -84,8 +84,8 @@ def split_versions(blocks: Sequence[PartitionBlock]) -> list[list[PartitionBlock
     for (resource_id, dated), (_, _, b, n) in newest.items():
         other = newest.get((resource_id, not dated))
         selected[other is not None and other[2:] < (b, n)][b].append(n)
-    rounds = [
+    lists = [
         [block.select(sorted(indexes)) for block, indexes in zip(blocks, by_block, strict=True)]
         for by_block in selected
     ]
-    return rounds if any(selected[1]) else rounds[:1]
+    return lists if any(selected[1]) else lists[:1]

@@ -65,7 +65,7 @@ class UnloadableResource:
     message: str
     arrived: datetime | None = None
     dated: bool = True
-    """Whether its ``meta.lastUpdated``, if it has one, counts."""
+    """Whether its ``meta.lastUpdated`` is used."""
 
 
 @dataclass(slots=True)
@@ -103,9 +103,9 @@ _Written = tuple[int, CopyChunk, CopyChunk]
 class Loader:
     """Loads resources of one type and their rows of ``views``.
 
-    The caller begins and commits the transaction, so that all writes of a Loader become visible together. A second load
-    of the same or of an older version of a resource changes nothing: ``version_order`` defines the order of versions,
-    and the version that was added last is the newer one of two equal ones.
+    The caller begins and commits the transaction, so that all writes of a Loader become visible together. Loading the
+    same version of a resource again, or an older version, changes nothing. ``version_order`` defines the order of
+    versions. If a load has two equal versions, the one that was added last is kept.
 
     Used as a context manager, a Loader writes a chunk in a thread while the caller adds resources to the next chunk.
     The caller must then not use the connection between ``add`` and the following ``wait`` or ``finish``.
@@ -210,7 +210,7 @@ class Loader:
         """Wait until no chunk is being written. Raises DatabaseUnavailable if the last chunk could not be written."""
         writing, self._writing = self._writing, None
         if writing is not None:
-            self._account(writing.result())
+            self._add_counts(writing.result())
 
     def finish(self) -> LoadCounts:
         """Write everything that was added, and return the counts of the load.
@@ -258,9 +258,9 @@ class Loader:
         if self._thread is not None:
             self._writing = self._thread.submit(self._write, chunk)
         else:
-            self._account(self._write(chunk))
+            self._add_counts(self._write(chunk))
 
-    def _account(self, result: _ChunkResult) -> None:
+    def _add_counts(self, result: _ChunkResult) -> None:
         self._counts.inserted += result.inserted
         self._counts.updated += result.updated
         self._counts.superseded += result.superseded

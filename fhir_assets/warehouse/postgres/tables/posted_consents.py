@@ -9,10 +9,9 @@ from fhir_assets.warehouse.postgres.tables.load_statements import LoadStatements
 
 
 def record_posted_consents(conn: Session, blocks: Sequence[PartitionBlock], consent_gate: ConsentGate) -> list[str]:
-    """Record Consents in ``ops.consent_records`` as a load does, and return the keys of the patients they concern.
+    """Record Consents in ``ops.consent_records`` as a load does, and return the sorted keys of their patients.
 
-    The policy of ``consent_gate`` must withhold resources. The Consents are not added to the tables. The keys are
-    sorted.
+    The policy of ``consent_gate`` must withhold resources. The Consents are not added to the tables.
     """
     cipher = cipher_of(conn)
     statements = LoadStatements("Consent", (), encrypted=cipher.encrypts, consent_gate=consent_gate)
