@@ -1,5 +1,6 @@
 """A deployment whose server, windows or start change: loads are refused until the state is carried over or removed."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -18,6 +19,8 @@ from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD
 from fhir_assets.pipeline.sources.transition import SourceTransition, TransitionResult
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.settings import load_settings
+from fhir_assets.storage.blobs import LocalBlobs
+from fhir_assets.warehouse.exports.export import Export
 from fhir_assets.warehouse.ops import runs
 from fhir_assets_tests.support.content import add, materialize, patient
 from fhir_assets_tests.support.deployment import Deploy, Deployment
@@ -264,3 +267,40 @@ def test_a_load_that_begins_during_a_transition_is_not_disturbed(
                 other.change_source(what)
         assert ids(deployment) == ["a"]
         other.change_source(what)
+
+
+def export_valid(deployment: Deployment, folder: Path) -> list[str]:
+    """Export the valid Patients, and return their ids, sorted."""
+    with (
+        Warehouse(deployment.settings).connect() as conn,
+        Export(conn, deployment.store, LocalBlobs(folder), "e", actor="test", withholding=False) as export,
+    ):
+        export.for_type("Patient", None).write_valid()
+        export.finish()
+    lines = (folder / "e" / "Patient.valid.ndjson").read_bytes().splitlines()
+    return sorted(json.loads(line)["id"] for line in lines)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"fhir_partition": "daily"}, {"fhir_last_updated_gte": f"{THIS_MONTH:%Y-%m-%d}"}, {"fhir_max_attempts": 2}],
+    ids=["windows", "start", "none"],
+)
+def test_an_export_after_a_carry_over_has_every_valid_resource_of_the_tables_once(
+    deploy_patients: Callable[..., Deployment], tmp_path: Path, settings: dict[str, object]
+) -> None:
+    first_of_month = RECENT.replace(day=1)
+    bodies = [*patients("a1", "a2"), *patients("same-key", at=first_of_month)]
+    with SandboxServer([*bodies, patient("bad", RECENT, gender=7), *patients("new", at=NOW)]) as server:
+        deployment = deploy_patients(server)
+        ingest(deployment)
+        receive(deployment, patient("posted", RECENT), "api:1")
+        moved = change(deployment, **settings)
+        moved.change_source(SourceTransition.carry_over)
+        # The key of the first day of a month is also the key of the month, whose resources were set aside.
+        receive(moved, patient("posted-later", first_of_month), "api:2")
+        expected = ids(moved)
+        assert set(expected) >= {"a1", "a2", "same-key", "posted", "posted-later", "new"}
+        assert export_valid(moved, tmp_path) == expected
+        ingest(moved)
+        assert export_valid(moved, tmp_path) == ids(moved) == expected

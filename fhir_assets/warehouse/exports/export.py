@@ -5,6 +5,7 @@ Rows are streamed to a temporary file, which is stored under its name when it is
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -25,7 +26,7 @@ from fhir_assets.warehouse.exports import csv_tables, parquet, xlsx_tables
 from fhir_assets.warehouse.ops import audit_log, dead_letters
 from fhir_assets.warehouse.ops.dead_letters import Selection
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
-from fhir_assets.warehouse.postgres.resources import find_versions
+from fhir_assets.warehouse.postgres.resources import StoredVersion, count_by_window, find_versions, stream_type
 from fhir_assets.warehouse.postgres.tables import row_streams
 from fhir_assets.warehouse.postgres.tables.layout import TableColumn, build_layout
 
@@ -242,7 +243,24 @@ class TypeExport:
     def _read_valid(self) -> Iterator[bytes]:
         """Yield the lines of resources in the tables; under a consent policy only those of the version in the tables.
 
-        Another version may be about another patient, whose data is withheld.
+        Another version may be about another patient, whose data is withheld. Resources of the tables that no validated
+        partition has, because a carry-over to other settings has set their partitions aside, follow as the tables have
+        them.
+        """
+        expected = Counter(count_by_window(self._conn, self._type, partition_keys=self._keys))
+        for line, _, version, is_stored in self._read_validated():
+            if is_stored:
+                expected[version.partition_key] -= 1
+            if is_stored or not self._export.withholding:
+                yield line
+        short = sorted(key for key, count in expected.items() if count > 0)
+        if short:
+            yield from self._read_from_tables(short)
+
+    def _read_validated(self) -> Iterator[tuple[bytes, str, StoredVersion, bool]]:
+        """Yield the validated lines of resources that are in the tables, with their ids and the versions there.
+
+        The last value states whether the line is the version in the tables.
         """
         for manifest in self._list_manifests("validated"):
             for batch in self._store.batches_with_arrivals(manifest.parts):
@@ -250,12 +268,23 @@ class TypeExport:
                 stored = find_versions(self._conn, self._type, [header.id or "" for header in headers])
                 for line, header, arrived in zip(batch.lines, headers, batch.times(), strict=False):
                     version = stored.get(header.id or "")
-                    text = header.meta.last_updated if header.meta else None
-                    updated = parse_stored(text, dated=batch.dated, arrival_known=arrived is not None)
-                    if version and (
-                        not self._export.withholding or version.is_version(updated, arrived, manifest.partition_key)
-                    ):
-                        yield line
+                    if version:
+                        text = header.meta.last_updated if header.meta else None
+                        updated = parse_stored(text, dated=batch.dated, arrival_known=arrived is not None)
+                        is_stored = version.is_version(updated, arrived, manifest.partition_key)
+                        yield line, header.id or "", version, is_stored
+
+    def _read_from_tables(self, partition_keys: Sequence[str]) -> Iterator[bytes]:
+        """Yield the resources of windows that are in the tables and whose version is in no validated partition."""
+        keys = frozenset(partition_keys)
+        known = {
+            identity
+            for _, identity, version, is_stored in self._read_validated()
+            if is_stored and version.partition_key in keys
+        }
+        for resource in stream_type(self._conn, self._type, partition_keys=partition_keys):
+            if resource.id not in known:
+                yield resource.body
 
     def _write_lines_to(self, kind: str, lines: Iterable[bytes]) -> ExportedFile:
         def write(path: Path) -> int:

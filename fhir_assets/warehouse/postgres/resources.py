@@ -96,6 +96,25 @@ def find_versions(conn: Connection, resource_type: str, ids: Sequence[str]) -> d
     return {resource_id: StoredVersion(*version) for resource_id, *version in rows}
 
 
+def count_by_window(
+    conn: Connection, resource_type: str, *, partition_keys: Sequence[str] | None = None
+) -> dict[str, int]:
+    """Return the number of resources of a type in the tables by partition key: all, or those of ``partition_keys``."""
+    rows = conn.execute(
+        """
+        SELECT partition_key, count(*)
+        FROM fhir.resource
+        WHERE source = ops.current_source()
+            AND resource_type = %(type)s
+            AND resource IS NOT NULL
+            AND (%(keys)s::text[] IS NULL OR partition_key = ANY(%(keys)s))
+        GROUP BY 1
+        """,
+        {"type": resource_type, "keys": None if partition_keys is None else list(partition_keys)},
+    )
+    return dict(rows.fetchall())
+
+
 def stream_patient(conn: Session, patient_id: str) -> Iterator[StoredResource]:
     """Stream all resources of a patient's compartment, the Patient first. Raises EncryptionError."""
     query = sql.SQL("""
