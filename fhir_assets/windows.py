@@ -7,14 +7,14 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 
 EARLIEST = datetime.min.replace(tzinfo=UTC)
-"""The first moment of the years 1 to 9999, in which all times of FHIR lie."""
+"""The first moment of the years 1 to 9999, the range of times in FHIR."""
 
 LATEST = datetime.max.replace(tzinfo=UTC)
 """The last moment of the years 1 to 9999."""
 
 
 def add_clamped(moment: datetime, delta: timedelta) -> datetime:
-    """Return ``moment + delta``, or EARLIEST or LATEST if the sum lies outside of the years 1 to 9999."""
+    """Return ``moment + delta``, or EARLIEST or LATEST if the sum is outside of the years 1 to 9999."""
     try:
         return moment + delta
     except OverflowError:
@@ -64,13 +64,13 @@ class Interval:
 
 def merge_intervals(intervals: Iterable[Interval]) -> list[Interval]:
     """Return the intervals, with touching and overlapping ones merged. ``intervals`` must be sorted by start."""
-    spans: list[Interval] = []
+    merged: list[Interval] = []
     for interval in intervals:
-        if spans and (interval.start is None or interval.start <= spans[-1].end):
-            spans[-1] = Interval(spans[-1].start, max(spans[-1].end, interval.end))
+        if merged and (interval.start is None or interval.start <= merged[-1].end):
+            merged[-1] = Interval(merged[-1].start, max(merged[-1].end, interval.end))
         else:
-            spans.append(interval)
-    return spans
+            merged.append(interval)
+    return merged
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,7 +139,7 @@ class RateLimiter:
     def __init__(
         self, tokens: Sequence[Token], *, rate: float, burst: float | None = None, now: Callable[[], float] = monotonic
     ) -> None:
-        """Allow each token ``rate`` requests a second, and ``burst`` requests at once (default: 2 * ``rate``)."""
+        """Allow each token ``rate`` requests a second, and ``burst`` requests at a time (default: 2 * ``rate``)."""
         self._rate = rate
         self._burst = max(1.0, 2 * rate if burst is None else burst)
         self._now = now

@@ -154,7 +154,7 @@ class AppContext:
     def receive(self, submissions: Sequence[Submission], origin: str) -> None:
         """Write the records of all submissions to ``raw`` and their audit records to the log, or write nothing.
 
-        The consents among the records take effect at once. Raises StoreError or DatabaseUnavailable.
+        The consents among the records take effect immediately. Raises StoreError or DatabaseUnavailable.
         """
         records = [record for submission in submissions for record in submission.records]
         if patients := [record for record in records if record.resource_type == "Patient"]:

@@ -66,7 +66,7 @@ router = APIRouter(tags=["intake"])
     summary="Post patient records and FHIR resources",
 )
 def ingest_records(context: Context, caller: CurrentCaller, body: RawBody, key: IdempotencyKey = None) -> Response:
-    """Each record is validated at once and accepted or rejected independently of the others; the answer lists the
+    """Each record is validated immediately and accepted or rejected independently of the others; the answer lists the
     issues of each record. If every record is rejected, the status is 422.
 
     Accepted records are stored in `raw` before the answer. A post loader loads them into the tables within seconds;

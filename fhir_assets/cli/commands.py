@@ -62,12 +62,12 @@ COMMANDS = {
     "missing-references": CommandSource(
         "fhir_assets.cli.missing",
         "app",
-        "List and fetch resources that loaded resources refer to and the tables lack.",
+        "List and fetch resources that loaded resources refer to but that are not loaded.",
     ),
     "patient": CommandSource(
         "fhir_assets.cli.patient",
         "app",
-        "Print patient data, decrypted with the keys of this deployment. Every access is an audit record.",
+        "Print patient data, decrypted with the keys of this deployment. Every access is recorded in the audit log.",
     ),
     "consents": CommandSource(
         "fhir_assets.cli.consents",

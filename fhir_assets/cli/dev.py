@@ -55,7 +55,7 @@ def dev(
 def serve_ui(settings: Settings, port: int | None) -> None:
     """Run the code server, the UI and the daemon until interrupted, and restart each of them that exits.
 
-    With API_TOKENS the post loader runs too, because `fhir-assets api` can be started beside this command.
+    With API_TOKENS the post loader runs too, because `fhir-assets api` can be started alongside this command.
     The embedded Postgres, if it is used, is restarted too. The default of ``port`` is DEFAULT_PORT. Raises
     ConfigurationError if a process exits repeatedly after its start.
     """

@@ -1,4 +1,4 @@
-"""`fhir-assets missing-references`: list and fetch resources that loaded resources refer to and the tables lack."""
+"""`fhir-assets missing-references`: list and fetch resources that loaded resources refer to but that are not loaded."""
 
 from dataclasses import asdict
 from typing import Annotated
@@ -19,7 +19,7 @@ from fhir_assets.warehouse.postgres.queries import references
 from fhir_assets.warehouse.postgres.tables import view_tables
 
 app = typer.Typer(
-    help="List and fetch resources that loaded resources refer to and the tables lack.", no_args_is_help=True
+    help="List and fetch resources that loaded resources refer to but that are not loaded.", no_args_is_help=True
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print as JSON")]
@@ -44,7 +44,7 @@ def list_missing(json: Json = False) -> None:
 def fetch(json: Json = False) -> None:
     """Fetch the missing resources from the server by id, Patients first, and load them.
 
-    The server is not asked again within a day for a resource that it does not have.
+    A resource that the server does not have is requested again after a day at the earliest.
     """
     settings = load_settings()
     settings.require_source()

@@ -1,4 +1,4 @@
-"""`fhir-assets patient`: print the decrypted resources of a patient; each access is an audit record."""
+"""`fhir-assets patient`: print the decrypted resources of a patient; each access is recorded in the audit log."""
 
 import getpass
 import sys
@@ -17,13 +17,13 @@ from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.queries.patients import find_patients, read_patient
 
 app = typer.Typer(
-    help="Print patient data, decrypted with the keys of this deployment. Every access is an audit record."
+    help="Print patient data, decrypted with the keys of this deployment. Every access is recorded in the audit log."
 )
 
 
 @app.callback()
 def patient() -> None:
-    """Print patient data, decrypted with the keys of this deployment. Every access is an audit record."""
+    """Print patient data, decrypted with the keys of this deployment. Every access is recorded in the audit log."""
 
 
 @app.command()

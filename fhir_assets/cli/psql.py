@@ -23,7 +23,10 @@ _VARIABLES = {
     "sslmode": "PGSSLMODE",
     "sslrootcert": "PGSSLROOTCERT",
 }
-"""The parameters of a URL that psql gets. Its environment has the password, because a command line is public."""
+"""The parameters of the database's URL, and the environment variables through which psql receives them.
+
+They are not arguments, because other users can read the password in a command line.
+"""
 
 
 def psql(
@@ -33,7 +36,7 @@ def psql(
 ) -> None:
     """Open psql on the database of DB_URL, or on the embedded one.
 
-    All arguments after -- are passed to psql. The exit code is the one of psql.
+    All arguments after -- are passed to psql. The exit code is that of psql.
     """
     settings = load_settings()
     started = settings.db_url is None and not embedded.is_running(settings.home)
@@ -47,7 +50,7 @@ def psql(
 
 
 def _find_program(settings: Settings) -> str:
-    """Return the psql of the embedded Postgres for the embedded database, else the one on the PATH if there is one."""
+    """Return the path of psql: with DB_URL the one on the PATH if there is one, else that of the embedded Postgres."""
     program = shutil.which("psql") if settings.db_url else None
     if program is None:
         try:
@@ -62,7 +65,7 @@ def _find_program(settings: Settings) -> str:
 def _run(program: str, url: str, arguments: list[str]) -> int:
     parameters = conninfo_to_dict(normalise_url(url))
     variables = {variable: str(parameters[name]) for name, variable in _VARIABLES.items() if parameters.get(name)}
-    # Ctrl-C is for psql, which cancels its query: this process waits until psql ends.
+    # Only psql handles Ctrl-C, by cancelling its query. This process ignores it and waits until psql ends.
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return subprocess.run(

@@ -75,7 +75,7 @@ def start_anew(
 ) -> None:
     """Remove everything that was loaded from the source; the next load fetches all of it from the current one.
 
-    Resources of other channels (landing zone, HTTP API, CSV visits) stay in the store and are loaded again at once.
+    Resources of other channels (landing zone, HTTP API, CSV visits) stay in the store and are loaded again immediately.
     """
     settings = load_settings()
     if not yes:

@@ -14,7 +14,7 @@ PROCESSED = Counter(
 )
 FAILED = Counter(
     "fhir_connector_failed_total",
-    "Failed attempts; fate is `retry` (tried again later) or `dead` (a dead letter)",
+    "Failed attempts; fate is `retry` (will be retried) or `dead` (a dead letter)",
     ["source", "fate", "reason"],
     registry=REGISTRY,
 )

@@ -17,13 +17,13 @@ from fhir_assets.warehouse.postgres.db.connections import OpenConnection
 HEARTBEAT_MINUTES = 5
 """The age in minutes at which a daemon's heartbeat means that the daemon is not running, as in the Dagster UI."""
 
-LITTLE_DISK = 0.05
+MIN_FREE_SHARE = 0.05
 """The share of a disk that must be free."""
 
 
 @dataclass(frozen=True)
 class Disk:
-    """A disk that the deployment writes to, by one of its folders, with its free bytes."""
+    """A disk that the deployment writes to: one of its folders, and its free and total bytes."""
 
     folder: str
     free: int
@@ -99,7 +99,7 @@ def _find_problems(activity: Activity, now: datetime) -> list[str]:
         )
     failed = [tick.name for tick in activity.ticks if tick.status == "FAILURE"]
     if failed:
-        problems.append(f"The last tick failed of: {', '.join(failed)}. Its page in the Dagster UI has the reason")
+        problems.append(f"The last tick failed: {', '.join(failed)}. The Dagster UI shows the reason on its page")
     return problems
 
 
@@ -109,9 +109,9 @@ def _describe_incidents(open_incidents: list[Incident]) -> list[str]:
 
 def _describe_disks(disks: list[Disk]) -> list[str]:
     return [
-        f"Less than {LITTLE_DISK:.0%} of the disk of {disk.folder} is free: free space"
+        f"Less than {MIN_FREE_SHARE:.0%} of the disk of {disk.folder} is free: free space"
         for disk in disks
-        if disk.free < disk.total * LITTLE_DISK
+        if disk.free < disk.total * MIN_FREE_SHARE
     ]
 
 

@@ -1,7 +1,8 @@
 """Lines about a step in the log view of its run: what it requested, what it received, and what it skipped.
 
-They are engine events, because ``dagster.yaml`` silences Dagster's loggers, which would also write to stderr, with
-stack traces. A step that had nothing to do writes no line. Lines contain counts, types and rules, never patient data.
+They are engine events. Dagster's loggers are not used, because they also write to stderr, with stack traces;
+``dagster.yaml`` disables them. A step that had nothing to do writes no line. Lines contain counts, types and rules,
+never patient data.
 """
 
 from collections.abc import Mapping

@@ -107,10 +107,8 @@ class Fetch(msgspec.Struct, frozen=True):
         return self.rejected + (self.undated.rejected if self.undated else 0)
 
     @property
-    def is_doubtful(self) -> bool:
-        """Whether resources may be missing: the source said so, or its count differs from the number that it
-        returned.
-        """
+    def may_be_incomplete(self) -> bool:
+        """Whether resources may be missing: the source reported an error, or its count differs from what it returned."""
         return self.server_total not in (None, self.matched) or any(n.severity == "error" for n in self.notices)
 
 

@@ -169,7 +169,7 @@ def test_a_file_that_differs_from_its_count_is_loaded_and_its_windows_are_red(
     assert deployment.count_dead_letters() == clean.dead
     faults = [fault for outcome in outcomes for fault in deployment.unreconciled(outcome)]
     assert faults
-    assert any("that the server's manifest counts" in str(fault) for fault in faults)
+    assert any("that the server's manifest states" in str(fault) for fault in faults)
 
 
 def test_the_next_export_requests_changes_since_the_last_one_and_applies_deletions(deploy: Deploy) -> None:

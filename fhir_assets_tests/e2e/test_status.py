@@ -83,4 +83,4 @@ def test_an_open_incident_and_a_failed_tick_are_problems(
     code, _, problems = ask(deployment, monkeypatch)
     assert code == 1
     assert "run incremental_load fails" in problems
-    assert "The last tick failed of: load_landing" in problems
+    assert "The last tick failed: load_landing" in problems

@@ -1,7 +1,7 @@
 """Access to the table ``health.fhir_outbox``: insert, claim, lock and read its events.
 
 Each connector has a number and holds an advisory lock on that number. Postgres releases the lock when the connection
-ends, so another connector can release the claims of a killed connector at once, without a timeout. The connection also
+ends, so another connector can release the claims of a killed connector without a timeout. The connection also
 locks the identifiers of the records that it delivers. Two records that swap identifiers are therefore never delivered
 at the same time.
 """

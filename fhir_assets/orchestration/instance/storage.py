@@ -172,7 +172,7 @@ class BatchedEventLog(PostgresEventLogStorage):
         return True
 
     def store_event(self, event: dg.EventLogEntry) -> None:
-        """Write an event at once, or hold it until its step ends."""
+        """Write an event immediately, or hold it until its step ends."""
         event_type = event.dagster_event_type
         step = (event.run_id, (event.dagster_event.step_key if event.dagster_event else event.step_key) or "")
         with self._write_lock:

@@ -42,8 +42,8 @@ class CorrectionStep:
         """Store a correction in addition to the original resource. Return the dead letter as it was before.
 
         A patch is applied to the last correction if there is one, otherwise to the original resource. The resource of a
-        dead letter of stage ``fetch`` is not in raw: its correction is received into raw at once, which resolves the
-        dead letter.
+        dead letter of stage ``fetch`` is not in raw: its correction is received into raw, which resolves the dead
+        letter.
 
         Raises CorrectionRefused if the dead letter is neither open nor discarded, if its stage cannot be corrected, or
         if the corrected resource is invalid.

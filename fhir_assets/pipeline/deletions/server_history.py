@@ -27,7 +27,7 @@ def apply_server_deletions(
     type, the type is skipped, and a warning is added to the notices of ``history``. If the server refuses the history,
     a notice of severity ``error`` is added.
 
-    Raises DatabaseUnavailable at once. Raises ServerUnavailable after the deletions of the other types are applied.
+    Raises DatabaseUnavailable immediately. Raises ServerUnavailable after the deletions of the other types are applied.
     """
     offered_types = history.list_types()
     deleted = {}

@@ -13,7 +13,7 @@ from fhir_assets.fhir.bulk.file_lines import FileChanged
 from fhir_assets.fhir.bulk.manifest import ExportFile, ExportManifest
 from fhir_assets.notices import Notices
 from fhir_assets.pipeline.fetch.bulk_lines import route_line, unpack_line
-from fhir_assets.pipeline.fetch.bulk_outcomes import notice_count
+from fhir_assets.pipeline.fetch.bulk_outcomes import check_count
 from fhir_assets.storage.manifest import Part
 from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store
@@ -118,7 +118,7 @@ class Download:
                 if not job.cancelled():
                     job.result()
             for file, count in download.counts:
-                notice_count(file, count, self._notices)
+                check_count(file, count, self._notices)
             return {name: parts for (name, _), parts in writer.finish().items()}
 
 

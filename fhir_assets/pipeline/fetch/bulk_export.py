@@ -281,7 +281,7 @@ class ExportRunner:
         for lines in self._client.read_lines(downloads, file, needs_token=manifest.needs_token):
             count += len(lines)
             yield from lines
-        bulk_outcomes.notice_count(file, count, notices)
+        bulk_outcomes.check_count(file, count, notices)
 
     def _delete_on_server(self, export: BulkExport) -> None:
         with suppress(FhirAssetsError):

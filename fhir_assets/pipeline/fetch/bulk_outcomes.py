@@ -16,7 +16,7 @@ from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer, WriteDeadL
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 
 _HARMLESS = frozenset({"warning", "information", "success"})
-"""The severities of issues that lose nothing (https://hl7.org/fhir/R5/valueset-issue-severity.html)."""
+"""The severities of issues that are not errors (https://hl7.org/fhir/R5/valueset-issue-severity.html)."""
 
 
 def read_deletions(
@@ -56,16 +56,16 @@ def read_errors(lines: Iterable[bytes], export_id: str, notices: Notices) -> Ite
         )
 
 
-def notice_count(file: ExportFile, count: int, notices: Notices) -> None:
-    """Add a notice of severity ``error`` if the number of lines of a file differs from the manifest's."""
+def check_count(file: ExportFile, count: int, notices: Notices) -> None:
+    """Add a notice of severity ``error`` if the number of lines of a file differs from the number in the manifest."""
     if file.count is None or count == file.count:
         return
     difference = f"ends after {count:,} of" if count < file.count else f"has {count:,} resources instead of"
     notices.add(
         "error",
         "export-count",
-        f"a file of {file.resource_type} {difference} the {file.count:,} that the server's manifest counts: what it "
-        "has is loaded. Load with --full-refresh, and ask the server's administrator if it happens again",
+        f"a file of {file.resource_type} {difference} the {file.count:,} that the server's manifest states: its "
+        "resources are loaded. Load with --full-refresh, and ask the server's administrator if it happens again",
         None if file.resource_type in ("OperationOutcome", "Bundle") else file.resource_type,
     )
 
@@ -93,7 +93,7 @@ def _build_dead_letter(line: bytes, export_id: str) -> DeadLetter:
 
 def _build_deletion_dead_letter(line: bytes, export_id: str) -> DeadLetter:
     message = (
-        "a line of a `deleted` file that is not a Bundle of deletions, or that has a deletion of no single resource: "
+        "a line of a `deleted` file that is not a Bundle of deletions, or that has a deletion without type and id: "
         "load with --full-refresh to remove what the server deleted"
     )
     return DeadLetter("Bundle", None, "export", "export-deletion", f"export {export_id}", message, line, "")

@@ -30,7 +30,7 @@ from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session
 from fhir_assets.windows import Interval
 
 _UNFINISHED_AGE = timedelta(days=1)
-"""For how long after its download an export that no load has read to its end is used."""
+"""An export that no load has read to its end is used for this long after its download."""
 
 _VERSIONS_PER_QUERY = 2000
 
@@ -98,7 +98,8 @@ class BulkSource:
     def find_extent(self, resource_types: Sequence[str]) -> Interval:
         """Return the interval from the oldest resource to the transaction time of an export of all resources.
 
-        The export is requested if there is none that can be used. The load uses it too, however long it takes.
+        The export is requested if there is none that can be used. The load uses the same export, even if the download
+        takes long.
         """
         now = self._now()
         chosen = self._choose({name: Interval(None, now) for name in resource_types})
@@ -236,10 +237,10 @@ class BulkSource:
             return chosen
 
     def _needs_full_export(self, interval: Interval, loaded: Checkpoint) -> bool:
-        """Return whether the current window is read from its start although a part of it is already loaded.
+        """Return whether a load of ``interval`` needs an export of all resources of a type.
 
-        Only a full export contains again the resources that belong to no time range, such as those without
-        ``lastUpdated``.
+        It does if it reads the current window from its start although a part of the window is already loaded. Only a
+        full export contains again the resources that belong to no time range, such as those without ``lastUpdated``.
         """
         return (
             interval.start is not None

@@ -40,7 +40,7 @@ def plan_window(
     fetched = existing.fetched if existing else None
     if fetched is None or refresh is Refresh.FULL or not _has_boundaries(fetched, window):
         return from_start
-    if any(fetch.is_doubtful for fetch in fetched.fetches):
+    if any(fetch.may_be_incomplete for fetch in fetched.fetches):
         return from_start
     if fetched.complete and fetched.source_state == source_state:
         return None if refresh is Refresh.MISSING else from_start

@@ -81,8 +81,8 @@ class HydrateStep:
     def run(self) -> Iterator[HydratedBatch]:
         """Fetch all missing resources, Patients first, and yield the result of each batch once it is in raw.
 
-        An id is requested at most once a day. Raises the errors of the receiver at once, and those of the source after
-        the other types are fetched.
+        An id is requested at most once a day. Raises the errors of the receiver immediately, and those of the source
+        after the other types are fetched.
         """
         columns = self._find_columns()
         failures = TypeFailures()

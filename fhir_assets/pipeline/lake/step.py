@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 from fhir_assets.fhir.views import View
-from fhir_assets.pipeline.reconcile.verdicts import evaluate_doubtful_windows
+from fhir_assets.pipeline.reconcile.verdicts import evaluate_unreconciled_windows
 from fhir_assets.pipeline.reconcile.window_counts import find_main_view
 from fhir_assets.storage.blobs import Blobs
 from fhir_assets.storage.store import Store
@@ -40,16 +40,16 @@ class LakeStep:
     def run(
         self, resource_type: str, views: Sequence[View], partition_keys: Collection[str] = ()
     ) -> Iterator[tuple[View, LakeUpdate]]:
-        """Update the folders of ``views``, which are views of one resource type, and yield what was done.
+        """Update the folders of ``views``, which are views of one resource type. Yield each view with its update.
 
-        The windows ``partition_keys`` are written in any case, others if their rows changed. Raises StoreError.
+        The windows ``partition_keys`` are always written, other windows if their rows changed. Raises StoreError.
         """
         main_view = find_main_view(self._views, resource_type)
         with self._connect() as conn:
             view_tables.ensure_tables(conn, views)
             conn.commit()
             keys = self._store.partition_keys("raw", resource_type)
-            evaluate_doubtful_windows(conn, self._store, resource_type, keys, main_view=main_view)
+            evaluate_unreconciled_windows(conn, self._store, resource_type, keys, main_view=main_view)
             for view in views:
                 yield (
                     view,

@@ -25,14 +25,14 @@ def evaluate_windows(
     return counts
 
 
-def evaluate_doubtful_windows(
+def evaluate_unreconciled_windows(
     conn: Session, store: Store, resource_type: str, partition_keys: Sequence[str], *, main_view: View | None
 ) -> None:
     """Evaluate those of the windows that failed their last evaluation or were not evaluated since their last change."""
-    passed = window_verdicts.find_evaluated(conn, resource_type, partition_keys)
-    doubtful = [key for key in partition_keys if key not in passed]
-    if doubtful:
-        evaluate_windows(conn, store, resource_type, doubtful, main_view=main_view)
+    passed = window_verdicts.find_reconciled(conn, resource_type, partition_keys)
+    unreconciled = [key for key in partition_keys if key not in passed]
+    if unreconciled:
+        evaluate_windows(conn, store, resource_type, unreconciled, main_view=main_view)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def select_outbound_windows(
     """
     before = held_windows.find_held(conn, destination, resource_type)
     keys = sorted({*partition_keys, *before})
-    evaluate_doubtful_windows(conn, store, resource_type, keys, main_view=main_view)
+    evaluate_unreconciled_windows(conn, store, resource_type, keys, main_view=main_view)
     conn.commit()
     with conn.transaction():
         held = window_verdicts.find_faults(conn, resource_type, keys)

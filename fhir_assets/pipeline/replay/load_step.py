@@ -54,9 +54,9 @@ class ReplayLoadStep:
         """
         arrived = {window.key: window.start or window.end for window in windows}
         with self._connect() as conn:
-            replay_runs: dict[str, list[str]] = {key: [] for key in arrived}
+            committed_runs: dict[str, list[str]] = {key: [] for key in arrived}
             claimed = replays.claim(
-                conn, self._run_id, resource_type, LOAD_STAGES, replay_runs, also_open=self._also_open
+                conn, self._run_id, resource_type, LOAD_STAGES, committed_runs, also_open=self._also_open
             )
             replays.record_origin(conn, self._run_id, resource_type, list(arrived))
             conn.commit()

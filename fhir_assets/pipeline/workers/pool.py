@@ -104,7 +104,7 @@ class WorkerPool:
         _close_all(self._idle)
 
     def _ask(self, job: bytes, items: list[Any]) -> list[Any]:
-        """Send a unit of work to an idle worker and return the results. Each worker has one thread that waits here."""
+        """Send a unit of work to an idle worker, wait in a thread of its own for the results, and return them."""
         worker = self._take_worker()
         answer = worker.ask(job, items)
         self._idle.append(worker)
@@ -155,7 +155,7 @@ class WorkerProcess:
             code = self._process.wait()
             self.close()
             raise WorkerLost(
-                f"a worker process ended during its work ({_describe_exit(code)}): nothing of these windows is kept. "
+                f"a worker process ended during its work ({_describe_exit(code)}): these windows are unchanged. "
                 "Run them again, with fewer FHIR_WORKERS if the machine has too little memory"
             ) from None
         return answer

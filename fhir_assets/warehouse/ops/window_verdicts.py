@@ -70,7 +70,7 @@ def record(
     )
 
 
-def find_evaluated(conn: Connection, resource_type: str, partition_keys: Sequence[str]) -> set[str]:
+def find_reconciled(conn: Connection, resource_type: str, partition_keys: Sequence[str]) -> set[str]:
     """Return those of the windows whose last evaluation passed."""
     rows = conn.execute(
         """

@@ -3,8 +3,8 @@
 A load opens a connection for nearly every statement, in several threads and in nested blocks; a new connection takes
 several times as long as the statement. ``psycopg_pool.ConnectionPool`` is equally fast for idle connections, but slower
 for the first one (5.9 ms, here 4.3 ms). If the server is down, the pool reports a timeout after ten seconds without the
-reason; a connection that is opened here fails at once with the reason. In a pool of a fixed size, nested requests of
-several threads can deadlock.
+reason; a connection that is opened here fails immediately with the reason. In a pool of a fixed size, nested requests
+of several threads can deadlock.
 """
 
 import atexit

@@ -122,7 +122,7 @@ class LoadStatements:
         self.copy_to_stage = sql.SQL("COPY {stage} FROM STDIN").format(stage=stage)
         self.clear_stage = sql.SQL("TRUNCATE {stage}").format(stage=stage)
         self.count_stored = sql.SQL(_COUNT_STORED).format(table=table, type=type_name)
-        """Counts which ids of a JSON array are stored, and returns the current time."""
+        """Returns the number of ids of a JSON array that are stored, and the current time."""
         self.copy_new = sql.SQL(_COPY_NEW).format(table=table)
         merge = sql.SQL(_REENCRYPT if reencrypt else _MERGE)
         self.merge = merge.format(
