@@ -52,7 +52,10 @@ def replay(
     until: Until = None,
     everything: Everything = False,
     outdated: Annotated[
-        bool, typer.Option("--outdated", help="Only if the failure is under other rules or views than the current ones")
+        bool,
+        typer.Option(
+            "--outdated", help="Only those that failed under earlier rules or views, not under the current ones"
+        ),
     ] = False,
     wait: Annotated[
         bool, typer.Option("--wait/--no-wait", help="Replay in this process, or leave it to the Dagster daemon")
@@ -62,8 +65,8 @@ def replay(
     """Validate dead letters again and load those that are valid now.
 
     The replay is done in Dagster runs of this process. The exit code is 0 if the runs succeeded, even if dead letters
-    failed again; the output has their number. It is 1 if dead letters were not replayed, because another run loads
-    their windows, or because an id is not that of a dead letter that can be replayed.
+    failed again; the output has their number. It is 1 if dead letters were not replayed because another run loads
+    their windows, or if an id does not exist or cannot be replayed.
     """
     settings = load_settings()
     warehouse = Warehouse(settings)

@@ -19,7 +19,7 @@ from fhir_assets.orchestration.jobs import APPLY_CONSENT, FETCH_MISSING_REFERENC
 from fhir_assets.orchestration.received_windows import build_materializations
 from fhir_assets.orchestration.tags import FHIR_SERVER_POOL
 from fhir_assets.pipeline.consent.step import ConsentStep
-from fhir_assets.pipeline.hydrate.step import HydrateStep, ReadsById
+from fhir_assets.pipeline.missing_references.step import MissingReferencesStep, ReadsById
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import replays
 from fhir_assets.warehouse.ops.dead_letters import Selection
@@ -51,7 +51,7 @@ def build_fetch_missing_references(settings: Settings, views: Sequence[View]) ->
         receiver = build_receiver(settings, warehouse)
         with sanitized_errors():
             receiver.check()
-        step = HydrateStep(warehouse.connect, views, types, source, receiver, run_id=context.run.run_id)
+        step = MissingReferencesStep(warehouse.connect, views, types, source, receiver, run_id=context.run.run_id)
         asked: Counter[str] = Counter()
         returned: Counter[str] = Counter()
         deleted: Counter[str] = Counter()

@@ -89,7 +89,7 @@ def rewrite_partitions(
                 present = store.committed_manifests(group)
                 merged = [merge(new, current) for new, current in zip(group, present, strict=True)]
                 changed = [new for new, current in zip(merged, present, strict=True) if _changes_window(new, current)]
-                # Before the manifests change, in case this process is killed, and again after it.
+                # The change is recorded before the manifests are written, in case this process is killed, and after it.
                 if changed:
                     with connect() as other:
                         _record_change(other, changed, rows=lambda _: None)
@@ -118,8 +118,8 @@ def _merge_raw(new: Manifest, base: Manifest | None, current: Manifest | None) -
     """Keep received parts and every interval that another run fetched in the meantime.
 
     A run that extended its base appends its parts. A run that read the window from its start replaces the fetched parts
-    of its base, but not those that others have appended to the base since, because they are from later than its own. If
-    two runs read the window from its start, the reading that reaches further is kept.
+    of its base, but not those that others have appended to the base since, because those were fetched later. If two
+    runs read the window from its start, the result of the run that read up to a later time is kept.
 
     Raises Overtaken if a complete window would be fetched up to an earlier time than before.
     """
@@ -133,13 +133,13 @@ def _merge_raw(new: Manifest, base: Manifest | None, current: Manifest | None) -
     if current.fetched is None or new.fetched is None:
         return replaced
     if base is None or not _continues(current, base):
-        return current if _reach(current.fetched) > _reach(new.fetched) else replaced
+        return current if _fetched_until(current.fetched) > _fetched_until(new.fetched) else replaced
     later = tuple(part for part in _added_parts(current, base) if part.origin is None)
     fetches = current.fetched.fetches[len(base.fetched.fetches) :] if base.fetched else ()
     fetched = _join_fetches(new.fetched, fetches, complete=current.fetched.complete)
     if current.fetched.complete and not fetched.complete and fetched.until < current.fetched.until:
         raise Overtaken(
-            f"{new.resource_type} of {new.partition_key} is complete, and this run read it only up to "
+            f"{new.resource_type} of {new.partition_key} is complete, but this run fetched it only up to "
             f"{fetched.until:%Y-%m-%d %H:%M}, because another run loaded it at the same time or the source is behind: "
             "start this run again"
         )
@@ -147,7 +147,7 @@ def _merge_raw(new: Manifest, base: Manifest | None, current: Manifest | None) -
 
 
 def _append(new: Manifest, base: Manifest, current: Manifest) -> Manifest:
-    """Append what a run added to its base to the partition as it is now."""
+    """Append the parts and fetches that a run added to its base to the current partition."""
     if new.fetched is None or current.fetched is None or base.fetched is None:
         received = tuple(part for part in current.parts if part.origin is not None)
         return msgspec.structs.replace(new, parts=_fetched_parts(new) + received, receipts=current.receipts)
@@ -166,7 +166,7 @@ def _fetched_parts(manifest: Manifest) -> tuple[Part, ...]:
 
 
 def _continues(manifest: Manifest, base: Manifest) -> bool:
-    """Return whether a raw partition has what another one fetched, and perhaps more."""
+    """Return whether a raw partition contains all fetches and fetched parts of ``base``."""
     if manifest.fetched is None or base.fetched is None:
         return False
     parts = set(_fetched_parts(manifest))
@@ -174,13 +174,16 @@ def _continues(manifest: Manifest, base: Manifest) -> bool:
     return fetches == base.fetched.fetches and parts.issuperset(_fetched_parts(base))
 
 
-def _reach(fetched: Fetched) -> tuple[datetime, datetime]:
-    """Return up to when a window was fetched, and when."""
+def _fetched_until(fetched: Fetched) -> tuple[datetime, datetime]:
+    """Return the time up to which a window was fetched, and the time of its last fetch."""
     return fetched.until, max((fetch.at for fetch in fetched.fetches), default=fetched.until)
 
 
 def _join_fetches(fetched: Fetched, later: Sequence[Fetch], *, complete: bool) -> Fetched:
-    """Append fetches to others. Those that leave no gap move the end; ``complete`` is their own completeness."""
+    """Append the ``later`` fetches. ``until`` is extended by those that leave no gap.
+
+    ``complete`` states whether the ``later`` fetches complete the window.
+    """
     until, is_complete = fetched.until, fetched.complete
     for fetch in later:
         if (fetch.start is None or fetch.start <= until) and fetch.end >= until:
@@ -271,9 +274,7 @@ def _add_counts(current: Mapping[str, int], new: Mapping[str, int], common: Mapp
 
 
 def _changes_window(new: Manifest, current: Manifest | None) -> bool:
-    """Return whether a manifest changes the contents of its partition, and not only the time until which it is
-    fetched.
-    """
+    """Return whether a manifest changes the contents of its partition, not only the time up to which it is fetched."""
     if current is None:
         return True
     fetched = {"run_id": new.run_id, "written_at": new.written_at, "fetched": new.fetched}

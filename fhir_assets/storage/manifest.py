@@ -108,7 +108,7 @@ class Fetch(msgspec.Struct, frozen=True):
 
     @property
     def may_be_incomplete(self) -> bool:
-        """Whether resources may be missing: the source reported an error, or its count differs from what it returned."""
+        """Whether resources may be missing: the source reported an error, or another count than it returned."""
         return self.server_total not in (None, self.matched) or any(n.severity == "error" for n in self.notices)
 
 

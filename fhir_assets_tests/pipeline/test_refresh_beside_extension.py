@@ -226,7 +226,7 @@ def test_a_reading_that_ends_before_the_complete_window_it_would_replace_is_refu
     add(server, patient("b", at(23)))
     hospital.ingest("complete", at(25))
     with pytest.raises(
-        Overtaken, match="Patient of 2024-01-05 is complete, and this run read it only up to 2024-01-05 03"
+        Overtaken, match="Patient of 2024-01-05 is complete, but this run fetched it only up to 2024-01-05 03"
     ):
         hospital.fetch("refresh", at(3), Refresh.FULL)
     assert_everything_is_in_raw_and_reconciles(hospital, "a", "b")

@@ -259,7 +259,7 @@ def _describe_refusal(layout: TableLayout, error: psycopg.Error) -> str:
 def _stamp(layout: TableLayout, *, complete: bool = True) -> str:
     """Return the stamp of a layout.
 
-    A table that lacks its primary key has another stamp, so that the creation of the key is tried again.
+    A table that lacks its primary key has another stamp, so that the next call tries to create the key.
     """
     return f"{layout.shape}{'' if complete else '!'}:{layout.fingerprint}"
 

@@ -1,4 +1,4 @@
-"""Fetches resources that other resources refer to and that the tables lack, and receives them into raw."""
+"""Fetches missing references into raw: resources that loaded resources refer to but that are not loaded."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +18,7 @@ IDS_PER_BATCH = 5000
 """The number of missing ids that are looked up and fetched in one batch."""
 
 MAX_READS_PER_BATCH = 500
-"""The maximum number of ids that a search did not return and that are read one by one, to find out if they are
-deleted.
-"""
+"""The maximum number of ids that are read one by one, because a search did not return them and they may be deleted."""
 
 FIRST_TYPE = "Patient"
 """The type whose missing resources are fetched first, because most other types refer to it."""
@@ -44,7 +42,7 @@ class ReadsById(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class HydratedBatch:
+class MissingReferencesBatch:
     """The result of one batch of missing ids of one type."""
 
     resource_type: str
@@ -58,8 +56,8 @@ class HydratedBatch:
     """Ids that the source has deleted. They are recorded as deletions and are not requested again."""
 
 
-class HydrateStep:
-    """Fetches the resources that the tables refer to and do not contain."""
+class MissingReferencesStep:
+    """Fetches resources that loaded resources refer to but that are not loaded."""
 
     def __init__(
         self,
@@ -78,7 +76,7 @@ class HydrateStep:
         self._receiver = receiver
         self._run_id = run_id
 
-    def run(self) -> Iterator[HydratedBatch]:
+    def run(self) -> Iterator[MissingReferencesBatch]:
         """Fetch all missing resources, Patients first, and yield the result of each batch once it is in raw.
 
         An id is requested at most once a day. Raises the errors of the receiver immediately, and those of the source
@@ -98,7 +96,7 @@ class HydrateStep:
         log_notices(self._source.drain_notices())
         failures.raise_collected()
 
-    def _fetch(self, name: str, ids: Sequence[str], number: int) -> HydratedBatch:
+    def _fetch(self, name: str, ids: Sequence[str], number: int) -> MissingReferencesBatch:
         found_ids = set()
 
         def fetch() -> Iterator[Record | RejectedInput]:
@@ -112,7 +110,7 @@ class HydrateStep:
         self._receiver.deletion_log.record(deleted, run_id=self._run_id)
         with self._connect() as conn:
             references.record_requests(conn, self._run_id, name, ids)
-        return HydratedBatch(name, len(ids), len(found_ids), received, len(deleted))
+        return MissingReferencesBatch(name, len(ids), len(found_ids), received, len(deleted))
 
     def _find_missing(self, columns: Sequence[ReferenceColumn], name: str) -> list[str]:
         with self._connect() as conn:
