@@ -24,7 +24,8 @@ from fhir_assets.warehouse.ops import runs
 
 def lake(
     types: Annotated[
-        str | None, typer.Option(help="Comma-separated resource types; default: all that are set or were loaded")
+        str | None,
+        typer.Option(help="Comma-separated resource types; default: FHIR_RESOURCE_TYPES and all loaded types"),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON")] = False,
 ) -> None:

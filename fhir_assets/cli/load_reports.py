@@ -1,4 +1,4 @@
-"""What commands print about loads: counts, failed runs, windows that do not reconcile, views without a table.
+"""The output of commands about loads: counts, failed runs, windows that do not reconcile, and views without a table.
 
 This module does not import Dagster, so that commands that execute no run start quickly.
 """
@@ -59,7 +59,7 @@ def report_held_windows(held: Sequence[Mapping[str, str]]) -> None:
 
 
 def report_failures(settings: Settings, failures: "Sequence[Outcome]") -> None:
-    """Print the failed runs, then each reason once with the resource types that failed for it."""
+    """Print the failed runs, and then each reason with the resource types that failed for this reason."""
     if not failures:
         return
     types_by_reason: dict[str, dict[str, None]] = {}

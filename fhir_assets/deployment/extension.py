@@ -29,8 +29,9 @@ def extend_idle_types(
 ) -> list[str]:
     """Extend the windows of the types to which the source has added nothing. Return the other types.
 
-    All types are returned for a source that is read as a whole (files, bulk exports), and if consent decisions have to
-    be applied. For ``seconds`` and the errors see ``ExtendStep.run``, for ``verified`` its constructor.
+    All types are returned if the source is read as a whole (files, bulk exports), or if consent decisions have to be
+    applied. ``verified`` is an argument of ``ExtendStep``, and ``seconds`` one of ``ExtendStep.run``. Raises the errors
+    of ``ExtendStep.run``.
     """
     types = list(settings.fhir_resource_types)
     with warehouse.connect() as conn:

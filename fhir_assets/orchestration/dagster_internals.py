@@ -1,10 +1,10 @@
 """Every name that the project imports from Dagster's private modules, with its use and what breaks without it.
 
 No other module of the package, and no YAML file, may name a private module of Dagster (``dagster._core``,
-``dagster._serdes``, …); ``fhir_assets_tests/test_architecture.py`` holds this rule and lists the names below.
+``dagster._serdes``, …); ``fhir_assets_tests/test_architecture.py`` checks this rule and lists the names below.
 
 Dagster is pinned to an exact version in ``pyproject.toml``. Before you raise it, read this module from top to bottom:
-for each name, see whether it still exists, and whether a public name has replaced it.
+for each name, check whether it still exists, and whether a public name has replaced it.
 
 In addition to these imports, ``instance/storage.py`` and ``instance/celery_launcher.py`` subclass public classes of
 dagster-postgres and dagster-celery and use some of their protected members (``_connect``, ``_get_asset_entry_values``,
@@ -26,8 +26,8 @@ from dagster._core.definitions.asset_checks.asset_check_evaluation import (
 )
 
 # The materialization that an evaluation of a check is about. checks/window.py sets it for each window of a range, as
-# Dagster does for a single partition. Without it: the UI takes these evaluations for outdated, and shows the partitions
-# as missing.
+# Dagster does for a single partition. Without it: the UI treats these evaluations as outdated, and shows the
+# partitions as missing.
 from dagster._core.definitions.asset_checks.asset_check_evaluation import (
     AssetCheckEvaluationTargetMaterializationData as AssetCheckEvaluationTargetMaterializationData,
 )

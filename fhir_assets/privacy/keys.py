@@ -21,7 +21,7 @@ ID_BYTES = 4
 _MIN_DISTINCT_BYTES = 16
 """The minimum number of distinct bytes in a key. About one of 10^18 random keys has fewer."""
 
-_ADVICE = "make one with `fhir-assets keys new`"
+_ADVICE = "create one by `fhir-assets keys new`"
 
 
 @dataclass(frozen=True)

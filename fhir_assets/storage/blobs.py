@@ -28,7 +28,7 @@ class ListedFile:
 class Blobs(Protocol):
     """Named files. Names are relative paths with ``/``. A file appears under its name complete or not at all.
 
-    ``local`` is whether ``put_file`` moves a file of the spool, which takes no time and no further space.
+    ``local`` states whether ``put_file`` only renames a spooled file, which is fast and needs no additional space.
     """
 
     url: str
@@ -39,11 +39,11 @@ class Blobs(Protocol):
         ...
 
     def create_spooled(self, suffix: str) -> Path:
-        """Create an empty file in the spool, even while another process removes the folder of the spool."""
+        """Create an empty file in the spool. Another process may remove the spool at the same time."""
         ...
 
     def remove_spool(self) -> None:
-        """Remove the folder of the spool if it is empty and in the folder that other programs read."""
+        """Remove the spool if it is empty. If the spool is outside of the store, do nothing."""
         ...
 
     def put_file(self, name: str, path: Path) -> None:
@@ -82,7 +82,7 @@ def _translate_disk_errors(action: str) -> Iterator[None]:
     except OSError as error:
         raise StoreError(
             f"cannot {action}: {error.strerror or type(error).__name__}. Free space or correct "
-            "the rights of the store's folder (FHIR_STORE_URL), then run the partition again"
+            "the permissions of the store's folder (FHIR_STORE_URL), then run the partition again"
         ) from None
 
 

@@ -1,6 +1,6 @@
-"""Evaluates again the checks of windows with open incidents, whose causes may have been removed without a run.
+"""Repeats failed checks of windows, because their cause can disappear without a run.
 
-For example, a discard of dead letters removes the cause of a failed check.
+For example, if dead letters are discarded, the check of their window passes again.
 """
 
 from collections.abc import Sequence

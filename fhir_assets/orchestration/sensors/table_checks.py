@@ -13,8 +13,8 @@ from fhir_assets.settings import Settings
 CHECK_CHANGED_TABLES = "check_changed_tables"
 
 _INTERVAL_SECONDS = 60
-_REST = 20
-"""The shortest time between two evaluations, as a multiple of the duration of the first one."""
+_PAUSE_FACTOR = 20
+"""The minimum time between two evaluations is the duration of the first one, multiplied by this number."""
 
 
 def build_table_checks_sensor(
@@ -60,13 +60,13 @@ def _find_earliest(instance: dg.DagsterInstance, interval: timedelta) -> datetim
     if not records or records[0].end_time is None or records[0].start_time is None:
         return None
     duration = timedelta(seconds=records[0].end_time - records[0].start_time)
-    return datetime.fromtimestamp(records[0].end_time, UTC) + max(interval, _REST * duration)
+    return datetime.fromtimestamp(records[0].end_time, UTC) + max(interval, _PAUSE_FACTOR * duration)
 
 
 def find_outdated_checks(instance: dg.DagsterInstance, checks: Sequence[dg.AssetCheckKey]) -> list[dg.AssetCheckKey]:
-    """Return the checks that were not evaluated since the latest materialization of their table, or may have changed.
+    """Return the checks that were not evaluated since the latest materialization of their table.
 
-    Tables that were never materialized are left out.
+    Failed checks are included if any table was materialized since. Tables that were never materialized are left out.
     """
     assets = sorted({key.asset_key for key in checks})
     entries = [record.asset_entry for record in instance.get_asset_records(assets)]

@@ -15,9 +15,9 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 def build_stored_rows(
     conn: Session, resource_type: str, row_builder: RowBuilder, ids: Sequence[str], bodies: Sequence[bytes]
 ) -> BuiltRows:
-    """Build the rows of stored resources, given by their ids and JSON, again.
+    """Build the rows of stored resources. ``ids`` and ``bodies`` are their ids and their JSON.
 
-    Resources whose conditional references have lost their target are marked, so that the next load resolves them. The
+    Resources whose conditional references have no target any more are marked, so that the next load resolves them. The
     caller must hold the locks of the resources.
     """
     conditions = identifiers.find_conditions(conn, resource_type, ids)

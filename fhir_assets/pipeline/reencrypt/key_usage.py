@@ -17,7 +17,7 @@ SECRET = "secret"
 
 @dataclass(frozen=True, slots=True)
 class KeyUsage:
-    """The number of stored items by location and key id; key None counts items in cleartext.
+    """The number of stored items by location and key id; key None counts items in clear text.
 
     Locations: ``resources`` (fhir.resource), ``rows`` (of the views), ``withheld``, ``consents``, ``dead_letters``,
     ``corrections``, ``answers`` (ops.idempotency), ``parts`` (of the store), ``secret`` (of the hashes).
@@ -27,7 +27,7 @@ class KeyUsage:
 
     @property
     def keys(self) -> list[str | None]:
-        """The ids of all keys in use; None if anything is in cleartext."""
+        """The ids of all keys in use; None if anything is in clear text."""
         return list(dict.fromkeys(key for by_key in self.counts.values() for key, count in by_key.items() if count))
 
     def count_by_location(self, key: str | None) -> dict[str, int]:

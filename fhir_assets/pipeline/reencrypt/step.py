@@ -50,9 +50,9 @@ class ReencryptResult:
     encrypted: Counter[str] = field(default_factory=Counter)
     """Items encrypted with the newest key, by location."""
     from_clear: Counter[str] = field(default_factory=Counter)
-    """Encrypted items that were in cleartext before, by location."""
+    """Encrypted items that were in clear text before, by location."""
     refused: Counter[str] = field(default_factory=Counter)
-    """Items that could not be reencrypted, by reason."""
+    """Items that could not be re-encrypted, by reason."""
     busy: Counter[str] = field(default_factory=Counter)
     """Items that loads had locked until the end, by resource type or location."""
     usage: KeyUsage = field(default_factory=lambda: KeyUsage({}))
@@ -62,7 +62,7 @@ class ReencryptResult:
 
 
 class ReencryptStep:
-    """Reencrypts everything with the newest key of the session's cipher.
+    """Re-encrypts everything with the newest key of the session's cipher.
 
     ``views`` are all views of the deployment. ``on_progress`` is called after each batch.
     """
@@ -99,7 +99,7 @@ class ReencryptStep:
             cipher = cipher_of(conn)
             if not cipher.encrypts:
                 raise ConfigurationError(
-                    "There are no keys to rotate to: make one with `fhir-assets keys new` and set PHI_ENCRYPTION_KEYS"
+                    "There are no keys to rotate to: create one by `fhir-assets keys new` and set PHI_ENCRYPTION_KEYS"
                 )
             guard.autocommit = True
             with key_rotations.lock_rotation(guard):
@@ -155,7 +155,7 @@ class ReencryptStep:
         find_next: Callable[[reencryption_batches.RowKey | None], list[reencryption_batches.RowKey]],
         reencrypt_batch: Callable[[list[reencryption_batches.RowKey]], reencryption_batches.BatchResult],
     ) -> None:
-        """Reencrypt all batches in the order of their keys, and repeat this while loads have locked some of the rows.
+        """Re-encrypt all batches in the order of their keys, and repeat this while loads have locked some of the rows.
 
         ``find_next`` returns the keys of the batch after a key. ``step_name`` is the name of this step in the progress.
         """
@@ -177,7 +177,8 @@ class ReencryptStep:
             if locked and monotonic() - last_progress < self._busy_timeout:
                 sleep(min(1.0, self._busy_timeout / 10))
                 continue
-            # A refused resource is counted again with each of its tables: the maximum is the number of resources.
+            # This method is called for the resources of a type and for each of their tables, and a refused resource is
+            # counted each time. The union of two Counters has the maximum of the counts: the number of resources.
             all_refused, busy = self._result.refused, self._result.busy
             all_refused |= Counter({f"{step_name}: {reason}": count for reason, count in refused.items()})
             busy |= Counter({step_name: locked})
@@ -190,7 +191,7 @@ class ReencryptStep:
         step_name: str,
         reencrypt_batch: Callable[[], reencryption_batches.BatchResult],
     ) -> reencryption_batches.BatchResult | None:
-        """Reencrypt one batch and record it. Return None if another transaction held a lock that it needs."""
+        """Re-encrypt one batch and record it. Return None if another transaction held a lock that it needs."""
         try:
             with conn.transaction():
                 session_settings.limit_lock_wait(conn, LOCK_TIMEOUT_MS)
@@ -205,7 +206,7 @@ class ReencryptStep:
         except psycopg.OperationalError as error:
             raise DatabaseUnavailable(
                 f"the connection to Postgres was lost during the rotation ({type(error).__name__}): run "
-                "`fhir-assets keys rotate` again, which continues where it was"
+                "`fhir-assets keys rotate` again, which continues the rotation"
             ) from None
         self._result.encrypted[location] += batch.encrypted
         self._result.from_clear[location] += batch.from_clear
@@ -215,7 +216,7 @@ class ReencryptStep:
     def _rebuild(
         self, conn: Session, resource_type: str, row_builder: RowBuilder, keys: Sequence[reencryption_batches.RowKey]
     ) -> reencryption_batches.BatchResult:
-        """Reencrypt resources and rebuild the rows of their views; if that fails, reencrypt the resource only."""
+        """Re-encrypt resources and rebuild the rows of their views; if that fails, re-encrypt the resource only."""
         cipher = cipher_of(conn)
         rows, skipped = reencryption_batches.lock_resources(conn, resource_type, keys)
         result = reencryption_batches.BatchResult(0, 0, skipped, Counter())
@@ -277,7 +278,7 @@ class ReencryptStep:
             self._on_progress(progress)
 
     def _end(self, conn: Session, usage: KeyUsage, cipher: Cipher) -> ReencryptResult:
-        """Record the end of the rotation, and reencrypt the secret of the hashes if no older key is needed any more.
+        """Record the end of the rotation, and re-encrypt the secret of the hashes if no older key is needed any more.
 
         Every start checks the key of the secret, so an older key that is still needed cannot be removed unnoticed.
         """

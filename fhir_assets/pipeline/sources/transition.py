@@ -1,7 +1,7 @@
 """Transitions of a source to changed settings: carries its state over, or removes it and starts over.
 
-Both first change the store and then the database in one transaction, which also binds the new settings. An interrupted
-transition can be repeated; loads are refused until it is complete.
+A transition first changes the store, and then the database in one transaction, which also binds the new settings. If it
+is interrupted, it can be repeated; loads are refused until it is complete.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -145,10 +145,11 @@ class SourceTransition:
     def _rearrange(
         self, *, strip: bool, move: bool, deletions: bool = False, dropped: frozenset[str] = frozenset()
     ) -> _Rearranged:
-        """Set partitions aside: with ``strip`` all fetched ones, and those that are not windows of the scheme.
+        """Set aside the partitions that are no longer valid, and keep their received parts.
 
-        With ``move`` the boundaries of windows have changed, so that received parts are written again. Received parts
-        of the origins in ``dropped`` are set aside too.
+        Partitions that are not windows of the scheme are set aside; with ``strip``, all others too. With ``move``, the
+        boundaries of windows have changed, so that received parts are written again into the new windows. Received
+        parts of the origins in ``dropped`` are not kept.
         """
         scheme, at = self._binding.scheme, self._now()
         foreign: list[Manifest] = []
@@ -222,9 +223,7 @@ def _refuse_running(conn: Connection) -> None:
 
 
 def _refuse_started(conn: Connection) -> None:
-    """Refuse the transition if runs are loading, including runs that began after the first check: they use old
-    settings.
-    """
+    """Raise ConfigurationError if runs are loading. Runs that began after the first check may use the old settings."""
     if running := source_state.find_running(conn):
         raise ConfigurationError(
             f"{len(running)} runs are loading data (`fhir-assets runs list`): wait until they end, or cancel them, "

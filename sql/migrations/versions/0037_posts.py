@@ -1,4 +1,4 @@
-"""What was posted over HTTP is marked, so that the post loader finds it and the sensors leave it alone for a moment."""
+"""A mark on posts over HTTP, by which the post loader finds them and the sensors leave them to it for a short time."""
 
 from alembic import op
 

@@ -379,7 +379,7 @@ def reencrypt_tokens(conn: Session, table: str, older: Sequence[str], keys: Sequ
 
 
 def reencrypt_rows(conn: Session, table: EncryptedTable, older: Sequence[str], keys: Sequence[RowKey]) -> BatchResult:
-    """Encrypt the rows with the given keys again, except rows that have the newest key in the meantime.
+    """Encrypt the rows with the given keys again. Skip rows that were encrypted with the newest key in the meantime.
 
     The fingerprints of rows that were not encrypted are replaced by keyed fingerprints.
     """
