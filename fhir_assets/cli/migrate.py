@@ -40,12 +40,12 @@ def migrate(
     console.print(f"The database is up to date: {len(views.views)} tables in schema fhir.")
     for resource_type, count in rebuilt.refused.items():
         console.print(
-            f"{resource_type}: {count:,} resources give no rows by the changed views. Their rows stay as they were. "
+            f"{resource_type}: the changed views yield no rows for {count:,} resources. Their rows are unchanged. "
             "Load their windows again: each becomes a dead letter that names the column.",
             soft_wrap=True,
         )
     for mart, reason in refused.items():
-        console.print(f"marts.{mart} could not be made: {reason}", markup=False, soft_wrap=True)
+        console.print(f"marts.{mart} could not be created: {reason}", markup=False, soft_wrap=True)
     if missing_roles:
         statements = "; ".join(f"CREATE ROLE {name} NOLOGIN" for name in missing_roles)
         console.print(

@@ -22,9 +22,9 @@ def list_files(blobs: Blobs) -> list[ListedFile]:
 def download_files(blobs: Blobs, folder: Path, report: Callable[[ListedFile], None]) -> None:
     """Copy the NDJSON files to ``folder``, readable by the user only, and remove other files from it.
 
-    A file that an earlier download has copied, and that has not changed since, is not copied again: it has the size and
-    the time of modification of the one in the bucket. ``report`` is called with each file that is copied. Raises
-    ConfigurationError if there is no file or the folder cannot be written, StoreError.
+    A file is not copied if the folder already has it with the same size and time of modification. ``report`` is called
+    with each file that is copied. Raises ConfigurationError if there is no file or the folder cannot be written, and
+    StoreError.
     """
     files = list_files(blobs)
     try:

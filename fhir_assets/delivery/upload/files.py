@@ -28,7 +28,7 @@ class Unusable:
 
 
 def is_ndjson(name: str) -> bool:
-    """Return whether a file name is that of NDJSON: ``.ndjson`` or ``.jsonl``, with or without ``.gz``."""
+    """Return whether a file name ends with ``.ndjson`` or ``.jsonl``, optionally followed by ``.gz``."""
     return _SUFFIX.search(name) is not None
 
 

@@ -201,7 +201,7 @@ class TypeExport:
     def write_table(self, view: View, file_format: Format, *, excel: bool = False) -> ExportedFile:
         """Write ``<view>.<format>``: the rows of a view. Encrypted columns stay encrypted.
 
-        ``excel`` is whether a CSV file is written for Excel. Raises ConfigurationError if a package that the format
+        ``excel`` states whether a CSV file is for Excel. Raises ConfigurationError if a package that the format
         requires is not installed.
         """
         layout = build_layout(view, encrypted=cipher_of(self._conn).encrypts)
@@ -241,11 +241,11 @@ class TypeExport:
                 yield manifest
 
     def _read_valid(self) -> Iterator[bytes]:
-        """Yield the lines of resources in the tables; under a consent policy only those of the version in the tables.
+        """Yield the lines of resources that are in the tables.
 
-        Another version may be about another patient, whose data is withheld. Resources of the tables that no validated
-        partition has, because a carry-over to other settings has set their partitions aside, follow as the tables have
-        them.
+        Under a consent policy, only the version in the tables is included, because another version may be about another
+        patient, whose data is withheld. If a carry-over to other settings has set partitions aside, the resources that
+        are in no validated partition follow, read from the tables.
         """
         expected = Counter(count_by_window(self._conn, self._type, partition_keys=self._keys))
         for line, _, version, is_stored in self._read_validated():
@@ -253,9 +253,9 @@ class TypeExport:
                 expected[version.partition_key] -= 1
             if is_stored or not self._export.withholding:
                 yield line
-        short = sorted(key for key, count in expected.items() if count > 0)
-        if short:
-            yield from self._read_from_tables(short)
+        incomplete = sorted(key for key, count in expected.items() if count > 0)
+        if incomplete:
+            yield from self._read_from_tables(incomplete)
 
     def _read_validated(self) -> Iterator[tuple[bytes, str, StoredVersion, bool]]:
         """Yield the validated lines of resources that are in the tables, with their ids and the versions there.
@@ -275,7 +275,7 @@ class TypeExport:
                         yield line, header.id or "", version, is_stored
 
     def _read_from_tables(self, partition_keys: Sequence[str]) -> Iterator[bytes]:
-        """Yield the resources of windows that are in the tables and whose version is in no validated partition."""
+        """Yield resources from the tables whose version is in no validated partition, for the given windows."""
         keys = frozenset(partition_keys)
         known = {
             identity

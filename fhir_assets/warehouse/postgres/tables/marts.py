@@ -1,7 +1,7 @@
 """The marts: SQL views of ``sql/marts`` over the tables of ViewDefinitions, in schema ``marts``.
 
-A mart exists as soon as its tables exist. It is dropped before a column that it may read is dropped, and made again
-afterwards, so that it never prevents a change of a table. Views of other people on top of a mart are left alone.
+A mart exists as soon as its tables exist. It is dropped before a column that it may read is dropped, and created again
+afterwards, so that it never prevents a change of a table. Views that users create on a mart are not changed.
 
 The first comment lines of a file describe the view; a line ``-- name: …`` describes a column.
 """
@@ -59,9 +59,10 @@ def parse_mart(name: str, text: str) -> Mart:
 
 
 def drop_marts_of(conn: Connection, table: str, *, cascade: bool) -> None:
-    """Drop the marts that read a table, because a column of it is dropped next. ``cascade`` drops what depends on them.
+    """Drop the marts that read a table, before a column of the table is dropped.
 
-    Raises DependentObjectsStillExist of psycopg if somebody's view depends on one of them.
+    ``cascade`` also drops relations that depend on the marts; without it, psycopg's DependentObjectsStillExist is
+    raised if there are any.
     """
     for mart in read_marts():
         if table in mart.tables:
@@ -70,10 +71,10 @@ def drop_marts_of(conn: Connection, table: str, *, cascade: bool) -> None:
 
 
 def find_outdated(conn: Connection, changed_tables: Collection[str] = ()) -> list[tuple[Mart, bool]]:
-    """Return the marts to make, and whether each exists in an earlier form.
+    """Return the marts to create, each with whether an earlier form of it exists.
 
-    These are the marts whose tables exist and that are missing, changed or read ``changed_tables``. One that could not
-    be made in its present form is not tried again until a table changes.
+    A mart is returned if its tables exist and if it is missing, has changed, or reads one of ``changed_tables``. If the
+    current form of a mart could not be created, it is returned again only after a table has changed.
     """
     rows = conn.execute(
         """
@@ -100,10 +101,10 @@ def find_outdated(conn: Connection, changed_tables: Collection[str] = ()) -> lis
 
 
 def refresh(conn: Connection, changed_tables: Collection[str] = ()) -> None:
-    """Make the marts that ``find_outdated`` returns. Callers hold the lock of the schema.
+    """Create the marts that ``find_outdated`` returns. Callers hold the lock of the schema.
 
-    ``find_refused`` returns those that could not be made as they should be: the table of an own ViewDefinition lacks
-    one of the columns, or somebody's view depends on the earlier form of the mart.
+    ``find_refused`` returns those that could not be created: a table of the deployment's own ViewDefinition lacks a
+    column, or a view of a user depends on the earlier form of the mart.
     """
     for mart, exists in find_outdated(conn, changed_tables):
         reason = None
@@ -112,7 +113,7 @@ def refresh(conn: Connection, changed_tables: Collection[str] = ()) -> None:
                 _create(conn, mart, exists=exists)
         except psycopg.errors.DependentObjectsStillExist as error:
             dependents = "; ".join((error.diag.message_detail or "").splitlines())
-            reason = f"it stays as it was, because {dependents or 'another relation depends on it'}"
+            reason = f"it is unchanged, because {dependents or 'another relation depends on it'}"
         except psycopg.ProgrammingError as error:
             reason = error.diag.message_primary or type(error).__name__
         conn.execute(
@@ -129,7 +130,7 @@ def refresh(conn: Connection, changed_tables: Collection[str] = ()) -> None:
 
 
 def find_refused(conn: Connection) -> dict[str, str]:
-    """Return the marts that could not be made in their present form, each with the reason."""
+    """Return the marts whose current form could not be created, each with the reason."""
     rows = conn.execute(
         """
         SELECT name, refused

@@ -1,7 +1,7 @@
-"""The statistics of tables that a load changed, from which Postgres plans queries.
+"""Updates of the planner's statistics of tables, after loads that changed many rows.
 
-Autovacuum updates them, too, up to minutes after the load: until then queries of a table that has just been filled
-run with the plans of an empty one. What is analyzed here autovacuum need not analyze again.
+Autovacuum updates the statistics only minutes after a load. Until then, Postgres plans queries on a table that was just
+filled as if the table were empty.
 """
 
 from collections.abc import Mapping
@@ -11,16 +11,16 @@ from psycopg import sql
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 MIN_ROWS = 10_000
-"""The rows that a load must have written to a table."""
+"""The minimum number of rows that a load must have written to a table."""
 
 MIN_SHARE = 0.1
-"""The share of the table's rows that a load must have written, as of autovacuum by default."""
+"""The minimum share of the table's rows that a load must have written: the default of autovacuum."""
 
 
 def analyze_changed(conn: Connection, rows_by_view: Mapping[str, int]) -> list[str]:
-    """Analyze the tables of which a load wrote much, each in a transaction of its own. Return their names.
+    """Analyze the tables to which a load wrote many rows, each in a transaction of its own. Return their names.
 
-    ``rows_by_view`` are the rows that it wrote. A load that wrote little costs no statement.
+    ``rows_by_view`` has the numbers of rows that the load wrote. No statement is executed if all of them are small.
     """
     written = {name: rows for name, rows in rows_by_view.items() if rows >= MIN_ROWS}
     if not written:
