@@ -80,14 +80,14 @@ def _require_role(request: Request) -> None:
 
 
 def _require_known_parameters(request: Request) -> None:
-    """Raise Problem if the query has a parameter that the operation does not know, such as a misspelt search.
+    """Raise Problem if the query has a parameter that the operation does not support, such as a misspelt one.
 
     The problem does not repeat its name, which may be any text.
     """
     known = sorted(parameter.alias for parameter in request.scope["route"].dependant.query_params)
     if any(name not in known for name in request.query_params):
-        knows = f"it knows {', '.join(known)}" if known else "it knows none"
-        raise Problem(422, f"the query has a parameter that this operation does not know: {knows}")
+        supported = f"it supports {', '.join(known)}" if known else "it supports none"
+        raise Problem(422, f"the query has a parameter that this operation does not support: {supported}")
 
 
 def _require_roles_of_all_routes(app: FastAPI) -> None:

@@ -146,10 +146,10 @@ def parse_etag(etag: str | None) -> str | None:
 class DeletionTimes:
     """Determines the times of the deletions in a history, whose entries are added in order, newest first.
 
-    A deletion without a time took place between its neighbours. It gets the time of the newer neighbour, or ``latest``
-    if that is earlier or there is no newer neighbour, but never a time before its older neighbour. Thus it is newer
-    than every earlier version of its resource, and not newer than a later one. A deletion that is followed by a newer
-    version of its resource is left out.
+    A deletion without a time took place between the neighbouring entries. It gets the time of the newer neighbour, or
+    ``latest`` if that is earlier or if there is no newer neighbour, but never a time before that of the older
+    neighbour. It is therefore newer than every earlier version of its resource, and not newer than a later one. If a
+    newer version of the resource exists, the deletion is left out.
 
     ``latest`` is a time that is not after the end of the history, None if it is unknown; ``fallback`` is the time of a
     deletion in a history without any other time.
@@ -160,12 +160,12 @@ class DeletionTimes:
         self._fallback = fallback
         self._newer: datetime | None = None
         self._pending: list[Target] = []
-        self._live = SeenVersions()
+        self._newer_versions = SeenVersions()
 
     def add_version(self, target: Target | None, moment: datetime | None) -> Iterator[Deletion]:
         """Add a version that is not a deletion, and yield the deletions whose time is now known."""
         if target is not None:
-            self._live.add((target.resource_type, target.id))
+            self._newer_versions.add((target.resource_type, target.id))
             if self._pending:
                 self._pending = [waiting for waiting in self._pending if not _follows(target, waiting)]
         if moment is not None:
@@ -173,12 +173,12 @@ class DeletionTimes:
 
     def add_deletion(self, target: Target, moment: datetime | None) -> Iterator[Deletion]:
         """Add a deletion, and yield the deletions whose time is now known."""
-        is_last = (target.resource_type, target.id) not in self._live
+        is_current = (target.resource_type, target.id) not in self._newer_versions
         if moment is not None:
             yield from self._resolve(moment)
-            if is_last:
+            if is_current:
                 yield Deletion(target.resource_type, target.id, moment, target.version_id)
-        elif is_last:
+        elif is_current:
             self._pending.append(target)
             if len(self._pending) >= MAX_PENDING:
                 yield from self.finish()

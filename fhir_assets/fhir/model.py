@@ -47,7 +47,7 @@ class Element:
 class Type:
     """A type with all of its elements, including inherited elements. ``regex`` is the pattern of a primitive.
 
-    The elements are built when they are first asked for: a command uses a few of the 680 types.
+    The elements are built on first use, because a command uses only a few of the 680 types.
     """
 
     name: str

@@ -29,7 +29,7 @@ RECONCILES = "reconciles"
 DEAD_LETTER_RATE = "dead_letter_rate"
 
 MAX_SHOWN_WINDOWS = 20
-"""The largest number of windows that the metadata of a check lists; the check's counts cover all windows."""
+"""The maximum number of windows that the metadata of a check lists; the check's counts cover all windows."""
 
 _COLUMNS = (
     *("server_total", "matched", "undated", "received", "rejected", "raw", "valid", "dead", "withheld", "not_loaded"),
@@ -122,16 +122,18 @@ class WindowChecks:
         if name == RECONCILES:
             return [_evaluate_reconciliation([window]) for window in counts], _evaluate_reconciliation(counts)
         keys = [window.partition_key for window in counts]
-        leading = quality.count_unresolved_dead_letters(conn, self.resource_type.name, keys)
-        return [self._evaluate_rate([window], leading) for window in counts], self._evaluate_rate(counts, leading)
+        rule_counts = quality.count_unresolved_dead_letters(conn, self.resource_type.name, keys)
+        return [self._evaluate_rate([window], rule_counts) for window in counts], self._evaluate_rate(
+            counts, rule_counts
+        )
 
     @property
     def _asset(self) -> dg.AssetKey:
         return dg.AssetKey(["normalized", self.resource_type.key])
 
-    def _evaluate_rate(self, counts: Sequence[WindowCounts], leading: dict[str, list[RuleCount]]) -> "_Evaluation":
+    def _evaluate_rate(self, counts: Sequence[WindowCounts], rule_counts: dict[str, list[RuleCount]]) -> "_Evaluation":
         total = sum(window.validated + window.rejected for window in counts)
-        rules = _sum_rules([rule for window in counts for rule in leading.get(window.partition_key, [])])
+        rules = _sum_rules([rule for window in counts for rule in rule_counts.get(window.partition_key, [])])
         dead = sum(rule.dead_letters for rule in rules)
         rate = dead / total if total else float(bool(dead))
         settings = self.settings
@@ -160,7 +162,7 @@ class WindowChecks:
                 ],
             )
         if len(counts) > 1:
-            metadata["by_window"] = _rate_by_window(counts, leading)
+            metadata["by_window"] = _rate_by_window(counts, rule_counts)
         return _Evaluation(passed, description, metadata, warns=rate < settings.dead_letter_error_rate)
 
 
@@ -284,13 +286,13 @@ def _evaluate_reconciliation(counts: Sequence[WindowCounts]) -> _Evaluation:
     return _Evaluation(not unreconciled, f"{description}: {faults}" if faults else description, metadata)
 
 
-def _rate_by_window(counts: Sequence[WindowCounts], leading: dict[str, list[RuleCount]]) -> dg.MetadataValue:
+def _rate_by_window(counts: Sequence[WindowCounts], rule_counts: dict[str, list[RuleCount]]) -> dg.MetadataValue:
     """Return a table of the windows with dead letters, sorted by their number, largest first."""
     windows = sorted(
         (
-            (sum(rule.dead_letters for rule in leading[window.partition_key]), window)
+            (sum(rule.dead_letters for rule in rule_counts[window.partition_key]), window)
             for window in counts
-            if window.partition_key in leading
+            if window.partition_key in rule_counts
         ),
         key=lambda item: -item[0],
     )

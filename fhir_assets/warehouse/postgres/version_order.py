@@ -3,7 +3,7 @@
 Every statement that stores, withholds, deletes, counts or compares versions uses these conditions. A version is a row
 with the columns
 
-- ``last_updated``: ``meta.lastUpdated``; null if there is none or if it does not count (``fhir.record.build_record``)
+- ``last_updated``: ``meta.lastUpdated``; null if there is none or if it is ignored (``fhir.record.build_record``)
 - ``arrived``: the time at which it arrived
 - ``as_of``: ``last_updated``, or ``arrived`` if that is null
 - ``version_number``: ``meta.versionId`` if it is a number
@@ -64,12 +64,14 @@ _REPLACED_LAST_UPDATED = """
 
 
 def supersedes(new: str, old: str) -> sql.Composed:
-    """Return the condition that the version in the row ``new`` replaces the one in ``old``; an equal version does.
+    """Return the condition that the version in the row ``new`` replaces the one in ``old``.
 
-    - If both have ``last_updated``, or neither has, the greater (``as_of``, ``version_number``) is the newer one.
-    - If only one has it, the one that arrived last is the newer one. However, a version that is received again must not
-      replace the later version that had replaced it, and neither must an older version: hence
-      ``replaced_last_updated``.
+    A version also replaces an equal one.
+
+    - If both have ``last_updated``, or neither has, the one with the greater (``as_of``, ``version_number``) is newer.
+    - If only one has ``last_updated``, the one that arrived last is newer. However, if a version was replaced by one
+      without ``last_updated`` and is received again, it must not replace that version, and neither must an older one.
+      ``replaced_last_updated`` is recorded for this reason.
     """
     return sql.SQL(_SUPERSEDES).format(new=sql.Identifier(new), old=sql.Identifier(old))
 
@@ -86,9 +88,7 @@ def supersedes_stored(new: str, stored: str) -> sql.Composed:
 
 
 def deletes(deletion: str, stored: str) -> sql.Composed:
-    """Return the condition that a tombstone replaces a row of ``fhir.resource``, which it also does at an equal
-    time.
-    """
+    """Return the condition that a tombstone replaces a row of ``fhir.resource``, also if the times are equal."""
     return sql.SQL(_DELETES).format(deletion=sql.Identifier(deletion), stored=sql.Identifier(stored))
 
 
