@@ -9,7 +9,7 @@ PIP := $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir cases search-steps second-server hapi hapi-story rules lock build up down logs start clean
+.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir cases search-steps newest-dagster second-server hapi hapi-story rules lock build up down logs start clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -92,6 +92,16 @@ cases: $(VENV)/.installed-dev ## Problems that others have reported: CASES_PATH=
 SEARCH_STEPS ?= 1000000
 search-steps: $(VENV)/.installed-dev ## Searches of a server that misbehaves at random: SEARCH_STEPS answers
 	SEARCH_STEPS=$(SEARCH_STEPS) $(BIN)/python -m pytest fhir_assets_tests/fhir/test_search_misbehaving.py --hypothesis-show-statistics
+
+# The event log writes the same rows as Dagster's own, and range runs their events: on the newest release that installs.
+newest-dagster: ## The tests of the event log on the newest Dagster release, in build/newest
+	$(PYTHON) -m venv build/newest
+	build/newest/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: -r requirements/dev.lock
+	build/newest/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --upgrade \
+	  dagster dagster-postgres dagster-webserver dagster-graphql
+	build/newest/bin/python -m pip list | grep -i '^dagster'
+	PYTHONPATH=. build/newest/bin/python -m pytest fhir_assets_tests/orchestration/instance \
+	  fhir_assets_tests/e2e/test_range_events.py
 
 # Upload and connector against a FHIR server that is not ours; needs node 20 and npm.
 SECOND := fhir_assets_tests/e2e/second_server
