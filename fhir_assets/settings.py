@@ -156,6 +156,11 @@ class Settings(BaseSettings):
         None, description="The KMS key of `aws:kms`; unset: the account's default key"
     )
     fhir_views: Path | None = Field(None, description="A folder of additional ViewDefinitions")
+    fhir_foreign_keys: bool = Field(
+        False,
+        description="Foreign keys between the tables, declared but not enforced, for tools that draw diagrams; needs "
+        "Postgres 18. `migrate` creates and drops them",
+    )
     db_url: SecretStr | None = Field(
         None, description="The URL of a Postgres 15 or newer; unset: the embedded Postgres"
     )

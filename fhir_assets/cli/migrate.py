@@ -12,7 +12,7 @@ from fhir_assets.orchestration.instance import config
 from fhir_assets.pipeline.rebuild.step import RebuildProgress, RebuildStep
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.db import roles
-from fhir_assets.warehouse.postgres.tables import view_tables
+from fhir_assets.warehouse.postgres.tables import foreign_keys, view_tables
 
 
 def migrate(
@@ -35,6 +35,7 @@ def migrate(
     rebuilt = step.run(drop_columns=apply_view_changes, cascade=cascade)
     with warehouse.connect() as conn:
         refused = view_tables.refresh_marts(conn)
+        foreign_keys.apply(conn, views.views, wanted=settings.fhir_foreign_keys)
         roles.grant_rights(conn)
         missing_roles = roles.list_missing_roles(conn)
     console.print(f"The database is up to date: {len(views.views)} tables in schema fhir.")

@@ -246,8 +246,12 @@ def test_an_export_that_lacks_the_table_of_a_broken_view_says_so(
     assert CliRunner().invoke(app, ["export", "all", "-o", str(tmp_path / "out"), "--valid"]).exit_code == 0
 
 
-def test_an_extended_view_adds_its_columns_to_the_table_of_its_name(deployment: Deployment, folder: Path) -> None:
+def test_migrate_adds_the_columns_of_an_extended_view_and_makes_marts_and_foreign_keys(
+    deployment: Deployment, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert load(deployment) == (True, "")
+    [(version,)] = deployment.query("SELECT current_setting('server_version_num')::int")
+    monkeypatch.setenv("FHIR_FOREIGN_KEYS", str(version >= 180_000))
     extension = {"extends": "patient", "select": [{"column": [TWIN]}]}
     (folder / "mine.json").write_text(json.dumps(extension))
     done = migrate(deployment)
@@ -256,6 +260,9 @@ def test_an_extended_view_adds_its_columns_to_the_table_of_its_name(deployment: 
         ("a", True, "1980-02-03"),
         ("b", None, None),
     ]
+    assert deployment.query("SELECT id, twin FROM marts.patient_current ORDER BY 1") == [("a", True), ("b", None)]
+    keys = deployment.query("SELECT count(*) > 300 FROM pg_constraint WHERE conname LIKE 'fhir\\_assets\\_%%'")
+    assert keys == [(version >= 180_000,)]
 
 
 def test_a_folder_of_views_that_does_not_exist_is_an_error(deployment: Deployment, folder: Path) -> None:

@@ -225,7 +225,7 @@ def build_layout(view: View, *, encrypted: bool = False) -> TableLayout:
     _check_length(view.name, f"view {view.name}")
     key = find_key_column(view)
     identity = find_identity(view)
-    targets = _find_targets(view, key)
+    targets = find_targets(view, key)
     columns = []
     if key is None:
         key = KEY_COLUMN
@@ -266,12 +266,12 @@ def build_layout(view: View, *, encrypted: bool = False) -> TableLayout:
 _LOADED_AT = "Start of the transaction that wrote the row, which readers see when it ends"
 
 
-def _find_targets(view: View, key: str | None) -> dict[str, str]:
-    """Return the column that each key of the view refers to, such as ``fhir.patient.id``."""
+def find_targets(view: View, key: str | None) -> dict[str, str]:
+    """Return the table to whose column ``id`` each key of the view leads. ``key`` is that of the resource."""
     types = {column.column: column.target for column in find_reference_columns(view)}
     if key is not None and view.resource_type in BY_NAME and view.name != BY_NAME[view.resource_type].key:
         types[key] = view.resource_type
-    return {name: f"fhir.{BY_NAME[target].key}.id" for name, target in types.items() if target in BY_NAME}
+    return {name: BY_NAME[target].key for name, target in types.items() if target in BY_NAME}
 
 
 def _build_day_columns(column: Column) -> tuple[TableColumn, TableColumn]:
@@ -313,7 +313,7 @@ def _build_comment(column: Column, phi: PhiTreatment, target: str | None) -> str
     elif phi_treatment(column, encrypted=True) is not PhiTreatment.NONE:
         notes.append("patient data")
     if target is not None:
-        notes.append(f"-> {target}")
+        notes.append(f"-> fhir.{target}.id")
     return f"{column.description or column.name} ({'; '.join(notes)})" if notes else column.description
 
 
