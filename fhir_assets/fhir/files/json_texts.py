@@ -126,5 +126,5 @@ def _is_resource(line: _Line) -> bool:
 
 def _contains_lines(file: Path, lines: list[_Line]) -> bool:
     """Return whether a file that is not one JSON text is NDJSON, by its name or by one of its lines."""
-    is_named_so = file.name.lower().removesuffix(".gz").endswith(_LINES)
-    return is_named_so or any(_is_resource(line) for line in lines)
+    has_ndjson_name = file.name.lower().removesuffix(".gz").endswith(_LINES)
+    return has_ndjson_name or any(_is_resource(line) for line in lines)

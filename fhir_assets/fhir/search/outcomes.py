@@ -55,7 +55,7 @@ def note_outcome(notices: Notices, resource_type: str, outcome: bytes) -> None:
     notices.add(
         "error",
         "incomplete-answer",
-        f"the server says that its answer to a search of {resource_type} is incomplete ({codes}): see the server's "
+        f"the server reports that its answer to a search of {resource_type} is incomplete ({codes}): see the server's "
         "log, then materialize raw, validated and normalized of the window again",
         resource_type,
     )
