@@ -41,9 +41,8 @@ class CorrectionStep:
     def run(self, dead_letter_id: int, correction: Correction) -> StoredDeadLetter:
         """Store a correction in addition to the original resource. Return the dead letter as it was before.
 
-        A patch is applied to the last correction if there is one, otherwise to the original resource. The resource of a
-        dead letter of stage ``fetch`` is not in raw: its correction is received into raw, which resolves the dead
-        letter.
+        A patch is applied to the last correction if there is one, otherwise to the original resource. Dead letters of
+        stage ``fetch`` have no resource in raw: their correction is received into raw, which resolves them.
 
         Raises CorrectionRefused if the dead letter is neither open nor discarded, if its stage cannot be corrected, or
         if the corrected resource is invalid.
