@@ -11,6 +11,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from pydantic import SecretStr
 from typer.testing import CliRunner
 
 from fhir_assets.cli.main import app
@@ -18,6 +19,7 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.fhir.intake.resources import MRN_SYSTEM
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.storage.blobs import LocalBlobs
+from fhir_assets_tests.support.alerts import AlertsSensor, receive_webhooks
 from fhir_assets_tests.support.api import TOKENS, api_in_threads
 from fhir_assets_tests.support.channels import BUNDLE_CHANNELS, CHANNELS, deploy_landing, encode, name
 from fhir_assets_tests.support.consent_forms import (
@@ -33,6 +35,7 @@ from fhir_assets_tests.support.consent_forms import (
     build_settings,
 )
 from fhir_assets_tests.support.deployment import Deploy, Deployment
+from fhir_assets_tests.support.echoing_server import serve_echo
 from fhir_assets_tests.support.landing import land
 from fhir_assets_tests.support.leak_scan import tables
 from fhir_assets_tests.support.uploads import read_back
@@ -161,7 +164,7 @@ def test_a_denial_counts_in_every_form_and_withholds_by_every_form_of_subject(
     deploy: Deploy, tmp_path: Path, channel: str, policy: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     resources = [*build_withheld(), *build_loaded(), *build_permits()]
-    values = {**build_settings(TYPES, policy), "api_tokens": TOKENS}
+    values = {**build_settings(TYPES, policy), "api_tokens": TOKENS, "dead_letter_error_rate": 0.0001}
     if channel in BUNDLE_CHANNELS:
         resources += build_bundle_entries()
     else:
@@ -188,6 +191,40 @@ def test_a_denial_counts_in_every_form_and_withholds_by_every_form_of_subject(
     require_no_marker(deployment, tmp_path)
     if channel == "search":
         require_that_denied_patients_are_refused(deployment)
+    if channel == "files":
+        require_no_marker_in_alerts(deployment)
+        require_no_marker_in_an_upload(deployment, tmp_path)
+
+
+def require_no_marker_in_alerts(deployment: Deployment) -> None:
+    """Require that no message to the webhook has a text of a withheld resource. A dead letter causes one."""
+    with receive_webhooks() as hook:
+        alarmed = deployment.settings.model_copy(update={"alert_webhook_url": SecretStr(hook.url)})
+        AlertsSensor(Deployment(alarmed, deployment.instance)).tick()
+    assert hook.messages
+    assert MARKER not in hook.text
+
+
+def require_no_marker_in_an_upload(deployment: Deployment, folder: Path) -> None:
+    """Upload the exported resources to a server that refuses them and quotes each one in its answer.
+
+    Nothing withheld is sent, and neither the output of the command nor its journal has it.
+    """
+    (folder / "upload").mkdir()
+    for path in (folder / "left").rglob("*.valid.ndjson"):
+        (folder / "upload" / path.name).write_bytes(path.read_bytes())
+    with serve_echo(422) as server, pytest.MonkeyPatch.context() as patch:
+        for variable, value in {**deployment.environment(), "FHIR_BASE_URL": server.url}.items():
+            patch.setenv(variable, value)
+        words = ["upload", "--input", str(folder / "upload"), "--failures", str(folder / "failures.ndjson")]
+        done = CliRunner().invoke(app, words)
+    assert done.exit_code == 1
+    assert any(b"Loaded" in body for body in server.received)
+    journals = [path for path in (deployment.settings.home / "uploads").rglob("*") if path.is_file()]
+    assert journals
+    kept = [(folder / "failures.ndjson").read_bytes(), *(path.read_bytes() for path in journals)]
+    assert not [content for content in (*server.received, *kept) if MARKER.encode() in content]
+    assert MARKER not in done.output
 
 
 def require_no_marker(deployment: Deployment, folder: Path) -> None:
