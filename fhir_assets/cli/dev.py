@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from fhir_assets.atomic_files import replace_content
 from fhir_assets.cli.output import console, warn_of_clear_data
 from fhir_assets.cli.supervisor import Service, Supervisor
 from fhir_assets.deployment.warehouse import Warehouse
@@ -89,7 +90,7 @@ def _start_services(supervisor: Supervisor, folder: Path, port: int) -> None:
     """
     code_port = free_port(0)
     workspace = folder / "workspace.yaml"
-    workspace.write_text(_WORKSPACE.format(port=code_port, name=CODE_LOCATION))
+    replace_content(workspace, _WORKSPACE.format(port=code_port, name=CODE_LOCATION).encode())
     python, quiet = [sys.executable, "-m"], ["--log-level", "error"]
     where = ["--host", "127.0.0.1", "--port"]
     code = [*python, "dagster", "code-server", "start", *where, str(code_port), *quiet, "--heartbeat-ttl", "600"]

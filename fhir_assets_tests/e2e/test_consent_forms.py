@@ -308,6 +308,24 @@ def test_a_denial_whose_patient_is_not_known_holds_back_its_file_only_and_is_red
     assert evaluate(deployment, "consent").passed
 
 
+@pytest.mark.parametrize("channel", ["search", pytest.param("bulk", marks=pytest.mark.slow)])
+def test_a_denial_of_a_server_whose_patient_is_not_known_counts_by_identifier_and_is_red(
+    deploy: Deploy, tmp_path: Path, channel: str
+) -> None:
+    resources = [
+        build_consent("without", {"reference": URN}, "deny"),
+        build_consent("with", {"identifier": {"system": MRN, "value": "mrn-named"}}, "deny"),
+        build_patient("named"),
+        build_patient("other", "Loaded"),
+    ]
+    deployment, faults = CHANNELS[channel](deploy, resources, tmp_path, build_settings("Patient,Consent", "opt-out"))
+    assert faults == []
+    assert deployment.query("SELECT id FROM fhir.patient") == [("other",)]
+    red = evaluate(deployment, "consent")
+    assert (red.passed, red.severity) == (False, dg.AssetCheckSeverity.ERROR)
+    assert "1 Consents deny, and their patient is not known" in (red.description or "")
+
+
 def evaluate(deployment: Deployment, table: str) -> dg.AssetCheckEvaluation:
     """Return the evaluation of the check ``patients_known`` of a table."""
     job = build_definitions(deployment.settings).resolve_job_def("check_tables")

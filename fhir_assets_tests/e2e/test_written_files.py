@@ -7,11 +7,15 @@ import csv
 import json
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 from pyarrow import parquet
 
+from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.deployment import Deploy, Deployment, deploy
 from fhir_assets_tests.support.interrupted_commands import (
     Commands,
@@ -205,3 +209,132 @@ def test_an_export_that_does_not_end_leaves_the_earlier_export(
             assert (mishap == "killed") == bool(left)
             for path in left:
                 path.unlink()
+
+
+def add_patients(deployment: Deployment, folder: Path, *names: str) -> None:
+    """Load further patients from the file of the source."""
+    lines = [json.dumps({"resourceType": "Patient", "id": name, "gender": "female"}) for name in names]
+    with (folder / "data.ndjson").open("a") as file:
+        file.write("\n" + "\n".join(lines))
+    assert all(outcome.success for outcome in deployment.ingest())
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A command that writes several files from the tables, and how a test reads them.
+
+    ``folder`` is where it writes; ``read`` returns the ids of the patients in a file. It is killed at every ``step``-th
+    flush.
+    """
+
+    words: tuple[str, ...]
+    folder: str
+    read: Callable[[bytes], list[str]]
+    step: int = 1
+
+
+def read_csv(content: bytes) -> list[str]:
+    return sorted(row["id"] for row in csv.DictReader(content.decode().splitlines()))
+
+
+def read_ndjson(content: bytes) -> list[str]:
+    return sorted(json.loads(line)["id"] for line in content.splitlines())
+
+
+def read_parquet(content: bytes) -> list[str]:
+    return sorted(row["id"] for row in parquet.read_table(BytesIO(content)).to_pylist())
+
+
+EXPORT = ("export", "Patient", "-o", "exported", "--normalized")
+WRITERS = {
+    "export --format csv": Writer((*EXPORT, "--format", "csv"), "exported", read_csv, 7),
+    "export --format ndjson": Writer((*EXPORT, "--format", "ndjson"), "exported", read_ndjson, 7),
+    "export --format parquet": Writer((*EXPORT, "--format", "parquet"), "exported", read_parquet, 7),
+    "export --valid": Writer(("export", "Patient", "-o", "exported", "--valid"), "exported", read_ndjson),
+    "lake": Writer(("lake", "--types", "Patient"), "lake", read_parquet),
+}
+MOST_FLUSHES = 60
+"""More flushes than any of the commands makes."""
+
+
+def list_environment(deployment: Deployment, folder: Path) -> dict[str, str]:
+    kept = {name: value for name, value in deployment.environment().items() if name != "FHIR_LAST_UPDATED_GTE"}
+    (folder / "views").mkdir(exist_ok=True)
+    return {**kept, "FHIR_LAKE_URL": str(folder / "lake"), "FHIR_VIEWS": str(folder / "views")}
+
+
+def is_of_patients(name: str) -> bool:
+    """Return whether a file has the rows of the table of Patients, or the resources themselves."""
+    return name.startswith(("patient.", "patient/", "Patient.valid"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_command_that_writes_several_files_is_killed_at_its_flushes(
+    name: str, loaded: Deployment, folder: Path, commands: Commands
+) -> None:
+    """Each file has its earlier content or its new one. The next run replaces all of them."""
+    writer, environment = WRITERS[name], list_environment(loaded, folder)
+
+    def run(mishap: Mishap = "none", flush: int = 1) -> Ended:
+        kill_at = ("os:fsync", flush)
+        return commands(*writer.words, folder=folder, mishap=mishap, environment=environment, kill_at=kill_at)
+
+    done = run()
+    assert done.code == 0, done.stderr
+    before = content_of(folder / writer.folder)
+    old = sorted(IDS)
+    assert [writer.read(content) for path, content in before.items() if is_of_patients(path)] == [old]
+    add_patients(loaded, folder, "new1", "new2")
+    new = sorted([*IDS, "new1", "new2"])
+    full = run("full")
+    assert full.code == 1
+    assert "pace" in full.stderr
+    assert content_of(folder / writer.folder) == before
+    for flush in range(1, MOST_FLUSHES, writer.step):
+        done = run("killed", flush)
+        after = content_of(folder / writer.folder)
+        rows = [writer.read(content) for path, content in after.items() if is_of_patients(path)]
+        assert rows in ([old], [new])
+        if manifest := after.get("manifest.json"):
+            hashes = {file["name"]: file["sha256"] for file in json.loads(manifest)["files"]}
+            assert hashes == {path: sha256(after[path]).hexdigest() for path in hashes}
+        assert all(
+            path.name.startswith(".") or ".spool" in path.parts for path in unfinished_files(folder / writer.folder)
+        )
+        if done.code == 0:
+            break
+        assert done.code == -signal.SIGKILL
+    assert done.code == 0
+    assert flush > 2
+    assert rows == [new]
+
+
+MIGRATE_POINTS = [
+    "fhir_assets.warehouse.postgres.db.migrations:_create_partitions",
+    "fhir_assets.warehouse.postgres.tables.view_tables:ensure_tables",
+    "fhir_assets.pipeline.rebuild.step:RebuildStep._rebuild_batch",
+    "fhir_assets.warehouse.postgres.tables.rebuilding:replace_rows",
+    "fhir_assets.warehouse.ops.checkpoints:restore_loaded_parts",
+    "fhir_assets.warehouse.postgres.db.roles:grant_rights",
+]
+
+
+@pytest.mark.slow
+def test_a_migration_that_is_killed_is_completed_by_the_next_one(
+    loaded: Deployment, folder: Path, commands: Commands
+) -> None:
+    environment = list_environment(loaded, folder)
+    before = loaded.tables()
+    for number, point in enumerate(MIGRATE_POINTS):
+        born = {**VIEW, "name": f"born_{number}", "select": [{"column": [{"name": "id", "path": "id"}]}]}
+        (folder / "views" / f"born_{number}.json").write_text(json.dumps(born))
+        with connect(loaded.url) as conn:
+            conn.execute("DROP TABLE IF EXISTS fhir.resource_immunization")
+        done = commands("migrate", folder=folder, mishap="killed", environment=environment, kill_at=(point, 1))
+        assert done.code == -signal.SIGKILL, point
+        assert {name: rows for name, rows in loaded.tables().items() if name in before} == before
+        done = commands("migrate", folder=folder, environment=environment)
+        assert done.code == 0, done.stderr
+        assert loaded.query(f"SELECT count(*) FROM fhir.born_{number}") == [(len(IDS),)], point
+        assert loaded.query("SELECT to_regclass('fhir.resource_immunization') IS NOT NULL") == [(True,)]

@@ -10,7 +10,7 @@ from fhir_assets.pipeline.rebuild.step import RebuildProgress, RebuildResult, Re
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.warehouse.postgres.db.connections import Session, connect
-from fhir_assets.warehouse.postgres.tables import rebuilding
+from fhir_assets.warehouse.postgres.tables import rebuilding, view_tables
 from fhir_assets_tests.support.key_rotation import open_session
 from fhir_assets_tests.support.views import column, load, patient, select, view
 
@@ -93,7 +93,7 @@ def test_a_resource_that_gives_no_rows_keeps_its_rows_and_the_next_load_takes_th
     assert checkpoints.get_loaded_parts(session, "Patient", ["w"]) == {}
 
 
-def test_a_rebuild_that_is_stopped_leaves_the_windows_to_the_next_load(
+def test_a_rebuild_that_is_stopped_is_continued_by_the_next_one_or_by_loads(
     database: str, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rebuilding, "BATCH_RESOURCES", 2)
@@ -106,6 +106,18 @@ def test_a_rebuild_that_is_stopped_leaves_the_windows_to_the_next_load(
         step.run()
     assert len(read_families(session)) == 5
     assert checkpoints.get_loaded_parts(session, "Patient", ["w"]) == {}
+    session.commit()
+    assert rebuild(database, session, WIDE) == RebuildResult({"Patient": 5})
+    assert read_families(session) == FAMILIES
+    session.commit()
+    assert rebuild(database, session, WIDE) == RebuildResult()
+
+
+def test_a_table_that_a_load_has_changed_is_filled_by_the_next_rebuild(database: str, session: Session) -> None:
+    view_tables.ensure_tables(session, [WIDE])
+    session.commit()
+    assert rebuild(database, session, WIDE) == RebuildResult({"Patient": 5})
+    assert read_families(session) == FAMILIES
 
 
 def test_a_version_that_is_loaded_meanwhile_stays(
@@ -138,6 +150,6 @@ def test_a_lost_connection_is_an_error_that_says_what_is_left(
             )
 
     step = RebuildStep(lambda: connect(database, cipher=session.cipher), [WIDE], on_progress=end_the_connection)
-    with pytest.raises(DatabaseUnavailable, match="next load of each window"):
+    with pytest.raises(DatabaseUnavailable, match="run `fhir-assets migrate` again"):
         step.run()
     assert checkpoints.get_loaded_parts(session, "Patient", ["w"]) == {}

@@ -21,9 +21,25 @@ FULL_AT_BYTES = 300
 """The size of a file at which the disk of a command is full."""
 
 _PARENT = """
-import json, os, resource, signal, sys, warnings
+import importlib, json, os, resource, signal, sys, warnings
 import fhir_assets.definitions, pyarrow.parquet, psycopg
 from fhir_assets.cli import main
+
+def kill_at(place, number):
+    module, _, path = place.partition(":")
+    owner = importlib.import_module(module)
+    *classes, name = path.split(".")
+    for each in classes:
+        owner = getattr(owner, each)
+    original, calls = getattr(owner, name), []
+
+    def call(*arguments, **options):
+        calls.append(name)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    setattr(owner, name, call)
 
 def run(job):
     os.chdir(job["folder"])
@@ -33,8 +49,8 @@ def run(job):
         os.dup2(os.open(path, os.O_WRONLY), descriptor)
     if job["full_at"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["full_at"], job["full_at"]))
-    if job["killed"]:
-        os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+    if job["kill_at"]:
+        kill_at(*job["kill_at"])
     sys.argv = ["fhir-assets", *job["arguments"]]
     main()
 
@@ -76,11 +92,13 @@ class Commands:
         mishap: Mishap = "none",
         environment: Mapping[str, str] | None = None,
         stdout: Path | None = None,
+        kill_at: tuple[str, int] = ("os:fsync", 1),
     ) -> Ended:
         """Run a command in ``folder``.
 
-        ``killed``: SIGKILL ends it when all content is written and none is flushed. ``full``: the kernel refuses to
-        write more than FULL_AT_BYTES to any file. ``stdout`` is an existing file that it prints to.
+        ``killed``: SIGKILL ends it at a call of a function, ``kill_at``: its module and name, and the number of the
+        call. By default, that is when all content of the first file is written and none is flushed. ``full``: the
+        kernel refuses to write more than FULL_AT_BYTES to any file. ``stdout`` is an existing file that it prints to.
         """
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("FHIR_", "DB_", "PHI_"))}
         variables = {**clean, "FHIR_ASSETS_HOME": str(folder / "home"), "NO_COLOR": "1", **(environment or {})}
@@ -90,7 +108,7 @@ class Commands:
                 "environment": variables,
                 "folder": str(folder),
                 "full_at": FULL_AT_BYTES if mishap == "full" else None,
-                "killed": mishap == "killed",
+                "kill_at": kill_at if mishap == "killed" else None,
                 "stdout": str(stdout or printed.name),
                 "stderr": said.name,
             }

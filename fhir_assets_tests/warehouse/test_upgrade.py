@@ -48,6 +48,7 @@ NEW_COLUMNS = [
     *(("ops.dead_letters", name) for name in ("arrived", "dated")),
     *(("ops.visit_persons", name) for name in ("name", "birth")),
     ("ops.view_tables", "key_column"),
+    ("ops.view_tables", "outdated"),
 ]
 KEYS_WITHOUT_SOURCE = {
     "fhir.resource": "resource_type, id",

@@ -68,14 +68,18 @@ class RebuildStep:
                 changes = view_tables.apply_changes(conn, self._views, cascade=cascade)
             else:
                 changes = view_tables.ensure_tables(conn, self._views)
+            # A rebuild that was killed has left types outdated, whose tables are not changed any more.
+            outdated = sorted(
+                {*changes.outdated_types, *view_tables.find_outdated_types(conn)} & {*self._views_by_type}
+            )
             conn.commit()
             try:
-                for resource_type in changes.outdated_types:
+                for resource_type in outdated:
                     self._rebuild_type(conn, resource_type, parts.get(resource_type, []), result)
             except psycopg.OperationalError as error:
                 raise DatabaseUnavailable(
                     f"Postgres ended the rebuild of changed tables ({type(error).__name__}): the tables are changed; "
-                    "the next load of each window writes the rows that are left"
+                    "run `fhir-assets migrate` again, which writes the rows that are left"
                 ) from None
         return result
 
@@ -90,8 +94,9 @@ class RebuildStep:
             self._on_progress(RebuildProgress(resource_type, done, total))
         if refused:
             result.refused[resource_type] = refused
-            return
-        checkpoints.restore_loaded_parts(conn, parts)
+        else:
+            checkpoints.restore_loaded_parts(conn, parts)
+        view_tables.mark_up_to_date(conn, resource_type)
         conn.commit()
 
     def _rebuild(self, conn: Session, resource_type: str) -> Iterator[tuple[int, int, int]]:

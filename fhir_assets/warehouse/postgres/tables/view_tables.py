@@ -5,7 +5,7 @@ The module ``layout`` defines the columns of the tables, ``table_differences`` c
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import psycopg
@@ -34,6 +34,8 @@ __all__ = [
     "ensure_tables",
     "find_drift",
     "find_existing_tables",
+    "find_outdated_types",
+    "mark_up_to_date",
     "refresh_marts",
 ]
 
@@ -83,6 +85,33 @@ def refresh_marts(conn: Session) -> dict[str, str]:
             lock_schema(conn)
             marts.refresh(conn)
         return marts.find_refused(conn)
+
+
+def find_outdated_types(conn: Connection) -> list[str]:
+    """Return the resource types whose tables were changed and whose rows were not all written again."""
+    rows = conn.execute("SELECT DISTINCT resource_type FROM ops.view_tables WHERE outdated ORDER BY 1")
+    return [resource_type for (resource_type,) in rows]
+
+
+def mark_up_to_date(conn: Connection, resource_type: str) -> None:
+    """Record that all rows of a resource type were written after its tables were changed."""
+    conn.execute("UPDATE ops.view_tables SET outdated = false WHERE resource_type = %s AND outdated", [resource_type])
+
+
+def _mark_outdated(conn: Connection, resource_types: Collection[str]) -> None:
+    """Record that the rows of resource types have to be written again, of those types that have any."""
+    conn.execute(
+        """
+        UPDATE ops.view_tables v
+        SET outdated = true
+        WHERE v.resource_type = ANY(%s)
+            AND EXISTS (
+                SELECT FROM fhir.resource r
+                WHERE r.resource_type = v.resource_type
+            )
+        """,
+        [list(resource_types)],
+    )
 
 
 def read_layouts(conn: Connection, resource_type: str) -> dict[str, str]:
@@ -205,6 +234,7 @@ def _update_tables(
                 raise ViewError(_describe_refusal(layout, error)) from None
         for resource_type in sorted(outdated_types):
             remove_loaded_parts(conn, resource_type)
+        _mark_outdated(conn, outdated_types)
         marts.refresh(conn, {change.view for change in changes if change.kind == "column"})
     return TableChanges(changes, sorted(outdated_types))
 
