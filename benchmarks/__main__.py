@@ -23,6 +23,7 @@ PARTS = (
     ("rotation", "Key rotation: speed, peak memory"),
     ("upload", "Upload to a FHIR server"),
     ("api", "The HTTP API: intake, and searches among a million encrypted patients"),
+    ("posts", "Posts: seconds until the tables show them, idle and during a first load"),
     ("generator", "The sandbox: generating and serving"),
 )
 

@@ -206,8 +206,10 @@ def _merge_validated(new: Manifest, base: Manifest | None, current: Manifest | N
     new_inputs, current_inputs = set(new.validated.inputs), set(current.validated.inputs)
     if same_rules and current_inputs >= new_inputs:
         return current
-    if new_inputs >= current_inputs:
+    if new_inputs >= current_inputs or _covers_extension(new, current, base):
         return new
+    if _covers_extension(current, new, base):
+        return current
     common = base.validated if base else None
     common_inputs = set(common.inputs) if common else set()
     extended = all(_extends(manifest, base) for manifest in (new, current))
@@ -246,6 +248,19 @@ def _is_replay_before(complete: Manifest, replay: Manifest, base: Manifest | Non
         and _extends(replay, base)
         and not _extends(complete, base)
         and complete.validated.raw_parts >= replay.validated.raw_parts
+    )
+
+
+def _covers_extension(complete: Manifest, extension: Manifest, base: Manifest | None) -> bool:
+    """Return whether one manifest validates all parts anew, and with them those that the other one adds to the base."""
+    if base is None or base.validated is None or complete.validated is None or extension.validated is None:
+        return False
+    added = set(extension.validated.inputs).difference(base.validated.inputs)
+    return (
+        complete.validated.rules_version == extension.validated.rules_version
+        and _extends(extension, base)
+        and not _extends(complete, base)
+        and added.issubset(complete.validated.inputs)
     )
 
 

@@ -216,6 +216,16 @@ def test_one_of_two_validations_of_the_same_parts_is_kept() -> None:
     assert merge_manifests(new, None, None) is new
 
 
+def test_a_complete_validation_is_not_overtaken_by_an_extension_whose_parts_it_contains() -> None:
+    base = validated("base", "fetched-before", "posted-1")
+    extension = validated("post loader", "posted-2", base=base)
+    complete = validated("refresh", "fetched-again", "posted-1", "posted-2")
+    assert merge_manifests(complete, base, extension) is complete
+    assert merge_manifests(extension, base, complete) is complete
+    with pytest.raises(Overtaken):
+        merge_manifests(validated("refresh", "fetched-again", "posted-1"), base, extension)
+
+
 def test_validations_that_cannot_be_merged_are_refused() -> None:
     base = validated("base", "r0")
     new = validated("mine", "r1", "r2", base=base)

@@ -38,6 +38,7 @@ class Api:
     url: str
     settings: Settings
     log: Path
+    process: "subprocess.Popen[bytes] | None" = None
 
     def call(
         self, method: str, path: str, *, role: str | None = "admin", headers: dict[str, str] | None = None, **more: Any
@@ -124,7 +125,7 @@ def api_process(settings: dict[str, object], folder: Path, *, workers: int = 1) 
             cwd=folder,
         )
     try:
-        api = Api(f"http://127.0.0.1:{port}", load_settings(**settings), log)
+        api = Api(f"http://127.0.0.1:{port}", load_settings(**settings), log, process)
         for _ in range(600):
             try:
                 if requests.get(f"{api.url}/health/live", timeout=5).ok:

@@ -28,6 +28,7 @@ POLL_SECONDS = 5.0
 _FIRST_GATHER_SECONDS = 0.05
 _LISTEN_SECONDS = 0.25
 _STANDBY_SECONDS = 1.0
+_ERROR_SECONDS = 1.0
 _RECONNECT = RetryPolicy(attempts=1)
 
 _log = logging.getLogger(__name__)
@@ -106,6 +107,7 @@ class PostLoader:
         except Exception as error:
             # The posts are stored in the landing zone or in raw. The sensors load those that wait too long.
             _log.warning("posts could not be loaded: trying again", extra={"reason": describe_error(error)})
+            self._stopping.wait(_ERROR_SECONDS)
             return False
 
     def _wait_for_post(self, conn: Connection) -> bool:

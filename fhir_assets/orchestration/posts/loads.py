@@ -52,7 +52,10 @@ TRIGGER = "posts"
 """The trigger of loads of posts in ``ops.ingestion_runs`` and in the audit log."""
 
 LEFT_SECONDS = 60.0
-"""The seconds until the post loader tries again to load a window that it left to Dagster's job."""
+"""The seconds until the post loader tries again to load a window whose load failed repeatedly."""
+
+BIG_SECONDS = 5.0
+"""The seconds until the post loader looks again at a window with too many waiting resources."""
 
 _RETRY_SECONDS = (0.5, 2.0)
 """The seconds before the second and the third attempt to load a window."""
@@ -95,6 +98,7 @@ class PostLoads:
         self._landing = build_landing_step(settings, warehouse) if settings.fhir_landing_url else None
         self._failures: dict[WindowKey, int] = {}
         self._postponed: dict[WindowKey, float] = {}
+        self._left: set[WindowKey] = set()
 
     def create_tables(self) -> None:
         """Create the tables that do not exist. The first load of posts would otherwise wait for a load in progress.
@@ -136,6 +140,7 @@ class PostLoads:
 
     def _forget_loaded_windows(self, waiting: Set[WindowKey]) -> None:
         """Forget the failures of windows without waiting posts, which Dagster's job has loaded in the meantime."""
+        self._left &= waiting
         for by_window in (self._failures, self._postponed):
             for key in by_window.keys() - waiting:
                 del by_window[key]
@@ -162,9 +167,8 @@ class PostLoads:
         for window in windows:
             rows = rows_by_key.get(window.partition_key, 0)
             if rows > MAX_ROWS:
-                self._leave_to_job(
-                    name, [window.partition_key], f"the window has {rows:,} waiting resources: over {MAX_ROWS:,}"
-                )
+                reason = f"the window has {rows:,} waiting resources: over {MAX_ROWS:,}"
+                self._leave_to_job(name, window.partition_key, reason, seconds=BIG_SECONDS)
             elif len(chosen) < MAX_WINDOWS and total + rows <= MAX_ROWS:
                 chosen.append(window)
                 total += rows
@@ -265,14 +269,18 @@ class PostLoads:
                 self._failures[name, key] = attempts + 1
                 self._postponed[name, key] = monotonic() + _RETRY_SECONDS[attempts]
             else:
-                self._leave_to_job(name, [key], reason)
+                self._leave_to_job(name, key, reason, seconds=LEFT_SECONDS)
 
-    def _leave_to_job(self, name: str, partition_keys: Sequence[str], reason: str) -> None:
-        for key in partition_keys:
-            self._failures.pop((name, key), None)
-            self._postponed[name, key] = monotonic() + LEFT_SECONDS
+    def _leave_to_job(self, name: str, partition_key: str, reason: str, *, seconds: float) -> None:
+        """Leave the posts of a window to Dagster's job, with one warning until all of them are loaded."""
+        window = (name, partition_key)
+        self._failures.pop(window, None)
+        self._postponed[window] = monotonic() + seconds
+        if window not in self._left:
+            self._left.add(window)
             _log.warning(
-                "posts are left to the job load_received", extra={"types": [name], "window": key, "reason": reason}
+                "posts are left to the job load_received",
+                extra={"types": [name], "window": partition_key, "reason": reason},
             )
 
 
