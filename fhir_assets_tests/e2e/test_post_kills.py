@@ -1,6 +1,5 @@
 """API and post loader are killed while posts arrive and a first load runs: every 202 is in the tables, once."""
 
-import subprocess
 import threading
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
@@ -11,7 +10,6 @@ import requests
 
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets_tests.e2e.test_crash import command
 from fhir_assets_tests.support.api import Api, api_process, api_settings
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.posts import (
@@ -22,7 +20,7 @@ from fhir_assets_tests.support.posts import (
     find_faults,
     is_running,
     kill,
-    start_post_loader,
+    start_command,
     wait_until,
 )
 
@@ -91,11 +89,9 @@ def test_posts_survive_kills_of_the_api_and_of_the_loader_beside_a_first_load(de
             "fhir_base_url": server.url,
         }
         api = stack.enter_context(api_process(values, tmp_path))
-        loader = start_post_loader(deployment, tmp_path)
+        loader = start_command(deployment, tmp_path, "post-loader")
         wait_until(lambda: is_running(deployment))
-        line, environment = command(deployment, ("ingest",))
-        environment["FHIR_LAST_UPDATED_GTE"] = f"{start:%Y-%m-%d}"
-        load = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        load = start_command(deployment, tmp_path, "ingest")
         poster.api = api
         poster.thread.start()
         try:
@@ -103,7 +99,7 @@ def test_posts_survive_kills_of_the_api_and_of_the_loader_beside_a_first_load(de
                 poster.accept(POSTS_PER_ROUND)
                 kill(loader)
                 poster.accept(POSTS_PER_ROUND)
-                loader = start_post_loader(deployment, tmp_path)
+                loader = start_command(deployment, tmp_path, "post-loader")
                 poster.accept(POSTS_PER_ROUND)
                 assert api.process
                 kill(api.process)
@@ -113,7 +109,7 @@ def test_posts_survive_kills_of_the_api_and_of_the_loader_beside_a_first_load(de
         finally:
             poster.stopping.set()
             poster.thread.join()
-        assert load.wait(300) == 0
+        assert load.wait(300) == 0, (tmp_path / "ingest.log").read_text()
         wait_until(lambda: count_pending(deployment) == 0)
         kill(loader)
         assert find_lost(deployment, poster) == (set(), 0)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.metrics.status import read_status
+from fhir_assets.orchestration.loads import load_windows
 from fhir_assets.orchestration.posts import loads
 from fhir_assets.orchestration.posts.loader import PostLoader
 from fhir_assets.pipeline.validate.step import ValidateStep
@@ -242,6 +244,30 @@ def test_posts_obey_consents_that_are_posted_before_and_after_them(deploy: Deplo
         wait_until(lambda: deployment.query("SELECT id FROM fhir.patient") == [("other",)])
     assert deployment.query("SELECT count(*) FROM ops.withheld WHERE resource_type = 'Patient'") == [(2,)]
     assert find_faults(deployment) == []
+
+
+def test_a_window_reconciles_at_every_moment_of_the_load_of_a_post(
+    deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = deploy_hospital(deploy, tmp_path)
+    build_loads(deployment).create_tables()
+    moments: list[list[str]] = []
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        moments.append(find_faults(deployment))
+        return load_windows(*args, **kwargs)
+
+    monkeypatch.setattr(loads, "load_windows", look)
+    with api_in_threads(deployment.settings) as api:
+        for key in ("a", "b"):
+            post_patient(api, key)
+            moments.append(find_faults(deployment))
+            load_posts(deployment)
+            moments.append(find_faults(deployment))
+        post_patient(api, "c")
+    assert moments == [[]] * 6
+    monkeypatch.setattr("fhir_assets.pipeline.reconcile.posts_in_progress.GRACE", timedelta(0))
+    assert find_faults(deployment) == ["raw holds 3 but 2 were validated: materialize validated again"]
 
 
 def test_what_a_killed_loader_has_not_reported_is_reported_by_the_next(deploy: Deploy, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """A post loader under test: in a thread of this process, or as a process that a test may kill."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -80,19 +79,16 @@ def post_loader_in_thread(deployment: Deployment) -> Iterator[PostLoader]:
         assert not thread.is_alive()
 
 
-def start_post_loader(deployment: Deployment, folder: Path, program: str = "") -> subprocess.Popen[bytes]:
-    """Start `fhir-assets post-loader` as a process. ``program`` is Python code that it executes first."""
-    code = f"{program}\nimport sys\nfrom fhir_assets.cli import main\nsys.argv = ['fhir-assets', 'post-loader']\nmain()"
-    settings = deployment.settings
+def start_command(deployment: Deployment, folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start a command of `fhir-assets` as a process. Its output is appended to a log in ``folder``."""
+    code = "from fhir_assets.cli import main; main()"
     environment = {
         **api_environment({}),
         **deployment.environment(),
-        "FHIR_LANDING_URL": settings.fhir_landing_url,
-        "FHIR_CONSENT_POLICY": os.environ.get("FHIR_CONSENT_POLICY", ""),
+        "FHIR_LANDING_URL": deployment.settings.fhir_landing_url,
     }
-    environment = {name: value for name, value in environment.items() if value}
-    with (folder / "post-loader.log").open("ab") as log:
-        return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=log, stderr=log)
+    with (folder / f"{arguments[0]}.log").open("ab") as log:
+        return subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, stdout=log, stderr=log)
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

@@ -3,17 +3,22 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 
 from fhir_assets.catalog import BY_NAME
 from fhir_assets.fhir.record import MalformedResource, parse_stored, read_header
 from fhir_assets.fhir.views import View
 from fhir_assets.notices import Notice
+from fhir_assets.pipeline.reconcile.posts_in_progress import (
+    count_rows_to_load,
+    has_recent_posts,
+    without_waiting_posts,
+)
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage.blobs import LocalBlobs
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.store import CONCURRENT_CALLS, CountedLines, Store, map_concurrently
-from fhir_assets.warehouse.ops import corrections, dead_letter_resolution
+from fhir_assets.warehouse.ops import checkpoints, corrections, dead_letter_resolution
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 from fhir_assets.warehouse.postgres.queries import reconciliation
@@ -160,11 +165,15 @@ def reconcile(
     The ids of the validated partitions are compared in the database with ``fhir.resource``, and with ``main_view`` if
     every resource has a row in that view. The lines of the raw parts are counted in their files, so that a file that
     was lost or changed after its validation is a fault. If a window has fewer dead letters than its validated partition
-    counts, each resource of its raw partition is looked up in the tables and among the dead letters. Raises StoreError
-    or DatabaseUnavailable.
+    counts, each resource of its raw partition is looked up in the tables and among the dead letters. Posts that are
+    being loaded are left out (see ``posts_in_progress``). Raises StoreError or DatabaseUnavailable.
     """
-    raw = {m.partition_key: m for m in store.manifests("raw", resource_type, partition_keys)}
+    # Validated first, so that raw has all parts that were validated.
     validated = {m.partition_key: m for m in store.manifests("validated", resource_type, partition_keys)}
+    raw = {m.partition_key: m for m in store.manifests("raw", resource_type, partition_keys)}
+    to_load = _count_posts_to_load(conn, resource_type, raw, validated)
+    now = datetime.now(UTC)
+    raw = {key: without_waiting_posts(manifest, validated.get(key), now) for key, manifest in raw.items()}
     raw |= {key: _build_lost_manifest(manifest) for key, manifest in validated.items() if key not in raw}
     lines = _count_raw_lines(store, raw.values())
     not_loaded = reconciliation.count_unloaded(conn, resource_type, partition_keys)
@@ -180,13 +189,31 @@ def reconcile(
     lost = _count_lost(conn, store, resource_type, incomplete, absent)
     return [
         replace(
-            _count(manifest, validated.get(key), not_loaded.get(key, 0), absent.get(key, AbsentCounts()), lines[key]),
+            _count(
+                manifest,
+                validated.get(key),
+                not_loaded.get(key, 0),
+                absent.get(key, AbsentCounts()).without(to_load.get(key, 0)),
+                lines[key],
+            ),
             versions=versions.get(key, 0),
             lost=lost.get(key, 0),
             surplus=max(0, dead.get(key, 0) - rejected.get(key, 0)),
         )
         for key, manifest in raw.items()
     ]
+
+
+def _count_posts_to_load(
+    conn: Session, resource_type: str, raw: Mapping[str, Manifest], validated: Mapping[str, Manifest]
+) -> dict[str, int]:
+    """Return the numbers of validated resources that a load of posts is about to load, by partition key."""
+    now = datetime.now(UTC)
+    recent = [key for key in validated.keys() & raw.keys() if has_recent_posts(raw[key], now)]
+    if not recent:
+        return {}
+    loaded = checkpoints.get_loaded_parts(conn, resource_type, recent)
+    return {key: count_rows_to_load(validated[key], loaded) for key in recent}
 
 
 def _build_lost_manifest(validated: Manifest) -> Manifest:

@@ -25,6 +25,10 @@ class AbsentCounts:
     deleted: int = 0
     withheld: int = 0
 
+    def without(self, rows: int) -> "AbsentCounts":
+        """Return the counts without at most ``rows`` missing resources, which a load in progress is about to load."""
+        return AbsentCounts(max(0, self.missing - rows), self.deleted, self.withheld)
+
 
 def count_unloaded(conn: Connection, resource_type: str, partition_keys: Sequence[str]) -> dict[str, int]:
     """Return the number of resources whose transformation or load failed, by partition key."""
