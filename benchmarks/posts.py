@@ -28,7 +28,7 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxProcess
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse.ops import post_lane
+from fhir_assets.warehouse.ops import post_loader
 from fhir_assets_tests.support.api import api_environment, free_port
 
 RATE = 50
@@ -232,7 +232,7 @@ def _is_live(client: Client) -> bool:
 
 def _has_post_loader(warehouse: Warehouse) -> bool:
     with warehouse.connect() as conn:
-        return post_lane.is_running(conn)
+        return post_loader.is_running(conn)
 
 
 def _count_runs(warehouse: Warehouse) -> int:

@@ -11,7 +11,7 @@ from datetime import datetime
 import msgspec
 
 from fhir_assets.storage.manifest import Manifest, Receipt
-from fhir_assets.warehouse.ops.post_lane import GRACE
+from fhir_assets.warehouse.ops.post_loader import GRACE
 
 _CHANNELS = ("api:", "landing:batch-")
 """The beginnings of the origins of posted records, and of batches of posted lists of visits."""
