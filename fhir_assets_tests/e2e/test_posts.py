@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fhir_assets.orchestration.loads import load_windows
 from fhir_assets.orchestration.posts import loads
 from fhir_assets.orchestration.posts.loader import PostLoader
 from fhir_assets.pipeline.validate.step import ValidateStep
+from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.ops import landing_files, received
 from fhir_assets_tests.support.api import Api, api_in_threads
 from fhir_assets_tests.support.consent_forms import build_consent, build_settings
@@ -34,6 +35,7 @@ from fhir_assets_tests.support.posts import (
     reserved_lane,
     wait_until,
 )
+from fhir_assets_tests.support.uploads import read_back
 
 
 def materialized(deployment: Deployment, layer: str, name: str) -> set[str]:
@@ -162,8 +164,14 @@ CRASH_POINTS: dict[str, tuple[Any, str, bool]] = {
 }
 
 
-@pytest.mark.parametrize("recover", [load_by_sensors, load_posts])
-@pytest.mark.parametrize("point", CRASH_POINTS)
+@pytest.mark.parametrize(
+    ("point", "recover"),
+    [
+        *((point, load_posts) for point in CRASH_POINTS),
+        ("after the receipt of the files", load_by_sensors),
+        ("before the load", load_by_sensors),
+    ],
+)
 def test_a_loader_that_is_killed_at_any_point_loses_and_repeats_nothing(
     deploy: Deploy,
     tmp_path: Path,
@@ -244,6 +252,23 @@ def test_posts_obey_consents_that_are_posted_before_and_after_them(deploy: Deplo
         wait_until(lambda: deployment.query("SELECT id FROM fhir.patient") == [("other",)])
     assert deployment.query("SELECT count(*) FROM ops.withheld WHERE resource_type = 'Patient'") == [(2,)]
     assert find_faults(deployment) == []
+
+
+def test_posts_are_delivered_by_the_next_run_after_their_load(deploy: Deploy, tmp_path: Path) -> None:
+    with SandboxServer() as source, SandboxServer() as target:
+        deployment = deploy_hospital(
+            deploy, tmp_path, fhir_base_url=source.url, fhir_delivery_url=target.url, fhir_resource_types=("Patient",)
+        )
+        with api_in_threads(deployment.settings) as api:
+            post_patient(api, "old", meta={"lastUpdated": "2024-01-05T12:00:00Z"})
+        load_posts(deployment)
+        assert deployment.count_loaded() == {"Patient": 1}
+        assert read_back(target.url, ["Patient"]) == {}
+        assert deployment.query("SELECT count(*) FROM ops.held_windows") == [(1,)]
+        today = datetime.now(UTC)
+        assert all(outcome.success for outcome in deployment.ingest(first=today, last=today))
+        assert list(read_back(target.url, ["Patient"])) == ["Patient/old"]
+        assert deployment.query("SELECT count(*) FROM ops.held_windows") == [(0,)]
 
 
 def test_a_window_reconciles_at_every_moment_of_the_load_of_a_post(
