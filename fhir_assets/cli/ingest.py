@@ -13,7 +13,7 @@ import typer
 from dagster_postgres.utils import DagsterPostgresException
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fhir_assets.cli.lake import report_lake, write_lake
+from fhir_assets.cli.lake import LakeReport, report_lake, write_lake
 from fhir_assets.cli.load_reports import (
     format_windows,
     print_summary,
@@ -28,7 +28,7 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.errors import DatabaseUnavailable
+from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, StoreError
 from fhir_assets.ingestion import Ingestion, Listener, Outcome, select_failed
 from fhir_assets.orchestration.checks.known_patients import describe_unknown_denials
 from fhir_assets.orchestration.instance import config
@@ -68,7 +68,7 @@ def ingest(
     failures = select_failed(outcomes)
     unreconciled = find_unreconciled_windows(ingestion)
     held = _find_held_windows(settings)
-    lake = write_lake(settings, None, actor="cli") if settings.fhir_lake_url else None
+    lake, lake_error = _update_lake(settings)
     broken = build_views(settings).broken
     denials = _count_unknown_denials(settings)
     run_ids = [outcome.run_id for outcome in outcomes]
@@ -76,7 +76,7 @@ def ingest(
         print_json(
             {
                 "runs": run_ids,
-                "success": not (failures or unreconciled or broken or denials),
+                "success": not (failures or unreconciled or broken or denials or lake_error),
                 "types": rows,
                 "unreconciled": unreconciled,
                 "held_back": held,
@@ -91,14 +91,26 @@ def ingest(
         print_summary("Loaded", rows)
     if lake and not json:
         report_lake(settings, lake)
+    if lake_error:
+        errors.print(f"The windows are loaded, but the lake is not written: {lake_error}", markup=False, soft_wrap=True)
     report_failures(settings, failures)
     report_unreconciled_windows(unreconciled)
     report_held_windows(held)
     report_broken_views(broken)
     if denials:
         errors.print(describe_unknown_denials(denials), markup=False, soft_wrap=True)
-    if failures or unreconciled or broken or denials:
+    if failures or unreconciled or broken or denials or lake_error:
         raise typer.Exit(1)
+
+
+def _update_lake(settings: Settings) -> tuple[LakeReport | None, str]:
+    """Write the lake if there is one. Return what was done, and why it could not be written."""
+    if not settings.fhir_lake_url:
+        return None, ""
+    try:
+        return write_lake(settings, None, actor="cli"), ""
+    except (StoreError, ConfigurationError) as error:
+        return None, str(error)
 
 
 def open_ingestion(settings: Settings) -> Ingestion:

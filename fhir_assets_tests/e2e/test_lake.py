@@ -234,6 +234,16 @@ def test_ingest_writes_the_lake(deployment: Deployment, monkeypatch: pytest.Monk
     assert lake_equals_table(deployment, "patient")
 
 
+def test_a_lake_that_cannot_be_written_does_not_hide_what_was_loaded(
+    deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lake").write_text("a file where the folder of the lake should be")
+    result = run_command(deployment, monkeypatch, "ingest")
+    assert result.exit_code == 1, result.output
+    assert "All windows are loaded" in result.stdout
+    assert "the lake is not written: cannot" in result.stderr.replace("\n", " ")
+
+
 def test_the_command_needs_the_url(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FHIR_LAKE_URL", raising=False)
     with pytest.raises(ConfigurationError, match="FHIR_LAKE_URL is not set"):
