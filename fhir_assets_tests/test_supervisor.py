@@ -13,6 +13,8 @@ import pytest
 from fhir_assets.cli.supervisor import MAX_SHORT_LIVES, Service, Supervisor
 from fhir_assets.errors import ConfigurationError
 
+pytestmark = pytest.mark.slow
+
 SLEEP = "import time; time.sleep(600)"
 PARENT = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {SLEEP!r}]).wait(); {SLEEP}"
 

@@ -21,6 +21,8 @@ from fhir_assets_tests.support.content import add, materialize, patient
 from fhir_assets_tests.support.dagster_internals import record_tick
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 
+pytestmark = pytest.mark.slow
+
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 SECRET = "Wintergarten"
 NAME = [{"family": SECRET}]

@@ -24,6 +24,8 @@ from fhir_assets.warehouse.postgres.db.connections import connect, normalise_url
 from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 
+pytestmark = pytest.mark.slow
+
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 SECRET = "Wintergarten"
 """A patient's name, which must not be printed."""

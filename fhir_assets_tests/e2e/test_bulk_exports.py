@@ -16,6 +16,8 @@ from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply, reply
 
+pytestmark = pytest.mark.slow
+
 START = (datetime.now(UTC) - timedelta(days=3)).replace(microsecond=0)
 UNDATED = orjson.dumps({"resourceType": "Patient", "id": "undated", "gender": "female"})
 

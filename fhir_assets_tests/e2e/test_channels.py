@@ -16,6 +16,8 @@ from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets_tests.support.deployment import SHARED, Deploy
 from fhir_assets_tests.support.faults import ALL_FAULTS
 
+pytestmark = pytest.mark.slow
+
 START = datetime(2024, 1, 1, tzinfo=UTC)
 END = datetime(2024, 2, 1, tzinfo=UTC)
 SYNTHEA = SHARED / "synthea"

@@ -21,6 +21,8 @@ from fhir_assets_tests.support.content import add
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.written_files import write_files
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def server() -> Iterator[SandboxServer]:

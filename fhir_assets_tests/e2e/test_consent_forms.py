@@ -42,6 +42,8 @@ from fhir_assets_tests.support.uploads import read_back
 from fhir_assets_tests.support.visits import visit
 from fhir_assets_tests.support.written_files import write_files
 
+pytestmark = pytest.mark.slow
+
 TYPES = "Patient,Observation,Consent,Provenance,DiagnosticReport,Organization,Practitioner,Condition"
 
 

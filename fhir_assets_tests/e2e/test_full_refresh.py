@@ -17,6 +17,8 @@ from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply, reply
 from fhir_assets_tests.support.search_server import SearchServer, outcome, resource
 
+pytestmark = pytest.mark.slow
+
 MARCH = datetime(2024, 3, 5, tzinfo=UTC)
 IDS = ["a", "b", "c", "d"]
 

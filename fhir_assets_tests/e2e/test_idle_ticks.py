@@ -21,6 +21,8 @@ from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.scripted_server import Reply
 from fhir_assets_tests.support.search_server import SearchServer, outcome, resource
 
+pytestmark = pytest.mark.slow
+
 MAX_EVENTS = 150
 """The largest number of events that a tick without news may write."""
 

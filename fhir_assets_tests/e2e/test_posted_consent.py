@@ -25,6 +25,8 @@ from fhir_assets_tests.support.consent_forms import (
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.landing import LandingZone, land, load_received
 
+pytestmark = pytest.mark.slow
+
 FHIR = {"Content-Type": "application/fhir+json"}
 KEYS = (*DENIALS, "ok")
 

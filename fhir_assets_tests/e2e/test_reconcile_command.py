@@ -18,6 +18,8 @@ from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply
 from fhir_assets_tests.support.search_server import Resource, SearchServer, resource
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def server() -> Iterator[SearchServer]:

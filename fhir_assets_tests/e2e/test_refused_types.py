@@ -15,6 +15,8 @@ from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply, reply
 from fhir_assets_tests.support.search_server import SearchServer, outcome, resource
 
+pytestmark = pytest.mark.slow
+
 TYPES = ("Patient", "Observation", "Encounter")
 NEEDS_PATIENT = outcome(400, "required", "needs patient")
 

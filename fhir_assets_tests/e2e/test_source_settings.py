@@ -25,6 +25,8 @@ from fhir_assets.warehouse.ops import runs
 from fhir_assets_tests.support.content import add, materialize, patient
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 
+pytestmark = pytest.mark.slow
+
 SINCE = "2024-01-01"
 NOW = datetime.now(UTC)
 THIS_MONTH = NOW.replace(day=1, hour=0, minute=0, second=0, microsecond=0)

@@ -17,6 +17,8 @@ from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.landing import LandingZone, land, load_received
 from fhir_assets_tests.support.search_server import SearchServer, resource
 
+pytestmark = pytest.mark.slow
+
 NOW = datetime.now(UTC).replace(microsecond=0)
 YESTERDAY = NOW - timedelta(days=1)
 FUTURE = "9999-12-31T23:59:59Z"

@@ -20,6 +20,8 @@ from fhir_assets.warehouse.postgres.db.connections import normalise_url
 from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 
+pytestmark = pytest.mark.slow
+
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 KEY = dg.AssetKey(["normalized", "patient_birth"])
 TYPES = (

@@ -14,6 +14,8 @@ from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.deployment import Deploy
 from fhir_assets_tests.support.small_population import END, RESOURCE_TYPES, START
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def population(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
