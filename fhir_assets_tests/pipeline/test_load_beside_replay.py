@@ -11,7 +11,6 @@ from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.pipeline import partition_commit
 from fhir_assets.pipeline.load.step import LoadStep
 from fhir_assets.pipeline.receive import receiver
-from fhir_assets.storage.store import partition_folder
 from fhir_assets.warehouse.ops import audit_log, dead_letter_resolution, dead_letters, received, replays, retention
 from fhir_assets.warehouse.ops.dead_letters import Selection
 from fhir_assets.warehouse.postgres.db import advisory_locks
@@ -205,11 +204,10 @@ def test_a_superseded_dead_letter_accounts_for_its_resource_also_when_it_is_prun
 def test_other_parts_than_those_of_raw_are_red(hospital: SmallHospital) -> None:
     manifest = hospital.store.manifest("raw", "Patient", KEY)
     assert manifest
-    renamed = [msgspec.structs.replace(part, name=f"other-{part.name}") for part in manifest.parts]
-    folder = partition_folder("raw", "Patient", KEY)
+    renamed = [msgspec.structs.replace(part, name=part.name.replace("/part-", "/other-")) for part in manifest.parts]
     for part, other in zip(manifest.parts, renamed, strict=True):
-        content = hospital.store.blobs.get(f"{folder}/{part.name}")
+        content = hospital.store.blobs.get(part.name)
         assert content
-        hospital.store.blobs.put(f"{folder}/{other.name}", content)
+        hospital.store.blobs.put(other.name, content)
     hospital.store.commit([msgspec.structs.replace(manifest, parts=tuple(renamed))])
     assert hospital.count_window().faults == ["the validated parts are not those of raw: materialize validated again"]
