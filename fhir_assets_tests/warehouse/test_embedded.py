@@ -18,6 +18,8 @@ from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.db import embedded, migrations, schema_state
 from fhir_assets.warehouse.postgres.db.connections import connect
 
+pytestmark = pytest.mark.slow
+
 _PRINT_URL = """
 import sys
 from pathlib import Path
