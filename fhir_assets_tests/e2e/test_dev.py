@@ -91,9 +91,9 @@ def test_each_process_of_dev_comes_back_after_sigkill(tmp_path: Path) -> None:
             wait_until(partial(find, dev, tmp_path / "home", pattern), f"{name}: {text()}")
             victim = find(dev, tmp_path / "home", pattern)
             assert victim is not None, name
-            told = text().count("started again")
+            told = text().count("restarting it")
             victim.kill()
-            wait_until(partial(says_more_often, text, "started again", told), f"{name}: {text()}")
+            wait_until(partial(says_more_often, text, "restarting it", told), f"{name}: {text()}")
             wait_until(lambda: is_up(url), f"{name}: {text()}")
             assert process.poll() is None, name
     finally:
