@@ -72,6 +72,23 @@ def test_a_process_whose_child_is_killed_is_started_again(supervisor: Supervisor
     assert {parent.pid, child.pid} & {process.pid for process in children()} == set()
 
 
+def test_a_process_whose_child_is_killed_between_two_checks_is_started_again(
+    supervisor: Supervisor, sentences: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fhir_assets.cli.supervisor._CHECKS_BEFORE_CHILD", 3)
+    supervisor.start(Service("The code server", [sys.executable, "-c", PARENT], needs_child=True))
+    wait_until(lambda: len(children()) == 2)
+    _, child = children()
+    child.kill()
+    wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    for _ in range(2):
+        supervisor.check()
+    assert sentences == [], "it may be starting"
+    supervisor.check()
+    assert len(sentences) == 1
+    wait_until(lambda: len(children()) == 2)
+
+
 def test_the_children_of_a_killed_process_end_with_it(supervisor: Supervisor, sentences: list[str]) -> None:
     supervisor.start(Service("The code server", [sys.executable, "-c", PARENT]))
     wait_until(lambda: len(children()) == 2)

@@ -26,6 +26,11 @@ MAX_SHORT_LIVES = 5
 _CHECKS_WITHOUT_CHILD = 5
 """A process that needs a child is restarted after this many consecutive checks without one."""
 
+_CHECKS_BEFORE_CHILD = 60
+"""As ``_CHECKS_WITHOUT_CHILD``, for a process that no check has seen with a child: it may be starting, or its child may
+have ended between two checks.
+"""
+
 
 @dataclass(frozen=True)
 class Service:
@@ -61,8 +66,8 @@ class _Running:
         except psutil.NoSuchProcess:
             alive = False
         self.had_child |= alive
-        self.checks_without_child = 0 if alive or not self.had_child else self.checks_without_child + 1
-        return self.checks_without_child < _CHECKS_WITHOUT_CHILD
+        self.checks_without_child = 0 if alive else self.checks_without_child + 1
+        return self.checks_without_child < (_CHECKS_WITHOUT_CHILD if self.had_child else _CHECKS_BEFORE_CHILD)
 
 
 class Supervisor:
