@@ -34,7 +34,7 @@ def migrate(
     step = RebuildStep(warehouse.connect, views.views, on_progress=_ProgressPrinter())
     rebuilt = step.run(drop_columns=apply_view_changes, cascade=cascade)
     with warehouse.connect() as conn:
-        refused = view_tables.refresh_marts(conn)
+        refused = view_tables.refresh_marts(conn, retry_refused=True)
         foreign_keys.apply(conn, views.views, wanted=settings.fhir_foreign_keys)
         roles.grant_rights(conn)
         missing_roles = roles.list_missing_roles(conn)

@@ -16,6 +16,7 @@ from fhir_assets.fhir.views import View, parse_view
 from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.ops import encryption_secret
+from fhir_assets.warehouse.postgres.db import roles
 from fhir_assets.warehouse.postgres.db.connections import Session, connect
 from fhir_assets.warehouse.postgres.tables import marts, view_tables
 from fhir_assets_tests.support.shipped_views import views, views_of_type
@@ -309,3 +310,49 @@ def test_a_mart_that_was_dropped_or_changed_is_made_again(conn: Session) -> None
     view_tables.refresh_marts(conn)
     [(after,)] = select(conn, "SELECT 'marts.patient_current'::regclass::oid")
     assert before != after
+
+
+MINE = "CREATE VIEW marts.patient_current AS SELECT id, multiple_birth_boolean AS twin FROM fhir.patient"
+
+
+@pytest.mark.parametrize("kind", ["VIEW", "MATERIALIZED VIEW", "TABLE"])
+def test_a_relation_of_a_user_with_the_name_of_a_mart_stays_and_the_mart_is_made_when_it_is_renamed(
+    conn: Session, kind: str
+) -> None:
+    conn.execute(f"CREATE {kind} marts.patient_current AS SELECT 1 AS mine".encode())
+    view_tables.ensure_tables(conn, [views()["patient"]])
+    view_tables.refresh_marts(conn)
+    roles.grant_rights(conn)
+    refused = view_tables.refresh_marts(conn, retry_refused=True)
+    assert re.search("fhir_assets did not create: rename it.*`fhir-assets migrate`", refused["patient_current"])
+    assert columns_of(conn, "marts.patient_current") == {"mine"}
+    conn.execute(f"ALTER {kind} marts.patient_current RENAME TO my_patients".encode())
+    assert view_tables.refresh_marts(conn, retry_refused=True) == {}
+    assert {"alive", "age"} <= columns_of(conn, "marts.patient_current")
+
+
+def test_the_view_of_a_user_with_the_name_of_a_mart_is_not_dropped_with_the_marts_of_a_table(conn: Session) -> None:
+    marts_of_patient = [mart for mart in marts.read_marts() if "patient" in mart.tables]
+    assert [mart.name for mart in marts_of_patient] == ["patient_current"]
+    view_tables.ensure_tables(conn, [views()["patient"]])
+    conn.execute("DROP VIEW marts.patient_current; DELETE FROM ops.marts; " + MINE)
+    conn.commit()
+    smaller = without(views()["patient"], "multiple_birth_boolean")
+    with pytest.raises(ViewError, match=r"view marts.patient_current depends on"):
+        view_tables.apply_changes(conn, [smaller])
+    conn.rollback()
+    assert columns_of(conn, "marts.patient_current") == {"id", "twin"}
+
+
+def test_a_refused_mart_is_tried_again_by_migrate_and_when_somebody_has_dropped_it(conn: Session) -> None:
+    view_tables.ensure_tables(conn, [without(views()["patient"], "multiple_birth_boolean")])
+    conn.execute("CREATE VIEW public.adults AS SELECT id FROM marts.patient_current WHERE age >= 18")
+    view_tables.ensure_tables(conn, [views()["patient"]])
+    conn.commit()
+    assert "adults" in view_tables.refresh_marts(conn, retry_refused=True)["patient_current"]
+    conn.execute("DROP VIEW public.adults")
+    assert view_tables.refresh_marts(conn, retry_refused=True) == {}
+    assert "multiple_birth_boolean" in columns_of(conn, "marts.patient_current")
+    conn.execute("UPDATE ops.marts SET refused = 'it is unchanged'; DROP VIEW marts.patient_current")
+    assert view_tables.refresh_marts(conn) == {}
+    assert list_marts(conn) == {"patient_current"}

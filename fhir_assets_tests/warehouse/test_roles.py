@@ -31,6 +31,7 @@ from fhir_assets_tests.support.key_rotation import (
     load_people,
     open_store_in,
 )
+from fhir_assets_tests.support.shipped_views import views_of_type
 from fhir_assets_tests.support.views import column, load, patient, view
 
 KEY = new_key()
@@ -228,6 +229,23 @@ def test_other_rights_are_revoked(conn: Connection) -> None:
     conn.execute("GRANT UPDATE ON ops.audit_log TO fhir_loader")
     roles.grant_rights(conn)
     assert conn.execute("SELECT has_table_privilege('fhir_loader', 'ops.audit_log', 'UPDATE')").fetchone() == (False,)
+
+
+def test_only_views_that_we_created_in_schema_marts_get_rights(conn: Session) -> None:
+    conn.execute("CREATE VIEW marts.mine AS SELECT * FROM fhir.resource")
+    conn.execute("CREATE MATERIALIZED VIEW marts.stored AS SELECT 1 AS id")
+    conn.execute("CREATE TABLE marts.notes (id int PRIMARY KEY)")
+    view_tables.ensure_tables(conn, views_of_type("Patient"))
+    roles.grant_rights(conn)
+    rows = conn.execute(
+        """
+        SELECT relname
+        FROM pg_class
+        WHERE relnamespace = 'marts'::regnamespace
+            AND (relowner = 'fhir_loader'::regrole OR has_table_privilege('fhir_reader', oid, 'SELECT'))
+        """
+    ).fetchall()
+    assert rows == [("patient_current",)]
 
 
 @pytest.mark.slow

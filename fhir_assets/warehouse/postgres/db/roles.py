@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from psycopg import sql
 
 from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.db.schema_state import sql_folder
 
 READER, OPERATOR, LOADER = "fhir_reader", "fhir_operator", "fhir_loader"
 ROLES = (READER, OPERATOR, LOADER)
@@ -76,7 +77,7 @@ def grant_rights(conn: Connection) -> None:
     )
     grantable = _list_grantable_tables(conn, "fhir")
     grant_view_rights(conn, [name for (name,) in tables if name in grantable])
-    grant_mart_rights(conn, sorted(_list_grantable_tables(conn, "marts")))
+    grant_mart_rights(conn, sorted(list_own_marts(conn) & _list_grantable_tables(conn, "marts")))
 
 
 def grant_view_rights(conn: Connection, tables: Iterable[str]) -> None:
@@ -91,6 +92,27 @@ def grant_view_rights(conn: Connection, tables: Iterable[str]) -> None:
             # The role owns the table, so that every loader can alter it when its view gets a new column.
             if _may_transfer_ownership(conn):
                 _execute(conn, "ALTER TABLE {} OWNER TO {}", table, sql.Identifier(LOADER))
+
+
+def list_own_marts(conn: Connection) -> frozenset[str]:
+    """Return the views of schema ``marts`` that fhir_assets created, not those of users.
+
+    The files of ``sql/marts`` name them, and ``ops.marts`` records that they were created: the definition of one that
+    could not be created ends with ``!``.
+    """
+    rows = conn.execute(
+        """
+        SELECT m.name
+        FROM ops.marts m
+        JOIN pg_class c ON c.relname = m.name
+        WHERE c.relnamespace = 'marts'::regnamespace
+            AND c.relkind = 'v'
+            AND m.name = ANY(%s)
+            AND right(m.definition, 1) <> '!'
+        """,
+        [[path.stem for path in (sql_folder() / "marts").glob("*.sql")]],
+    )
+    return frozenset(name for (name,) in rows)
 
 
 def grant_mart_rights(conn: Connection, marts: Iterable[str]) -> None:

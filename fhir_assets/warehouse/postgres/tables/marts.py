@@ -1,7 +1,8 @@
 """The marts: SQL views of ``sql/marts`` over the tables of ViewDefinitions, in schema ``marts``.
 
 A mart exists as soon as its tables exist. It is dropped before a column that it may read is dropped, and created again
-afterwards, so that it never prevents a change of a table. Views that users create on a mart are not changed.
+afterwards, so that it never prevents a change of a table. Views that users create, on a mart or in this schema, are not
+changed: a mart whose name a relation of a user has is refused.
 
 The first comment lines of a file describe the view; a line ``-- name: …`` describes a column.
 """
@@ -64,49 +65,49 @@ def drop_marts_of(conn: Connection, table: str, *, cascade: bool) -> None:
     ``cascade`` also drops relations that depend on the marts; without it, psycopg's DependentObjectsStillExist is
     raised if there are any.
     """
+    own = roles.list_own_marts(conn)
     for mart in read_marts():
-        if table in mart.tables:
+        if table in mart.tables and mart.name in own:
             drop = "DROP VIEW IF EXISTS {} CASCADE" if cascade else "DROP VIEW IF EXISTS {}"
             conn.execute(sql.SQL(drop).format(sql.Identifier(SCHEMA, mart.name)))
 
 
-def find_outdated(conn: Connection, changed_tables: Collection[str] = ()) -> list[tuple[Mart, bool]]:
+def find_outdated(
+    conn: Connection, changed_tables: Collection[str] = (), *, retry_refused: bool = False
+) -> list[tuple[Mart, bool]]:
     """Return the marts to create, each with whether an earlier form of it exists.
 
     A mart is returned if its tables exist and if it is missing, has changed, or reads one of ``changed_tables``. If the
-    current form of a mart could not be created, it is returned again only after a table has changed.
+    current form of a mart could not be created, it is returned again only after a table has changed, if somebody has
+    dropped its earlier form, or with ``retry_refused``.
     """
-    rows = conn.execute(
-        """
-        SELECT name, coalesce(m.definition, ''), m.refused IS NOT NULL, c.oid IS NOT NULL
-        FROM ops.marts m
-        FULL JOIN (
-            SELECT relname AS name, oid
-            FROM pg_class
-            WHERE relnamespace = %s::regnamespace
-                AND relkind = 'v'
-        ) c USING (name)
-        """,
-        [SCHEMA],
-    ).fetchall()
-    stored = {name: (definition, refused, exists) for name, definition, refused, exists in rows}
+    rows = conn.execute("SELECT name, definition, refused IS NOT NULL FROM ops.marts").fetchall()
+    stored = {name: (definition, refused) for name, definition, refused in rows}
+    own = roles.list_own_marts(conn)
     tables = _list_tables(conn)
     outdated = []
     for mart in read_marts():
-        definition, refused, exists = stored.get(mart.name, ("", False, False))
-        is_current = definition == mart.fingerprint and (exists or refused)
-        if mart.tables <= tables and not (is_current and mart.tables.isdisjoint(changed_tables)):
+        definition, refused = stored.get(mart.name, ("", False))
+        exists = mart.name in own
+        is_current = definition == _stamp(mart, exists=exists) and (exists or refused)
+        is_final = is_current and not (refused and retry_refused)
+        if mart.tables <= tables and not (is_final and mart.tables.isdisjoint(changed_tables)):
             outdated.append((mart, exists))
     return outdated
 
 
-def refresh(conn: Connection, changed_tables: Collection[str] = ()) -> None:
+def _stamp(mart: Mart, *, exists: bool) -> str:
+    """Return what is recorded as the definition of a mart. ``roles.list_own_marts`` reads whether it exists."""
+    return f"{mart.fingerprint}{'' if exists else '!'}"
+
+
+def refresh(conn: Connection, changed_tables: Collection[str] = (), *, retry_refused: bool = False) -> None:
     """Create the marts that ``find_outdated`` returns. Callers hold the lock of the schema.
 
     ``find_refused`` returns those that could not be created: a table of the deployment's own ViewDefinition lacks a
-    column, or a view of a user depends on the earlier form of the mart.
+    column, a view of a user depends on the earlier form of the mart, or a relation of a user has its name.
     """
-    for mart, exists in find_outdated(conn, changed_tables):
+    for mart, exists in find_outdated(conn, changed_tables, retry_refused=retry_refused):
         reason = None
         try:
             with conn.transaction():
@@ -114,6 +115,11 @@ def refresh(conn: Connection, changed_tables: Collection[str] = ()) -> None:
         except psycopg.errors.DependentObjectsStillExist as error:
             dependents = "; ".join((error.diag.message_detail or "").splitlines())
             reason = f"it is unchanged, because {dependents or 'another relation depends on it'}"
+        except psycopg.errors.DuplicateTable:
+            reason = (
+                "a relation of this name exists that fhir_assets did not create: rename it, then run "
+                "`fhir-assets migrate`"
+            )
         except psycopg.ProgrammingError as error:
             reason = error.diag.message_primary or type(error).__name__
         conn.execute(
@@ -125,7 +131,7 @@ def refresh(conn: Connection, changed_tables: Collection[str] = ()) -> None:
                 refused = excluded.refused,
                 applied_at = now()
             """,
-            [mart.name, mart.fingerprint, reason],
+            [mart.name, _stamp(mart, exists=exists or reason is None), reason],
         )
 
 

@@ -75,15 +75,16 @@ def apply_changes(conn: Session, views: Iterable[View], *, cascade: bool = False
     return _update_tables(conn, _build_layouts(conn, views), drop_columns=True, cascade=cascade)
 
 
-def refresh_marts(conn: Session) -> dict[str, str]:
+def refresh_marts(conn: Session, *, retry_refused: bool = False) -> dict[str, str]:
     """Create the marts that are missing or whose definition changed. Commits if ``conn`` is not in a transaction.
 
-    Return the marts that could not be created, each with the reason. Wait for loads only if a mart must be created.
+    With ``retry_refused``, also try those again that could not be created. Return the marts that could not be created,
+    each with the reason. Wait for loads only if a mart must be created.
     """
     with conn.transaction():
-        if marts.find_outdated(conn):
+        if marts.find_outdated(conn, retry_refused=retry_refused):
             lock_schema(conn)
-            marts.refresh(conn)
+            marts.refresh(conn, retry_refused=retry_refused)
         return marts.find_refused(conn)
 
 
