@@ -7,25 +7,18 @@ import subprocess
 from typing import Annotated
 
 import typer
-from psycopg.conninfo import conninfo_to_dict
+from psycopg import pq
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.postgres.db import embedded
 from fhir_assets.warehouse.postgres.db.connections import normalise_url
 
-_VARIABLES = {
-    "host": "PGHOST",
-    "port": "PGPORT",
-    "user": "PGUSER",
-    "password": "PGPASSWORD",
-    "dbname": "PGDATABASE",
-    "sslmode": "PGSSLMODE",
-    "sslrootcert": "PGSSLROOTCERT",
-}
-"""The parameters of the database's URL, and the environment variables through which psql receives them.
+_SECRETS = frozenset({"password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key"})
+"""The parameters that are not arguments of psql, because other users can read its command line.
 
-They are not arguments, because other users can read the password in a command line.
+psql receives the password as a variable, and asks for the passphrase of a key (``sslpassword``).
 """
 
 
@@ -64,12 +57,19 @@ def _find_program(settings: Settings) -> str:
 
 def _run(program: str, url: str, arguments: list[str]) -> int:
     parameters = conninfo_to_dict(normalise_url(url))
-    variables = {variable: str(parameters[name]) for name, variable in _VARIABLES.items() if parameters.get(name)}
+    known = {option.keyword.decode(): option.envvar for option in pq.Conninfo.get_defaults()}
+    # Variables as well, so that arguments such as -d open another database of the same server.
+    variables = {
+        variable.decode(): str(parameters[name])
+        for name, variable in known.items()
+        if variable and parameters.get(name)
+    }
+    conninfo = make_conninfo("", **{name: value for name, value in parameters.items() if name not in _SECRETS})
     # Only psql handles Ctrl-C, by cancelling its query. This process ignores it and waits until psql ends.
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return subprocess.run(
-            [program, *arguments],
+            [program, f"--dbname={conninfo}", *arguments],
             env={**os.environ, **variables},
             check=False,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

@@ -4,7 +4,7 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.storage.store import open_store
-from fhir_assets.warehouse.exports.export import Export
+from fhir_assets.warehouse.exports.export import Export, TypeExport
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.content import add, patient
 from fhir_assets_tests.support.deployment import Deploy, Deployment, deploy
@@ -230,3 +230,18 @@ def test_a_finished_or_failed_export_leaves_no_spool(loaded: Deployment, tmp_pat
     with pytest.raises(StoreError):
         fail_to_export(loaded, out, lambda writer: writer.write("x.ndjson", "Patient", fail))
     assert [path for path in out.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_resource_that_was_received_twice_does_not_hide_one_that_is_in_no_validated_partition(
+    loaded: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = TypeExport._read_validated
+
+    def read_without_p0_and_p2_twice(self: TypeExport) -> Iterator[Any]:
+        for found in read(self):
+            yield from {"p0": [], "p2": [found, found]}.get(found[1], [found])
+
+    monkeypatch.setattr(TypeExport, "_read_validated", read_without_p0_and_p2_twice)
+    export("Patient", "-o", str(tmp_path / "out"), "--valid")
+    ids = {resource["id"] for resource in lines(tmp_path / "out" / "Patient.valid.ndjson")}
+    assert ids == {f"p{n}" for n in range(10)}

@@ -7,7 +7,9 @@ import pytest
 
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.views import parse_view
-from fhir_assets.warehouse.postgres.db.connections import Session
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session, connect
+from fhir_assets.warehouse.postgres.db.schema_state import lock_schema
 from fhir_assets.warehouse.postgres.tables import foreign_keys, view_tables
 from fhir_assets_tests.support.shipped_views import views, views_of_type
 from fhir_assets_tests.support.views import load, patient, select
@@ -83,3 +85,22 @@ def test_a_server_without_such_keys_is_an_error_that_says_what_to_do() -> None:
     old = cast(Session, SimpleNamespace(info=SimpleNamespace(server_version=170_004)))
     with pytest.raises(ConfigurationError, match=r"needs Postgres 18, and this is 17.*Unset it"):
         foreign_keys.apply(old, [], wanted=True)
+
+
+@pytest.mark.usefixtures("enforcing")
+def test_keys_that_another_migrate_creates_while_this_one_waits_are_not_created_again(
+    conn: Session, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    people = views_of_type("Patient")
+    view_tables.ensure_tables(conn, people)
+    conn.commit()
+    replaced = "fhir_assets.warehouse.postgres.tables.foreign_keys.lock_schema"
+
+    def lock_after_another(waiting: Connection) -> None:
+        monkeypatch.setattr(replaced, lock_schema)
+        with connect(database, cipher=NO_ENCRYPTION) as other:
+            assert foreign_keys.apply(other, people, wanted=True) > 0
+        lock_schema(waiting)
+
+    monkeypatch.setattr(replaced, lock_after_another)
+    assert foreign_keys.apply(conn, people, wanted=True) == len(list_keys(conn))

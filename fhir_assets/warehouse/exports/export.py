@@ -5,7 +5,6 @@ Rows are streamed to a temporary file, which is stored under its name when it is
 
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -247,15 +246,18 @@ class TypeExport:
         patient, whose data is withheld. If a carry-over to other settings has set partitions aside, the resources that
         are in no validated partition follow, read from the tables.
         """
-        expected = Counter(count_by_window(self._conn, self._type, partition_keys=self._keys))
-        for line, _, version, is_stored in self._read_validated():
-            if is_stored:
-                expected[version.partition_key] -= 1
+        expected = count_by_window(self._conn, self._type, partition_keys=self._keys)
+        incomplete: dict[str, set[str]] = {key: set() for key in expected}
+        for line, identity, version, is_stored in self._read_validated():
+            key = version.partition_key
+            if is_stored and key in incomplete:
+                incomplete[key].add(identity)
+                if len(incomplete[key]) >= expected[key]:
+                    del incomplete[key]  # Of large exports, only the ids of few windows are in memory at a time.
             if is_stored or not self._export.withholding:
                 yield line
-        incomplete = sorted(key for key, count in expected.items() if count > 0)
         if incomplete:
-            yield from self._read_from_tables(incomplete)
+            yield from self._read_from_tables(sorted(incomplete))
 
     def _read_validated(self) -> Iterator[tuple[bytes, str, StoredVersion, bool]]:
         """Yield the validated lines of resources that are in the tables, with their ids and the versions there.

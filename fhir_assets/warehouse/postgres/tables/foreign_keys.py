@@ -36,10 +36,10 @@ def apply(conn: Session, views: Sequence[View], *, wanted: bool) -> int:
             "would refuse every row whose target is not in the tables. Unset it, or upgrade Postgres"
         )
     with conn.transaction():
-        existing = _list_existing(conn)
-        if not wanted and not existing:
+        if not wanted and not _list_existing(conn):
             return 0
         lock_schema(conn)
+        existing = _list_existing(conn)
         keys = _build_keys(conn, views) if wanted else {}
         for table, name in sorted(existing - set(keys)):
             conn.execute(
