@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet as arrow_parquet
 
 from fhir_assets.deployment.store import build_blobs
-from fhir_assets.errors import ConfigurationError
+from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.fhir.intake import formulas, visits_csv
 from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
@@ -135,14 +135,15 @@ def test_empty_text_differs_from_null_and_a_code_keeps_its_zeros(conn: Session, 
 
 
 def test_a_csv_file_for_excel_begins_with_a_mark_and_keeps_codes_as_text(conn: Session, tmp_path: Path) -> None:
-    codes = ["0123", "1E5", "3-4", "MAR1", "123456789012345678", "Ö", "=1"]
+    codes = ["0123", "1E5", "3-4", "MAR1", "1-Mar", "2-SEP", "10-Dec", "FALSE", "true", "123456789012345678"]
+    codes += ["Ö", "Mar", "=1"]
     load(conn, *(row(f"p{n}", code, "1.50") for n, code in enumerate(codes)), views=(CELLS,))
     path = export(conn, tmp_path, "csv", excel=True)
     assert path.read_bytes().startswith(b"\xef\xbb\xbf")
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = {cells["id"]: cells for cells in csv.DictReader(file)}
     notes = [rows[f"p{n}"]["note"] for n in range(len(codes))]
-    assert notes == [*(f'="{code}"' for code in codes[:5]), "Ö", "'=1"]
+    assert notes == [*(f'="{code}"' for code in codes[:10]), "Ö", "Mar", "'=1"]
     assert {cells["price"] for cells in rows.values()} == {"1.50"}
     assert not export(conn, tmp_path, "csv").read_bytes().startswith(b"\xef\xbb\xbf")
 
@@ -153,7 +154,11 @@ def test_a_number_keeps_its_digits_in_ndjson(conn: Session, tmp_path: Path) -> N
 
 
 PRICES = ["1224.75", "0.1", "0.2", "-5", "1.100"]
-BEYOND = {"long": "1.12345678901234567890123", "large": "123456789012345678901234.5"}
+BEYOND = {
+    "long": "1.12345678901234567890123",
+    "large": "123456789012345678901234.5",
+    "rounded up": "99999999999999999999.9999999999999999999",
+}
 
 
 def test_a_sum_of_decimals_in_parquet_is_exact(conn: Session, tmp_path: Path) -> None:
@@ -169,7 +174,7 @@ def test_a_decimal_that_does_not_fit_is_not_lost(conn: Session, tmp_path: Path) 
     rows = {found["id"]: found for found in arrow_parquet.read_table(export(conn, tmp_path, "parquet")).to_pylist()}
     assert {key: json.loads(rows[key]["_exact_decimals"])["price"] for key in BEYOND} == BEYOND
     assert rows["long"]["price"] == Decimal("1.123456789012345679")
-    assert rows["large"]["price"] is None
+    assert rows["large"]["price"] is rows["rounded up"]["price"] is None
     assert (rows["fits"]["price"], rows["fits"]["_exact_decimals"]) == (Decimal("1.5"), None)
 
 
@@ -189,6 +194,30 @@ def test_a_text_that_no_cell_of_excel_holds_is_an_error_that_names_the_column(co
     load(conn, row("a", "x" * 40_000), views=(CELLS,))
     with pytest.raises(ConfigurationError, match="column note has a text of 40,000 characters"):
         export(conn, tmp_path, "xlsx")
+
+
+def test_an_excel_file_may_be_larger_than_a_zip_file_without_extensions(
+    conn: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("xlsxwriter")
+    load(conn, row("a", "x" * 2_000), views=(CELLS,))
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1_000)
+    assert zipfile.is_zipfile(export(conn, tmp_path, "xlsx"))
+
+
+def test_an_excel_file_that_cannot_be_written_is_an_error_of_the_store_and_leaves_no_file(
+    conn: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    xlsxwriter = pytest.importorskip("xlsxwriter")
+
+    def fail(workbook: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    load(conn, row("a", "x"), views=(CELLS,))
+    monkeypatch.setattr(xlsxwriter.Workbook, "_store_workbook", fail)
+    with pytest.raises(StoreError, match=r"cannot write cells\.xlsx of the export: No space left on device"):
+        export(conn, tmp_path, "xlsx")
+    assert list((tmp_path / "out").rglob("*")) == []
 
 
 def update(conn: Session, folder: Path) -> writer.LakeUpdate:

@@ -20,9 +20,12 @@ _BYTE_ORDER_MARK = "\ufeff"
 
 _MONTHS = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"
 _looks_numeric = re.compile(
-    rf"[\d.,][\d.,:/ -]*(?:[eE][+-]?\d+)?%?|(?:\d{{1,2}}[-/ ]?)?(?:{_MONTHS})[a-z]*[-/ .]?\d{{1,4}}", re.IGNORECASE
+    r"[\d.,][\d.,:/ -]*(?:[eE][+-]?\d+)?%?|true|false"
+    rf"|(?:{_MONTHS})[a-z]*[-/ .]?\d{{1,4}}"
+    rf"|\d{{1,2}}[-/ ]?(?:{_MONTHS})[a-z]*(?:[-/ .]?\d{{1,4}})?",
+    re.IGNORECASE,
 ).fullmatch
-"""Whether a spreadsheet may interpret a text as a number, a date or a time."""
+"""Whether a spreadsheet may interpret a text as a number, a date, a time or a truth value."""
 
 
 def write(file: BinaryIO, columns: Sequence[TableColumn], rows: Iterable[Sequence[Any]], *, excel: bool = False) -> int:

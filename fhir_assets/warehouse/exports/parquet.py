@@ -31,7 +31,8 @@ EXACT_COLUMN = "_exact_decimals"
 
 _LIMIT = Decimal(10) ** (PRECISION - SCALE)
 _UNIT = Decimal(1).scaleb(-SCALE)
-_CONTEXT = Context(prec=PRECISION)
+_CONTEXT = Context(prec=PRECISION + 1)
+"""One digit more than fits, because rounding may carry: 99….9 becomes 100….0."""
 
 _Converter = Callable[[Any], Any]
 

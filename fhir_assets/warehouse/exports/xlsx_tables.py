@@ -4,10 +4,12 @@ Numbers of more than 15 digits, times, and dates before 1900 are text, because E
 most 1,048,576 rows; further rows are on further sheets.
 """
 
+import errno
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fhir_assets.errors import ConfigurationError
@@ -24,11 +26,21 @@ _FIRST_DATE = date(1900, 3, 1)
 def write(path: Path, columns: Sequence[TableColumn], rows: Iterable[Sequence[Any]]) -> int:
     """Write a header and rows, whose values are in the order of ``columns``. Return the number of rows.
 
-    Raises ConfigurationError if a text is too long for a cell, or if xlsxwriter is not installed.
+    Raises ConfigurationError if a text is too long for a cell, or if xlsxwriter is not installed. Raises OSError if the
+    file cannot be written. Temporary files are in a folder beside it, which is deleted in any case.
     """
-    workbook = _import_xlsxwriter().Workbook(
-        str(path), {"constant_memory": True, "tmpdir": str(path.parent), "in_memory": False}
-    )
+    xlsxwriter = _import_xlsxwriter()
+    with TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as folder:
+        try:
+            options = {"constant_memory": True, "tmpdir": folder, "in_memory": False}
+            return _write(xlsxwriter.Workbook(str(path), options), columns, rows)
+        except xlsxwriter.exceptions.XlsxWriterException as error:
+            cause = next(iter(error.args), None)
+            raise (cause if isinstance(cause, OSError) else OSError(errno.EIO, str(error))) from None
+
+
+def _write(workbook: Any, columns: Sequence[TableColumn], rows: Iterable[Sequence[Any]]) -> int:
+    workbook.use_zip64()
     count = 0
     try:
         bold = workbook.add_format({"bold": True})
@@ -89,6 +101,7 @@ def _format(column_type: str, value: Any) -> str:
 def _import_xlsxwriter() -> Any:
     try:
         import xlsxwriter
+        import xlsxwriter.exceptions
     except ImportError:
         raise ConfigurationError("the format xlsx requires XlsxWriter: pip install 'fhir-assets[xlsx]'") from None
     return xlsxwriter
