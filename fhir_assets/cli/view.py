@@ -1,6 +1,7 @@
 """`fhir-assets view`: list and check ViewDefinitions, and run them over files without a database."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -113,7 +114,9 @@ def _load_others(path: Path) -> Mapping[str, View]:
             return {}
     except ViewError:
         return {}
-    others = load_views(find_view_folders(load_settings()), leave_out={path, path.resolve()})
+    settings = load_settings()
+    validate = partial(build_layout, encrypted=settings.encrypts)
+    others = load_views(find_view_folders(settings), leave_out={path}, validate=validate)
     return {view.name: view for view in others.views}
 
 

@@ -1,10 +1,11 @@
 """The ViewDefinitions of a deployment: the shipped ones and those of FHIR_VIEWS."""
 
+from functools import partial
 from pathlib import Path
 
-from fhir_assets.errors import ConfigurationError, ViewError
+from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.references import Bases, normalize_bases
-from fhir_assets.fhir.views import BrokenView, View, ViewSet, load_views
+from fhir_assets.fhir.views import ViewSet, load_views
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.postgres.db.schema_state import sql_folder
 from fhir_assets.warehouse.postgres.tables.layout import build_layout
@@ -17,17 +18,8 @@ def build_views(settings: Settings) -> ViewSet:
     ConfigurationError if the folder of FHIR_VIEWS does not exist. Absolute references get keys if they begin with
     FHIR_BASE_URL or FHIR_LINK_BASE, through any ingestion channel; references to other servers get none.
     """
-    loaded = load_views(find_view_folders(settings), find_reference_bases(settings))
-    views: list[View] = []
-    broken = list(loaded.broken)
-    for view in loaded.views:
-        try:
-            build_layout(view, encrypted=settings.encrypts)
-        except ViewError as error:
-            broken.append(BrokenView(view.path or Path(view.name), f"{view.path}: {error}"))
-        else:
-            views.append(view)
-    return ViewSet(tuple(views), tuple(broken))
+    validate = partial(build_layout, encrypted=settings.encrypts)
+    return load_views(find_view_folders(settings), find_reference_bases(settings), validate=validate)
 
 
 def find_view_folders(settings: Settings) -> list[Path]:

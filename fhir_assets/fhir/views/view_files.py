@@ -1,6 +1,6 @@
 """Load ViewDefinitions from files and folders. An invalid file does not prevent the other files from loading."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -95,14 +95,27 @@ def _parse(path: Path, content: bytes) -> View | dict[str, Any]:
     return definition if EXTENDS in definition else parse_view(definition, path)
 
 
-def load_views(folders: Sequence[Path], reference_bases: Bases = None, *, leave_out: Collection[Path] = ()) -> ViewSet:
+def load_views(
+    folders: Sequence[Path],
+    reference_bases: Bases = None,
+    *,
+    leave_out: Collection[Path] = (),
+    validate: Callable[[View], object] = lambda _: None,
+) -> ViewSet:
     """Load every ``*.json`` file of the folders but those of ``leave_out``.
 
-    A view whose name another view already has is reported as broken, unless it extends that view. Views that extend
-    others are read after the others, in the order of the files. Absolute references have keys only if they begin with
-    one of ``reference_bases``; None: any.
+    A view whose name another view already has is reported as broken, unless it extends that view; so is one for which
+    ``validate`` raises ViewError, and the view that it extends stays as it was. Views that extend others are read after
+    the others, in the order of the files. Absolute references have keys only if they begin with one of
+    ``reference_bases``; None: any.
     """
-    paths = [path for folder in folders for path in sorted(folder.glob("*.json")) if path not in leave_out]
+    excluded = {path.resolve() for path in leave_out}
+    paths = [
+        path
+        for folder in folders
+        for path in sorted(folder.glob("*.json"))
+        if not (excluded and path.resolve() in excluded)
+    ]
     parsed: list[tuple[Path, View | dict[str, Any]]] = []
     broken: dict[Path, str] = {}
     for path in paths:
@@ -120,6 +133,11 @@ def load_views(folders: Sequence[Path], reference_bases: Bases = None, *, leave_
         if view.name in views and (isinstance(content, View) or content[EXTENDS] != view.name):
             other = views[view.name].path
             broken[path] = f'{path}: name: "{view.name}" is already the name of the view in {other}'
+            continue
+        try:
+            validate(view)
+        except ViewError as error:
+            broken[path] = f"{path}: {error}"
         else:
             views[view.name] = view
     return ViewSet(

@@ -99,6 +99,18 @@ def test_a_shipped_view_is_extended_in_the_folder_of_ones_own(tmp_path: Path) ->
     assert len(views.views) == len(build_views(load_settings()).views)
 
 
+def test_an_extension_whose_table_cannot_exist_leaves_the_shipped_view_as_it_was(tmp_path: Path) -> None:
+    tag = {"name": "phi", "value": "scramble"}
+    path = write(tmp_path / "own", "a", {"extends": "patient", "select": [{"column": [TWIN | {"tag": [tag]}]}]})
+    write(tmp_path / "own", "b", {"extends": "patient", "select": [{"column": [TWIN | {"name": "twin_b"}]}]})
+    views = build_views(load_settings(fhir_views=tmp_path / "own"))
+    [broken] = views.broken
+    assert (broken.path, "phi is scramble" in broken.message, str(path) in broken.message) == (path, True, True)
+    [extended] = [view for view in views.views if view.name == "patient"]
+    assert [column.name for column in extended.columns][-1] == "twin_b"
+    assert "twin" not in {column.name for column in extended.columns}
+
+
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "own"
@@ -118,6 +130,17 @@ def test_a_file_that_extends_a_view_is_checked_with_it(own: Path) -> None:
     bad = write(own, "bad", {"extends": "patient", "select": [{"column": [TWIN | {"path": "multipleBirthh"}]}]})
     code, output = check(str(bad))
     assert (code, "select[0].column[0].path" in output) == (1, True)
+
+
+def test_a_file_of_a_relative_folder_is_checked_by_its_absolute_path(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(own.parent)
+    monkeypatch.setenv("FHIR_VIEWS", own.name)
+    good = write(own, "good", {"extends": "patient", "select": [{"column": [TWIN]}]})
+    for path in (good, good.relative_to(own.parent)):
+        code, output = check(str(path))
+        assert code == 0, output
 
 
 def test_all_views_of_a_folder_are_checked_at_once(own: Path) -> None:
