@@ -9,10 +9,12 @@ from typing import Any
 
 import orjson
 import pytest
+from typer.testing import CliRunner
 
+from fhir_assets.cli.main import app
 from fhir_assets.errors import ViewError
 from fhir_assets.fhir.record import Record
-from fhir_assets.fhir.views import View, parse_view
+from fhir_assets.fhir.views import View, ViewSet, parse_view
 from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.ops import encryption_secret
@@ -355,4 +357,24 @@ def test_a_refused_mart_is_tried_again_by_migrate_and_when_somebody_has_dropped_
     assert "multiple_birth_boolean" in columns_of(conn, "marts.patient_current")
     conn.execute("UPDATE ops.marts SET refused = 'it is unchanged'; DROP VIEW marts.patient_current")
     assert view_tables.refresh_marts(conn) == {}
+    assert list_marts(conn) == {"patient_current"}
+
+
+def test_migrate_makes_a_mart_whose_name_has_become_free(
+    conn: Session, database: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    conn.execute("CREATE TABLE marts.patient_current (id text PRIMARY KEY)")
+    conn.commit()
+    monkeypatch.setenv("DB_URL", database)
+    monkeypatch.setenv("FHIR_ASSETS_HOME", str(tmp_path))
+    monkeypatch.setattr("fhir_assets.cli.migrate.build_views", lambda _: ViewSet((views()["patient"],), ()))
+    monkeypatch.setattr("fhir_assets.orchestration.instance.config.ensure_dagster_database", lambda _: database)
+
+    def migrate() -> str:
+        return CliRunner().invoke(app, ["migrate"], catch_exceptions=False).output
+
+    assert "marts.patient_current could not be created: a relation of this name exists" in migrate()
+    conn.execute("ALTER TABLE marts.patient_current RENAME TO mine")
+    conn.commit()
+    assert "could not be created" not in migrate()
     assert list_marts(conn) == {"patient_current"}
