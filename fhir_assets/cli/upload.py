@@ -6,7 +6,7 @@ import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
@@ -98,8 +98,11 @@ def upload(
     with (
         build_upload_client(settings, workers=workers, stop=stop) as client,
         _journal(settings, client, location) as journal,
+        ExitStack() as cleanup,
     ):
         downloads = settings.home / "uploads" / f"files-{_digest(location, client)}"
+        # Also after a failure: the copies are not encrypted. A resumed upload downloads them again.
+        cleanup.callback(shutil.rmtree, downloads, ignore_errors=True)
         folder = _open_folder(settings, location, downloads, quiet=json)
         print_fact = (lambda *_: None) if json else _print_fact
         print_fact("Source", f"{location}, {len(folder.names)} files")
@@ -133,7 +136,6 @@ def upload(
         raise typer.Exit(1)
     if journal.path:
         journal.path.unlink()
-    shutil.rmtree(downloads, ignore_errors=True)
 
 
 def _is_bucket(location: str) -> bool:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+import msgspec
+
 from fhir_assets.delivery.upload.journal import Failure, Journal
 from fhir_assets.delivery.upload.uploader import Uploader
 from fhir_assets.fhir import bundles
@@ -20,7 +22,7 @@ from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.storage.manifest import Delivered, Manifest, Part
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.ops import audit_log, dead_letter_resolution, dead_letters
+from fhir_assets.warehouse.ops import audit_log, checkpoints, dead_letter_resolution, dead_letters
 from fhir_assets.warehouse.ops.dead_letter_resolution import DeadLetterResolution
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.warehouse.postgres import resources
@@ -39,6 +41,14 @@ class DeliveredCounts:
     failed: int = 0
     superseded: int = 0
     not_in_tables: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryResult:
+    """The counts of each type, and by type the windows that have parts that were not in the tables yet."""
+
+    counts: dict[str, DeliveredCounts]
+    incomplete: Mapping[str, Sequence[str]]
 
 
 class DeliverStep:
@@ -63,25 +73,32 @@ class DeliverStep:
         self._batch_size = batch_size
         self._workers = workers
 
-    def deliver(self, keys_by_type: Mapping[str, Sequence[str]]) -> dict[str, DeliveredCounts]:
-        """Send the parts of the windows of each type that this server has not received yet.
+    def deliver(self, keys_by_type: Mapping[str, Sequence[str]]) -> DeliveryResult:
+        """Send the loaded parts of the windows of each type that this server has not received yet.
 
+        Parts that another process has validated and not loaded yet stay undelivered: their windows are ``incomplete``.
         With a refresh other than MISSING, send all parts, except for resources that are unchanged on the server.
         Resources that the server refuses become dead letters of stage ``deliver``. Raises ServerUnavailable,
         ServerRefused, NotFhir, DatabaseUnavailable or StoreError; the windows then remain undelivered.
         """
         counts = {name: DeliveredCounts() for name in keys_by_type}
-        manifests = [
+        validated = [
             manifest
             for name in bundles.sort_types(list(keys_by_type))
             for manifest in self._store.manifests("validated", name, keys_by_type[name])
         ]
+        manifests = self._select_loaded(validated)
+        incomplete: dict[str, list[str]] = {}
+        for found, loaded in zip(validated, manifests, strict=True):
+            if found.parts != loaded.parts:
+                incomplete.setdefault(found.resource_type, []).append(found.partition_key)
+        result = DeliveryResult(counts, incomplete)
         pending = {part.name: (part, manifest) for manifest in manifests for part in self._pending_parts(manifest)}
         steps: dict[str, dict[str, int]] = {}
         for part, manifest in pending.values():
             steps.setdefault(manifest.resource_type, {})[part.name] = part.rows
         if not steps:
-            return counts
+            return result
         self._client.capabilities()
         recorded_before = dead_letter_resolution.next_record_number(self._connect)
         with self._connect() as conn, Journal(cipher=self._store.cipher) as journal:
@@ -99,13 +116,27 @@ class DeliverStep:
                 skip_unchanged=self._refresh is not Refresh.MISSING,
             ).upload(steps, read)
             for name, total in journal.count_resources().items():
-                for result, count in total.items():
-                    setattr(counts[name], result, count)
+                for outcome, count in total.items():
+                    setattr(counts[name], outcome, count)
             self._record_failures(journal, {name: manifest.partition_key for name, (_, manifest) in pending.items()})
         self._record_delivery(
             [manifest for manifest in manifests if manifest.resource_type in steps], counts, recorded_before
         )
-        return counts
+        return result
+
+    def _select_loaded(self, manifests: Sequence[Manifest]) -> list[Manifest]:
+        """Return the manifests with the loaded parts only."""
+        keys: dict[str, list[str]] = {}
+        for manifest in manifests:
+            keys.setdefault(manifest.resource_type, []).append(manifest.partition_key)
+        with self._connect() as conn:
+            loaded = {name: checkpoints.get_loaded_parts(conn, name, found) for name, found in keys.items()}
+        selected = []
+        for manifest in manifests:
+            names = loaded[manifest.resource_type].get(manifest.partition_key, frozenset())
+            parts = tuple(part for part in manifest.parts if part.name in names)
+            selected.append(msgspec.structs.replace(manifest, parts=parts))
+        return selected
 
     def _pending_parts(self, manifest: Manifest) -> Sequence[Part]:
         """Return the parts of a window that this server has not received."""

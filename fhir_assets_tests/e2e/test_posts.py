@@ -9,16 +9,20 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.metrics.status import read_status
 from fhir_assets.orchestration.loads import load_windows
 from fhir_assets.orchestration.posts import loads
 from fhir_assets.orchestration.posts.loader import PostLoader
+from fhir_assets.pipeline.reconcile.verdicts import evaluate_windows
+from fhir_assets.pipeline.reconcile.window_counts import find_main_view
 from fhir_assets.pipeline.validate.step import ValidateStep
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets.warehouse.ops import landing_files, received
+from fhir_assets.warehouse.ops import held_windows, landing_files, received
 from fhir_assets_tests.support.api import Api, api_in_threads
 from fhir_assets_tests.support.consent_forms import build_consent, build_settings
+from fhir_assets_tests.support.content import materialize
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.interleaving import Killed
 from fhir_assets_tests.support.landing import land, load_received, receive, tick
@@ -269,6 +273,90 @@ def test_posts_are_delivered_by_the_next_run_after_their_load(deploy: Deploy, tm
         assert all(outcome.success for outcome in deployment.ingest(first=today, last=today))
         assert list(read_back(target.url, ["Patient"])) == ["Patient/old"]
         assert deployment.query("SELECT count(*) FROM ops.held_windows") == [(0,)]
+
+
+@pytest.mark.parametrize("reconciled", [True, False])
+def test_a_post_that_is_validated_and_not_loaded_is_not_recorded_as_delivered(
+    deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reconciled: bool
+) -> None:
+    with SandboxServer() as source, SandboxServer() as target:
+        deployment = deploy_hospital(
+            deploy, tmp_path, fhir_base_url=source.url, fhir_delivery_url=target.url, fhir_resource_types=("Patient",)
+        )
+        build_loads(deployment).create_tables()
+        today = datetime.now(UTC)
+
+        def deliver_before_the_load(*args: Any, **kwargs: Any) -> Any:
+            if reconciled:
+                deployment.query("UPDATE ops.window_verdicts SET reconciled = true, faults = '' RETURNING 1")
+            run = materialize(deployment, "delivered/patient", windows=["2024-01-05"])
+            assert run.success
+            return load_windows(*args, **kwargs)
+
+        with api_in_threads(deployment.settings) as api:
+            post_patient(api, "old", meta={"lastUpdated": "2024-01-05T12:00:00Z"})
+        monkeypatch.setattr(loads, "load_windows", deliver_before_the_load)
+        load_posts(deployment)
+        assert deployment.count_loaded() == {"Patient": 1}
+        assert read_back(target.url, ["Patient"]) == {}
+        assert deployment.query("SELECT count(*) FROM ops.held_windows") == [(1,)]
+        assert all(outcome.success for outcome in deployment.ingest(first=today, last=today))
+        assert list(read_back(target.url, ["Patient"])) == ["Patient/old"]
+
+
+def test_a_window_that_is_held_again_during_a_delivery_stays_held(deploy: Deploy, tmp_path: Path) -> None:
+    deployment = deploy_hospital(deploy, tmp_path)
+    with Warehouse(deployment.settings).connect() as conn:
+        held_windows.hold(conn, "there", "Patient", ["w1", "w2"], run_id="first")
+        conn.commit()
+        began = held_windows.read_clock(conn)
+        held_windows.hold(conn, "there", "Patient", ["w2"], run_id="second")
+        held_windows.release(conn, "there", "Patient", ["w1", "w2"], before=began)
+        assert held_windows.find_held(conn, "there", "Patient") == ["w2"]
+
+
+def test_a_window_from_which_posts_in_progress_are_left_out_gets_no_verdict(
+    deploy: Deploy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = deploy_hospital(deploy, tmp_path)
+    build_loads(deployment).create_tables()
+    verdicts: list[object] = []
+
+    def evaluate() -> None:
+        views = build_views(deployment.settings).views
+        keys = deployment.store.partition_keys("raw", "Patient")
+        with Warehouse(deployment.settings).connect() as conn:
+            evaluate_windows(conn, deployment.store, "Patient", keys, main_view=find_main_view(views, "Patient"))
+        verdicts.extend(verdict for (verdict,) in deployment.query("SELECT reconciled FROM ops.window_verdicts"))
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        evaluate()
+        return load_windows(*args, **kwargs)
+
+    monkeypatch.setattr(loads, "load_windows", look)
+    with api_in_threads(deployment.settings) as api:
+        post_patient(api, "a")
+    evaluate()
+    load_posts(deployment)
+    evaluate()
+    assert verdicts == [None, None, True]
+
+
+def test_a_post_in_a_batch_with_other_files_belongs_to_the_run_that_formed_the_batch(
+    deploy: Deploy, tmp_path: Path
+) -> None:
+    deployment = deploy_hospital(deploy, tmp_path)
+    with api_in_threads(deployment.settings) as api:
+        post_visit(api, 1)
+        post_visit(api, 2)
+    deployment.query("UPDATE ops.landing_files SET batch = 'x' RETURNING 1")
+    with Warehouse(deployment.settings).connect() as conn:
+        zone = conn.execute("SELECT DISTINCT zone FROM ops.landing_files").fetchall()[0][0]
+        assert len(landing_files.find_posted(conn, zone, limit=10)) == 2
+        conn.execute(
+            "UPDATE ops.landing_files SET posted = false WHERE name = (SELECT min(name) FROM ops.landing_files)"
+        )
+        assert landing_files.find_posted(conn, zone, limit=10) == []
 
 
 def test_a_window_reconciles_at_every_moment_of_the_load_of_a_post(

@@ -82,6 +82,7 @@ class Connector:
         self._delivery = delivery
         self._options = options
         self._channels = _Channels()
+        self._limited_failures: Counter[tuple[str, str]] = Counter()
         for name in sources:
             metrics.start_series(name)
 
@@ -143,8 +144,7 @@ class Connector:
         try:
             acknowledged = self._delivery.deliver(change)
         except TransientFailure as failure:
-            limit = min(failure.attempts or self._options.policy.attempts, self._options.policy.attempts)
-            if failure.server_wide or change.claim.attempts < limit:
+            if failure.server_wide or not self._is_last(change, failure):
                 return _Failed(change, failure)
             reason = "attempts-used-up" if failure.attempts is None else failure.code
             return Refused(change, reason, f"{failure} ({change.claim.attempts} attempts)", failure.status)
@@ -156,6 +156,7 @@ class Connector:
                 f"an unexpected error ({type(error).__name__}) occurred with this row: see the log of the connector"
             )
             return Refused(change, "defect", message, None)
+        self._limited_failures.pop((change.claim.source, change.claim.record_id), None)
         resource = acknowledged.delivered or change.delivered
         _log.info(
             "delivered",
@@ -164,6 +165,21 @@ class Connector:
                    "attempts": change.claim.attempts},
         )  # fmt: skip
         return acknowledged
+
+    def _is_last(self, change: Change, failure: TransientFailure) -> bool:
+        """Return whether a change has used up its attempts.
+
+        Failures with a limit of their own are counted apart, because the other attempts may have met an unavailable
+        server. They are counted in this process only.
+        """
+        record = (change.claim.source, change.claim.record_id)
+        if failure.attempts is not None:
+            self._limited_failures[record] += 1
+        last = change.claim.attempts >= self._options.policy.attempts
+        last |= failure.attempts is not None and self._limited_failures[record] >= failure.attempts
+        if last:
+            self._limited_failures.pop(record, None)
+        return last
 
     def _listen(self) -> None:
         """Wake the session at every notification. Polling finds changes whose notification was missed."""

@@ -20,34 +20,23 @@ def list_files(blobs: Blobs) -> list[ListedFile]:
 
 
 def download_files(blobs: Blobs, folder: Path, report: Callable[[ListedFile], None]) -> None:
-    """Copy the NDJSON files to ``folder``, readable by the user only, and remove other files from it.
+    """Copy the NDJSON files to ``folder``, readable by the user only, with their times of modification.
 
-    A file is not copied if the folder already has it with the same size and time of modification. ``report`` is called
-    with each file that is copied. Raises ConfigurationError if there is no file or the folder cannot be written, and
-    StoreError.
+    What an earlier download has left in ``folder`` is removed first. ``report`` is called with each file. Raises
+    ConfigurationError if there is no file or the folder cannot be written, and StoreError.
     """
     files = list_files(blobs)
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for path in set(folder.rglob("*")) - {folder / file.name for file in files}:
-            if path.is_file():
-                path.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, mode=0o700)
         for file in files:
             path = folder / file.name
             if not path.resolve().is_relative_to(folder.resolve()):
                 raise StoreError(f"{blobs.url}/{file.name}: the name of a file must not lead out of its folder")
-            if not _is_copied(path, file):
-                report(file)
-                _copy(blobs, file, path)
+            report(file)
+            _copy(blobs, file, path)
     except OSError as error:
         raise ConfigurationError(f"cannot write {folder}: {error.strerror}; free space, then run it again") from None
-
-
-def _is_copied(path: Path, file: ListedFile) -> bool:
-    if not path.is_file():
-        return False
-    stat = path.stat()
-    return stat.st_size == file.bytes and stat.st_mtime == file.modified.timestamp()
 
 
 def _copy(blobs: Blobs, file: ListedFile, path: Path) -> None:

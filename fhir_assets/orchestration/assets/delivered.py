@@ -76,6 +76,7 @@ def build_delivered_assets(
         with record_step(run, warehouse, list(selected)), client:
             apply_consent(settings, warehouse, views, run)
             with warehouse.connect() as conn:
+                started_at = held_windows.read_clock(conn)
                 outbound = {
                     name: select_outbound_windows(
                         conn,
@@ -97,10 +98,14 @@ def build_delivered_assets(
                 batch_size=settings.batch_size,
                 workers=settings.fhir_max_connections,
             )
-            counts = step.deliver({name: windows.ready for name, windows in outbound.items()})
+            result = step.deliver({name: windows.ready for name, windows in outbound.items()})
+            counts = result.counts
             with warehouse.connect() as conn:
                 for name, windows in outbound.items():
-                    held_windows.release(conn, destination, name, windows.ready)
+                    incomplete = result.incomplete.get(name, ())
+                    delivered_keys = set(windows.ready).difference(incomplete)
+                    held_windows.release(conn, destination, name, delivered_keys, before=started_at)
+                    held_windows.hold(conn, destination, name, incomplete, run_id=run.run_id)
                 refused = {name: dead_letters.count_unresolved(conn, name, "deliver") for name in selected}
             seconds = round(perf_counter() - started, 3)
             for name, key in selected.items():

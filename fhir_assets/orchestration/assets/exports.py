@@ -61,6 +61,7 @@ def _build_export_asset(
             view_tables.ensure_tables(conn, views)
             conn.commit()
             destination = f"exports {settings.fhir_export_url}"
+            started_at = held_windows.read_clock(conn)
             outbound = select_outbound_windows(
                 conn,
                 store,
@@ -86,7 +87,7 @@ def _build_export_asset(
                 files_of_type = export.for_type(resource_type.name, outbound.ready)
                 files = [files_of_type.write_valid(), *(files_of_type.write_table(view, "parquet") for view in views)]
                 path = export.finish(unreconciled={resource_type.name: outbound.held})
-            held_windows.release(conn, destination, resource_type.name, outbound.ready)
+            held_windows.release(conn, destination, resource_type.name, outbound.ready, before=started_at)
             conn.commit()
         metadata = {
             "folder": dg.MetadataValue.path(path),

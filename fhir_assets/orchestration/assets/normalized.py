@@ -21,7 +21,7 @@ from fhir_assets.orchestration.window_metadata import PARTITION_ROW_COUNT, add_w
 from fhir_assets.pipeline.load.step import LoadResult
 from fhir_assets.pipeline.lost_manifests import require_manifests
 from fhir_assets.pipeline.reconcile.verdicts import evaluate_windows
-from fhir_assets.pipeline.reconcile.window_counts import find_main_view
+from fhir_assets.pipeline.reconcile.window_counts import find_main_view, list_windows
 from fhir_assets.pipeline.sources.binding import SourceBinding
 from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.settings import Settings
@@ -88,7 +88,7 @@ def _build_normalized_step(
         if not context.has_partition_key and not context.has_partition_key_range:
             # A run without partitions, which executes all checks of the table in the UI. It loads nothing.
             with sanitized_errors(), warehouse.connect() as conn:
-                counts = evaluate_windows(conn, store, name, store.partition_keys("raw", name), main_view=main_view)
+                counts = evaluate_windows(conn, store, name, list_windows(store, name), main_view=main_view)
                 yield from checks.evaluate(context, conn, counts, check_names)
             return
         run = RunContext.from_context(context, settings.window_scheme)

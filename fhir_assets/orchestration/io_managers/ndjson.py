@@ -1,17 +1,21 @@
 """The IO manager ``ndjson``: commits partitions of raw and validated, and passes their manifests to the next step."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import dagster as dg
 
 from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.errors import StoreError
 from fhir_assets.orchestration.failures import sanitized_errors
 from fhir_assets.orchestration.window_metadata import PARTITION_ROW_COUNT, ROW_COUNT, add_window_metadata
 from fhir_assets.pipeline.partition_commit import PartitionUpdate, commit_update
 from fhir_assets.pipeline.partition_rows import count_rows
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.store import Store, partition_folder
+
+_log = logging.getLogger(__name__)
 
 
 class NdjsonIOManager(dg.IOManager):
@@ -31,7 +35,7 @@ class NdjsonIOManager(dg.IOManager):
             if not manifests:
                 return
             newest = manifests[-1]
-            rows = count_rows(self._warehouse.connect, self._store, newest.layer, newest.resource_type)
+            rows = self._count_rows(newest)
         if len(context.asset_partition_keys) == 1:
             context.add_output_metadata({"run_windows_written": len(manifests)})
         url = self._store.blobs.url
@@ -44,8 +48,17 @@ class NdjsonIOManager(dg.IOManager):
             }
             for manifest in manifests
         }
-        metadata[newest.partition_key][ROW_COUNT] = rows
+        if rows is not None:
+            metadata[newest.partition_key][ROW_COUNT] = rows
         add_window_metadata(context.step_context, context.asset_key, metadata)
+
+    def _count_rows(self, manifest: Manifest) -> int | None:
+        """Return the row count of the asset of a manifest; None if a manifest of another window cannot be read."""
+        try:
+            return count_rows(self._warehouse.connect, self._store, manifest.layer, manifest.resource_type)
+        except StoreError as error:
+            _log.warning("the row count of the asset is unknown", extra={"reason": str(error)})
+            return None
 
     def load_input(self, context: dg.InputContext) -> Sequence[Manifest]:
         """Return the manifests of the run's partitions; a partition that was never written has no manifest."""

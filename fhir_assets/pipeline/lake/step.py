@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.reconcile.verdicts import evaluate_unreconciled_windows
-from fhir_assets.pipeline.reconcile.window_counts import find_main_view
+from fhir_assets.pipeline.reconcile.window_counts import find_main_view, list_windows
 from fhir_assets.storage.blobs import Blobs
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.lake import writer
@@ -48,7 +48,7 @@ class LakeStep:
         with self._connect() as conn:
             view_tables.ensure_tables(conn, views)
             conn.commit()
-            keys = self._store.partition_keys("raw", resource_type)
+            keys = list_windows(self._store, resource_type)
             evaluate_unreconciled_windows(conn, self._store, resource_type, keys, main_view=main_view)
             for view in views:
                 yield (

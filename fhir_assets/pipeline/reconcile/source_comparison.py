@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 from fhir_assets.fhir.record import Record, RejectedInput
 from fhir_assets.fhir.validation.primitives import is_id
 from fhir_assets.fhir.views import View
-from fhir_assets.pipeline.reconcile.window_counts import WindowCounts, find_main_view, reconcile
+from fhir_assets.pipeline.reconcile.window_counts import WindowCounts, find_main_view, list_windows, reconcile
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.warehouse.postgres.db.connections import Session
@@ -88,7 +88,7 @@ def compare_type(
 
     Raises the errors of the source, StoreError and DatabaseUnavailable.
     """
-    keys = sorted({key for layer in ("raw", "validated") for key in store.partition_keys(layer, resource_type)})
+    keys = list_windows(store, resource_type)
     windows = reconcile(conn, store, resource_type, keys, main_view=find_main_view(views, resource_type))
     unreconciled = tuple(window for window in windows if window.faults)
     checkpoint = checkpoints.get(conn, [resource_type]).get(resource_type)

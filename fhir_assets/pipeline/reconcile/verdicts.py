@@ -13,13 +13,16 @@ from fhir_assets.warehouse.postgres.db.connections import Session
 def evaluate_windows(
     conn: Session, store: Store, resource_type: str, partition_keys: Sequence[str], *, main_view: View | None
 ) -> list[WindowCounts]:
-    """Reconcile windows and record their verdicts. Return the counts, as ``reconcile`` does. Commits."""
+    """Reconcile windows and record their verdicts. Return the counts, as ``reconcile`` does. Commits.
+
+    A window from which posts in progress were left out gets no verdict: they, or other resources, may still be missing.
+    """
     keys = list(partition_keys)
     changes = window_verdicts.read_changes(conn, resource_type, keys)
     conn.commit()
     counts = reconcile(conn, store, resource_type, keys, main_view=main_view)
     conn.commit()
-    faults = {window.partition_key: window.faults for window in counts}
+    faults = {window.partition_key: window.faults for window in counts if window.faults or not window.in_progress}
     window_verdicts.record(conn, resource_type, faults, changes)
     conn.commit()
     return counts

@@ -66,6 +66,8 @@ class WindowCounts:
     """
     unreturned: int | None = 0
     """The number of resources that the source counts, but that none of its searches returns; None if it is unknown."""
+    in_progress: bool = False
+    """Whether posts that are being loaded were left out (see ``posts_in_progress``)."""
     versions: int | None = None
     """Distinct versions of the window in the tables; None if they were not counted."""
     notices: tuple[Notice, ...] = ()
@@ -152,6 +154,11 @@ def find_main_view(views: Sequence[View], resource_type: str) -> View | None:
     return main if main and not main.definition.get("where") else None
 
 
+def list_windows(store: Store, resource_type: str) -> list[str]:
+    """Return the keys of the windows that have a raw or a validated partition, in order. Raises StoreError."""
+    return sorted({key for layer in ("raw", "validated") for key in store.partition_keys(layer, resource_type)})
+
+
 def reconcile(
     conn: Session,
     store: Store,
@@ -173,7 +180,9 @@ def reconcile(
     raw = {m.partition_key: m for m in store.manifests("raw", resource_type, partition_keys)}
     to_load = _count_posts_to_load(conn, resource_type, raw, validated)
     now = datetime.now(UTC)
-    raw = {key: without_waiting_posts(manifest, validated.get(key), now) for key, manifest in raw.items()}
+    complete = raw
+    raw = {key: without_waiting_posts(manifest, validated.get(key), now) for key, manifest in complete.items()}
+    waiting = {key for key in raw if raw[key] != complete[key]}
     raw |= {key: _build_lost_manifest(manifest) for key, manifest in validated.items() if key not in raw}
     lines = _count_raw_lines(store, raw.values())
     not_loaded = reconciliation.count_unloaded(conn, resource_type, partition_keys)
@@ -196,6 +205,7 @@ def reconcile(
                 absent.get(key, AbsentCounts()).without(to_load.get(key, 0)),
                 lines[key],
             ),
+            in_progress=to_load.get(key, 0) > 0 or key in waiting,
             versions=versions.get(key, 0),
             lost=lost.get(key, 0),
             surplus=max(0, dead.get(key, 0) - rejected.get(key, 0)),

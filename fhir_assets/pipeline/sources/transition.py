@@ -18,7 +18,7 @@ from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.storage.aside import copy_aside, read_all_manifests, remove_manifest
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.ops import audit_log, runs, source_state
+from fhir_assets.warehouse.ops import audit_log, partition_rows, runs, source_state
 from fhir_assets.warehouse.ops.received import ReceivedWindow
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession
 
@@ -90,6 +90,7 @@ class SourceTransition:
             if effects & {Effect.WINDOWS, Effect.COVERAGE}:
                 source_state.remove_loaded_parts(conn)
                 received = source_state.request_received(conn)
+            self._forget_counts(conn)
             _refuse_started(conn)
             self._binding.rebind(conn)
         return TransitionResult((*map(str, changes), *problems), rearranged.set_aside, 0, received)
@@ -112,6 +113,7 @@ class SourceTransition:
             removed = source_state.remove_rows(conn)
             self._move_keys(conn, rearranged)
             received = source_state.request_received(conn)
+            self._forget_counts(conn)
             audit_log.record(conn, AuditRecord("delete", self._actor, count=removed, detail={"start": "anew"}))
             _refuse_started(conn)
             self._binding.rebind(conn)
@@ -131,6 +133,13 @@ class SourceTransition:
                 else:
                     source_state.remove_checkpoints(conn)
         self._move_keys(conn, rearranged)
+
+    def _forget_counts(self, conn: Connection) -> None:
+        """Make the row counts of the partitions that are left unknown: the next load counts them."""
+        partition_rows.forget_all(conn)
+        for layer in ("raw", "validated"):
+            for manifest in read_all_manifests(self._store, layer):
+                partition_rows.record(conn, layer, manifest.resource_type, {manifest.partition_key: None})
 
     def _move_keys(self, conn: Connection, rearranged: _Rearranged) -> None:
         if rearranged.old_keys:

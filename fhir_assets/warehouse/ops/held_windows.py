@@ -1,24 +1,34 @@
 """``ops.held_windows``: windows that a delivery or export held back, until a run includes them."""
 
 from collections.abc import Iterable
+from datetime import datetime
 
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 
 def hold(conn: Connection, destination: str, resource_type: str, partition_keys: Iterable[str], *, run_id: str) -> None:
-    """Record windows that a run held back. Records of earlier runs are not changed."""
+    """Record windows that a run held back, and when: ``held_at`` is the time of the last call."""
     conn.execute(
         """
-        INSERT INTO ops.held_windows (destination, resource_type, partition_key, run_id)
-        SELECT %(destination)s, %(type)s, unnest(%(keys)s::text[]), %(run)s
-        ON CONFLICT DO NOTHING
+        INSERT INTO ops.held_windows (destination, resource_type, partition_key, run_id, held_at)
+        SELECT %(destination)s, %(type)s, unnest(%(keys)s::text[]), %(run)s, clock_timestamp()
+        ON CONFLICT (source, destination, resource_type, partition_key) DO UPDATE SET held_at = excluded.held_at
         """,
         {"destination": destination, "type": resource_type, "keys": sorted(set(partition_keys)), "run": run_id},
     )
 
 
-def release(conn: Connection, destination: str, resource_type: str, partition_keys: Iterable[str]) -> None:
-    """Remove the records of windows that a run has included."""
+def read_clock(conn: Connection) -> datetime:
+    """Return the database's time, for ``release``. Call it before the windows are read."""
+    [(now,)] = conn.execute("SELECT clock_timestamp()").fetchall()
+    assert isinstance(now, datetime)
+    return now
+
+
+def release(
+    conn: Connection, destination: str, resource_type: str, partition_keys: Iterable[str], *, before: datetime
+) -> None:
+    """Remove the records of windows that a run has included, except of those that were held again since ``before``."""
     conn.execute(
         """
         DELETE FROM ops.held_windows
@@ -26,8 +36,9 @@ def release(conn: Connection, destination: str, resource_type: str, partition_ke
             AND destination = %s
             AND resource_type = %s
             AND partition_key = ANY(%s)
+            AND held_at < %s
         """,
-        [destination, resource_type, list(partition_keys)],
+        [destination, resource_type, list(partition_keys), before],
     )
 
 

@@ -122,8 +122,16 @@ def find_posted(conn: Connection, zone: str, *, limit: int) -> list[ReadyFile]:
     rows = conn.execute(
         """
         SELECT name, size, mark, written_at, batch, posted
-        FROM ops.landing_files
-        WHERE source = ops.current_source() AND zone = %s AND posted AND status = 'ready'
+        FROM ops.landing_files f
+        WHERE source = ops.current_source()
+            AND zone = %s
+            AND posted
+            AND status = 'ready'
+            -- A batch is received as a whole: one with other files belongs to the run that has formed it.
+            AND NOT EXISTS (
+                SELECT FROM ops.landing_files o
+                WHERE o.source = f.source AND o.zone = f.zone AND o.batch = f.batch AND NOT o.posted
+            )
         ORDER BY written_at, name
         LIMIT %s
         """,

@@ -46,6 +46,11 @@ def record_missing(conn: Connection, layer: str, resource_type: str, rows_by_par
     )
 
 
+def forget_all(conn: Connection) -> None:
+    """Remove the numbers of all partitions of the source."""
+    conn.execute("DELETE FROM ops.partition_rows WHERE source = ops.current_source()")
+
+
 def count_all(conn: Connection, layer: str, resource_type: str) -> tuple[int, list[str]]:
     """Return the number of resources in all partitions, and the keys of partitions whose number is unknown."""
     [row] = conn.execute(

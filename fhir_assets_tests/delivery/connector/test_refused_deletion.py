@@ -61,6 +61,27 @@ def test_it_is_deleted_if_what_referred_to_it_is_deleted_soon(ward: Ward) -> Non
     assert ward.reasons() == []
 
 
+def test_attempts_while_the_server_was_away_do_not_count(ward: Ward) -> None:
+    ward.admit("1")
+    ward.deliver()
+    arrived: list[str] = []
+
+    def intercept(request: ReceivedRequest) -> Reply | None:
+        if request.method != "DELETE":
+            return None
+        arrived.append(request.path)
+        if len(arrived) <= 6:
+            return reply(b"", 503)
+        return reply(REFUSAL, 409) if len(arrived) <= 8 else None
+
+    ward.server.intercept = intercept
+    ward.discharge()
+    ward.deliver()
+    assert len(arrived) == 9
+    assert ward.reasons() == []
+    assert ward.server.families() == {}
+
+
 def test_each_delivery_and_each_call_is_a_line_of_the_log_without_values(
     ward: Ward, caplog: pytest.LogCaptureFixture
 ) -> None:
