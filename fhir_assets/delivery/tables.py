@@ -18,6 +18,7 @@ from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.record import parse_stored, read_header
 from fhir_assets.pipeline.dead_letter_buffer import DeadLetterBuffer
 from fhir_assets.pipeline.partition_commit import rewrite_partitions
+from fhir_assets.pipeline.reconcile.posts_in_progress import has_recent_posts
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.storage.manifest import Delivered, Manifest, Part
@@ -74,9 +75,10 @@ class DeliverStep:
         self._workers = workers
 
     def deliver(self, keys_by_type: Mapping[str, Sequence[str]]) -> DeliveryResult:
-        """Send the loaded parts of the windows of each type that this server has not received yet.
+        """Send the parts of the windows of each type that this server has not received yet.
 
-        Parts that another process has validated and not loaded yet stay undelivered: their windows are ``incomplete``.
+        Parts that the post loader has validated and not loaded yet are left for a later delivery: their windows are
+        ``incomplete``.
         With a refresh other than MISSING, send all parts, except for resources that are unchanged on the server.
         Resources that the server refuses become dead letters of stage ``deliver``. Raises ServerUnavailable,
         ServerRefused, NotFhir, DatabaseUnavailable or StoreError; the windows then remain undelivered.
@@ -125,16 +127,23 @@ class DeliverStep:
         return result
 
     def _select_loaded(self, manifests: Sequence[Manifest]) -> list[Manifest]:
-        """Return the manifests with the loaded parts only."""
-        keys: dict[str, list[str]] = {}
+        """Return the manifests without the parts that the post loader is about to load."""
+        now = datetime.now(UTC)
+        keys_by_type: dict[str, list[str]] = {}
         for manifest in manifests:
-            keys.setdefault(manifest.resource_type, []).append(manifest.partition_key)
+            keys_by_type.setdefault(manifest.resource_type, []).append(manifest.partition_key)
+        loaded: dict[tuple[str, str], frozenset[str]] = {}
         with self._connect() as conn:
-            loaded = {name: checkpoints.get_loaded_parts(conn, name, found) for name, found in keys.items()}
+            for name, keys in keys_by_type.items():
+                raw = self._store.manifests("raw", name, keys)
+                recent = [found.partition_key for found in raw if has_recent_posts(found, now)]
+                if recent:
+                    parts_by_key = checkpoints.get_loaded_parts(conn, name, recent)
+                    loaded |= {(name, key): parts_by_key.get(key, frozenset()) for key in recent}
         selected = []
         for manifest in manifests:
-            names = loaded[manifest.resource_type].get(manifest.partition_key, frozenset())
-            parts = tuple(part for part in manifest.parts if part.name in names)
+            names = loaded.get((manifest.resource_type, manifest.partition_key))
+            parts = tuple(part for part in manifest.parts if names is None or part.name in names)
             selected.append(msgspec.structs.replace(manifest, parts=parts))
         return selected
 
