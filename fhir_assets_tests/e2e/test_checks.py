@@ -13,7 +13,7 @@ from fhir_assets.privacy.keys import new_key
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.support.content import add, encounter, patient
+from fhir_assets_tests.support.content import add, encounter, materialize, patient
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.search_server import SearchServer
 
@@ -319,6 +319,17 @@ def test_the_row_count_includes_partitions_whose_number_is_not_recorded(
     for asset, count in (("raw/patient", 30), ("validated/patient", 28)):
         assert read_metadata(deployment, asset)[f"{third:%Y-%m-%d}"]["dagster/row_count"] == count
     assert deployment.query("SELECT count(*) FROM ops.partition_rows WHERE row_count IS NULL") == [(0,)]
+
+
+def test_a_damaged_manifest_of_another_window_leaves_the_row_count_out(
+    deployment: Deployment, server: SandboxServer
+) -> None:
+    deployment.ingest(first=DAY, last=DAY)
+    deployment.query("UPDATE ops.partition_rows SET row_count = NULL RETURNING 1")
+    deployment.store.blobs.put(f"raw/patient/{DAY:%Y-%m-%d}/manifest.json", b"{")
+    second = DAY + timedelta(days=1)
+    assert materialize(deployment, "raw/patient", windows=[f"{second:%Y-%m-%d}"]).success
+    assert "dagster/row_count" not in read_metadata(deployment, "raw/patient")[f"{second:%Y-%m-%d}"]
 
 
 def read_log(deployment: Deployment, run_id: str) -> list[str]:
