@@ -29,11 +29,14 @@ FHIR_JSON = "application/fhir+json"
 _TRANSIENT_STATUSES = frozenset({401, 403, 408, 409, 423, 425, 429})
 _SERVER_WIDE_STATUSES = frozenset({401, 403, 429, 503})
 _PERMANENT_SERVER_ERRORS = frozenset({501, 505})
-_DELETION_ATTEMPTS = 5
-"""Attempts of a deletion that the server answers with 409.
+_REFERENCED_ATTEMPTS = 5
+"""Attempts of a deletion that the server answers with 409 and the element that refers to the resource.
 
-What refers to the resource may be deleted soon after it, for example by a change of the same transaction.
+What refers to it may be deleted soon after it, for example by a change of the same transaction.
 """
+
+_CONFLICT_ATTEMPTS = 10
+"""Attempts of a deletion that the server answers with 409 and no such element. HAPI answers a version conflict so."""
 
 _log = logging.getLogger(__name__)
 
@@ -210,7 +213,7 @@ class FhirServer:
                 f"the FHIR server refused the deletion with 409{f': {issues}' if issues else ''}: other resources may "
                 "still refer to the resource. Delete them, then replay this change",
                 server_wide=False,
-                attempts=_DELETION_ATTEMPTS,
+                attempts=_REFERENCED_ATTEMPTS if " at " in issues else _CONFLICT_ATTEMPTS,
                 status=status,
             )
         if status in _TRANSIENT_STATUSES or (status >= 500 and status not in _PERMANENT_SERVER_ERRORS):

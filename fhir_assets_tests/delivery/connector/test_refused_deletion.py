@@ -61,6 +61,25 @@ def test_it_is_deleted_if_what_referred_to_it_is_deleted_soon(ward: Ward) -> Non
     assert ward.reasons() == []
 
 
+def test_a_conflict_that_names_no_element_is_tried_ten_times(ward: Ward) -> None:
+    """HAPI answers so if another request has changed the resource in the meantime."""
+    ward.admit("1")
+    ward.deliver()
+    arrived: list[str] = []
+
+    def intercept(request: ReceivedRequest) -> Reply | None:
+        if request.method != "DELETE":
+            return None
+        arrived.append(request.path)
+        return reply(b"", 409)
+
+    ward.server.intercept = intercept
+    ward.discharge()
+    ward.deliver()
+    assert len(arrived) == 10
+    assert ward.reasons() == ["still-referenced"]
+
+
 def test_attempts_while_the_server_was_away_do_not_count(ward: Ward) -> None:
     ward.admit("1")
     ward.deliver()
