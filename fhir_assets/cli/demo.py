@@ -143,7 +143,7 @@ def _load(addresses: Path) -> None:
     report_failures(settings, failures)
     if failures:
         raise typer.Exit(1)
-    console.print("Tables: schema fhir, fhir-assets psql", markup=False)
+    console.print("Tables: fhir-assets psql (schema fhir)", markup=False)
     console.print("Dead letters: fhir-assets dead-letters list", markup=False)
 
 

@@ -1,6 +1,6 @@
 -- The last vital sign of each patient and code: observations of category vital-signs, by the time of the measurement.
 -- Observations that were entered in error or cancelled are left out; a status that is missing is kept.
--- An observation without a time comes before those with one.
+-- An observation without a time counts as older than those with one.
 -- Two observations have the same code if their LOINC codes are equal, or else system and code, or else the text.
 SELECT DISTINCT ON (
     o._source,

@@ -2,10 +2,12 @@
 
 import json
 import logging
+from collections.abc import Callable
 
 import pytest
 
 from fhir_assets_tests.support.hospital import MRN
+from fhir_assets_tests.support.patient_server import PatientServer
 from fhir_assets_tests.support.scripted_server import ReceivedRequest, Reply, reply
 from fhir_assets_tests.support.ward import Ward
 
@@ -23,23 +25,27 @@ REFUSAL = {
 }
 
 
-def refuse_deletions(times: int) -> tuple[list[str], object]:
-    """Return the deletions that arrived, and an intercept that refuses the first ones."""
+def answer_deletions(server: PatientServer, choose: Callable[[int], Reply | None]) -> list[str]:
+    """Answer the deletions of a server. ``choose`` gets the number of each; None lets the server execute it.
+
+    Return the paths of the deletions that arrive.
+    """
     arrived: list[str] = []
 
     def intercept(request: ReceivedRequest) -> Reply | None:
         if request.method != "DELETE":
             return None
         arrived.append(request.path)
-        return reply(REFUSAL, 409) if len(arrived) <= times else None
+        return choose(len(arrived))
 
-    return arrived, intercept
+    server.intercept = intercept
+    return arrived
 
 
 def test_it_is_a_dead_letter_after_five_attempts_and_names_what_refers_to_the_resource(ward: Ward) -> None:
     ward.admit("1")
     ward.deliver()
-    arrived, ward.server.intercept = refuse_deletions(100)  # type: ignore[assignment]
+    arrived = answer_deletions(ward.server, lambda _: reply(REFUSAL, 409))
     ward.discharge()
     ward.deliver(connector_max_attempts=20)
     assert len(arrived) == 5
@@ -53,7 +59,7 @@ def test_it_is_a_dead_letter_after_five_attempts_and_names_what_refers_to_the_re
 def test_it_is_deleted_if_what_referred_to_it_is_deleted_soon(ward: Ward) -> None:
     ward.admit("1")
     ward.deliver()
-    arrived, ward.server.intercept = refuse_deletions(3)  # type: ignore[assignment]
+    arrived = answer_deletions(ward.server, lambda number: reply(REFUSAL, 409) if number <= 3 else None)
     ward.discharge()
     ward.deliver()
     assert len(arrived) == 4
@@ -65,15 +71,7 @@ def test_a_conflict_that_names_no_element_is_tried_ten_times(ward: Ward) -> None
     """HAPI answers so if another request has changed the resource in the meantime."""
     ward.admit("1")
     ward.deliver()
-    arrived: list[str] = []
-
-    def intercept(request: ReceivedRequest) -> Reply | None:
-        if request.method != "DELETE":
-            return None
-        arrived.append(request.path)
-        return reply(b"", 409)
-
-    ward.server.intercept = intercept
+    arrived = answer_deletions(ward.server, lambda _: reply(b"", 409))
     ward.discharge()
     ward.deliver()
     assert len(arrived) == 10
@@ -83,17 +81,13 @@ def test_a_conflict_that_names_no_element_is_tried_ten_times(ward: Ward) -> None
 def test_attempts_while_the_server_was_away_do_not_count(ward: Ward) -> None:
     ward.admit("1")
     ward.deliver()
-    arrived: list[str] = []
 
-    def intercept(request: ReceivedRequest) -> Reply | None:
-        if request.method != "DELETE":
-            return None
-        arrived.append(request.path)
-        if len(arrived) <= 6:
+    def choose(number: int) -> Reply | None:
+        if number <= 6:
             return reply(b"", 503)
-        return reply(REFUSAL, 409) if len(arrived) <= 8 else None
+        return reply(REFUSAL, 409) if number <= 8 else None
 
-    ward.server.intercept = intercept
+    arrived = answer_deletions(ward.server, choose)
     ward.discharge()
     ward.deliver()
     assert len(arrived) == 9
