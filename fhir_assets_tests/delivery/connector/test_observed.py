@@ -86,7 +86,9 @@ def busy(hospital: Hospital, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hospit
     """A hospital whose connector had work, failures and a dead letter, with its database observed."""
     monkeypatch.setenv("DAGSTER_POSTGRES_URL", hospital.url)
     pipeline_has_run(hospital)
-    hospital.server.set_faults(Fault(kind=FaultKind.ERROR, on=frozenset({RequestKind.UPDATE}), times=2))
+    hospital.server.set_faults(
+        Fault(kind=FaultKind.ERROR, on=frozenset({RequestKind.CREATE, RequestKind.UPDATE}), times=2)
+    )
     for n in range(5):
         hospital.admit(f"{MRN}-{n}", FAMILY)
     hospital.admit(None, FAMILY)

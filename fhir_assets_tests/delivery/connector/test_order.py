@@ -86,7 +86,9 @@ def test_a_change_without_notification_is_found_by_polling(hospital: Hospital) -
 def test_two_connectors_share_the_work_and_keep_the_order(hospital: Hospital) -> None:
     for n in range(40):
         hospital.admit(str(n), "0")
-    hospital.server.set_faults(Fault(kind=FaultKind.SLOW, seconds=0.01, on=frozenset({RequestKind.UPDATE})))
+    hospital.server.set_faults(
+        Fault(kind=FaultKind.SLOW, seconds=0.01, on=frozenset({RequestKind.CREATE, RequestKind.UPDATE}))
+    )
     with hospital.running(), hospital.running():
         for change in range(1, 6):
             hospital.execute("UPDATE health.patient SET name_family = %s", str(change))
