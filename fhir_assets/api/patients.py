@@ -4,6 +4,7 @@ They apply consent, decrypt the data, and write an audit record for every patien
 """
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
@@ -16,7 +17,7 @@ from fhir_assets.api.problems import Problem, problem_responses
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.privacy.audit import Action, AuditRecord
 from fhir_assets.privacy.consent import ConsentGate
-from fhir_assets.warehouse.ops import audit_log
+from fhir_assets.warehouse.ops import audit_log, numbers
 from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 from fhir_assets.warehouse.postgres.queries import patient_directory, patients
 from fhir_assets.warehouse.postgres.queries.patient_directory import PatientSearch
@@ -45,19 +46,23 @@ class Visit(BaseModel):
     """An encounter."""
 
     id: str
+    number: int = Field(description="An integer that stands for the id")
     visit_account_number: str | None = None
     visit_date: str | None = None
     status: str | None = None
     reason: str | None = None
+    created_at: datetime | None = Field(None, description="When the visit was first loaded")
 
 
 class Patient(BaseModel):
     """A patient with all visits, newest first."""
 
     id: str
+    number: int = Field(description="An integer that stands for the id: `/patients?number=`")
     mrn: str | None = None
     person: Person
     visits: list[Visit]
+    created_at: datetime | None = Field(None, description="When the patient was first loaded")
 
 
 class PatientPage(BaseModel):
@@ -85,6 +90,9 @@ def list_patients(
         SearchTerm, Query(description="The first given name, or all given names; case-insensitive")
     ] = None,
     last_name: Annotated[SearchTerm, Query(description="Family name; case-insensitive")] = None,
+    number: Annotated[
+        int | None, Query(ge=1, lt=2**63, description="The `number` of a patient; other parameters do not matter")
+    ] = None,
     after: Annotated[
         str | None,
         Query(
@@ -100,7 +108,9 @@ def list_patients(
     consent_gate = build_consent_gate(context.settings)
     search = PatientSearch(mrn=mrn, given=first_name, family=last_name)
     with context.connection() as conn:
-        if search:
+        if number is not None:
+            result = patient_directory.PatientPage.of(numbers.find_id(conn, "Patient", number))
+        elif search:
             result = context.directory.find(conn, search, page, page_size, after=after)
         else:
             result = context.directory.page(conn, page, page_size, after=after)
@@ -198,20 +208,24 @@ def _audit_record(conn: Session, caller: Caller, patient_id: str, **detail: int 
 
 def _read_patients(conn: Session, ids: Sequence[str], consent_gate: ConsentGate) -> list[dict[str, Any]]:
     """Return the patients that are in the tables with their visits, in the order of ``ids``."""
-    by_id = {
-        row.id: orjson.loads(row.body)
-        for row in patient_directory.read_compartments(conn, "Patient", ids, consent_gate)
-    }
+    by_id = {row.id: row for row in patient_directory.read_compartments(conn, "Patient", ids, consent_gate)}
+    encounters = patient_directory.read_compartments(conn, "Encounter", ids, consent_gate)
+    patient_numbers = numbers.ensure(conn, "Patient", list(by_id))
+    visit_numbers = numbers.ensure(conn, "Encounter", [row.id for row in encounters])
     visits: dict[str, list[dict[str, Any]]] = {}
-    for row in patient_directory.read_compartments(conn, "Encounter", ids, consent_gate):
+    for row in encounters:
         encounter = orjson.loads(row.body)
         patient_id = str((encounter.get("subject") or {}).get("reference", "")).rpartition("/")[2]
-        visits.setdefault(patient_id, []).append(_visit(encounter))
+        visit = {**_visit(encounter), "number": visit_numbers[row.id], "created_at": row.created_at}
+        visits.setdefault(patient_id, []).append(visit)
+    bodies = {patient_id: orjson.loads(row.body) for patient_id, row in by_id.items()}
     return [
         {
             "id": patient_id,
-            "mrn": _identifier(by_id[patient_id], "MR"),
-            "person": _person(by_id[patient_id]),
+            "number": patient_numbers[patient_id],
+            "created_at": by_id[patient_id].created_at,
+            "mrn": _identifier(bodies[patient_id], "MR"),
+            "person": _person(bodies[patient_id]),
             "visits": sorted(
                 visits.get(patient_id, []), key=lambda visit: (visit["visit_date"] or "", visit["id"]), reverse=True
             ),

@@ -1,4 +1,4 @@
-"""Run ids in paths: the id of a run, or its first characters."""
+"""Run ids in paths: the number of a run, its id, or the first characters of its id."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -6,15 +6,20 @@ from typing import Annotated
 from fastapi import Path
 
 from fhir_assets.api.problems import Problem
-from fhir_assets.warehouse.ops import runs
+from fhir_assets.warehouse.ops import numbers, runs
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
-RunId = Annotated[str, Path(description="A run's id, or its first characters", pattern=r"^[A-Za-z0-9\-]{1,64}$")]
+RunId = Annotated[
+    str, Path(description="A run's number, its id, or the first characters of its id", pattern=r"^[A-Za-z0-9\-]{1,64}$")
+]
+
+_MAX_DIGITS = 18
+"""Longer numbers do not fit into 64 bits, so that they can only be the beginning of an id."""
 
 
-def find_run_id(conn: Connection, prefix: str) -> str:
-    """Return the id of the run whose id begins with ``prefix``. Raises Problem (404) if no run or several match."""
-    run_ids = runs.find_by_prefix(conn, prefix)
+def find_run_id(conn: Connection, text: str) -> str:
+    """Return the id of the run that a path means. Raises Problem (404) if no run or several match."""
+    run_ids = list_matches(conn, text)
     if len(run_ids) != 1:
         raise run_not_found(run_ids)
     return run_ids[0]
@@ -28,3 +33,12 @@ def run_not_found(matches: Sequence[str]) -> Problem:
         else "there is no such run"
     )
     return Problem(404, detail)
+
+
+def list_matches(conn: Connection, text: str) -> Sequence[str]:
+    """Return the ids of the runs that a path means: the run with this number, or else those whose ids begin so."""
+    if text.isdigit() and len(text) <= _MAX_DIGITS:
+        run_id = numbers.find_id(conn, "run", int(text))
+        if run_id is not None:
+            return [run_id]
+    return runs.find_by_prefix(conn, text)

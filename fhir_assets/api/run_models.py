@@ -45,6 +45,7 @@ class RunSummary(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     run_id: str = Field(examples=[RUN_EXAMPLE])
+    number: int = Field(description="An integer that stands for the id; paths take it too", examples=[42])
     triggered_by: str | None
     status: Literal["RUNNING", "SUCCESS", "FAILED"]
     windows: int
@@ -73,6 +74,7 @@ class Run(BaseModel):
     """A run, with its counts by resource type. `types` is empty until the run has started."""
 
     run_id: str = Field(examples=[RUN_EXAMPLE])
+    number: int | None = Field(description="An integer that stands for the id; null until the run has started")
     status: str | None = Field(
         description="The status in Dagster; null while Dagster is not available",
         examples=["QUEUED", "STARTED", "SUCCESS"],

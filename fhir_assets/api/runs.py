@@ -13,7 +13,7 @@ from fhir_assets.api.context import AppContext, Caller, Context, CurrentCaller
 from fhir_assets.api.dagster import FINISHED
 from fhir_assets.api.problems import problem_responses
 from fhir_assets.api.resource_types import TypeName, find_resource_type
-from fhir_assets.api.run_ids import RunId, find_run_id, run_not_found
+from fhir_assets.api.run_ids import RunId, find_run_id, list_matches, run_not_found
 from fhir_assets.api.run_models import DeadLetterList, Replay, Run, RunList, Started
 from fhir_assets.deployment.source import open_source
 from fhir_assets.deployment.sources import build_binding
@@ -25,7 +25,7 @@ from fhir_assets.orchestration.tags import REFRESH_TAG, USER_TAG
 from fhir_assets.pipeline.due_windows import begin_checkpoints, find_due_windows
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.privacy.audit import AuditRecord
-from fhir_assets.warehouse.ops import audit_log, dead_letters, replays, run_history, runs
+from fhir_assets.warehouse.ops import audit_log, dead_letters, numbers, replays, run_history
 from fhir_assets.warehouse.ops.dead_letters import Selection
 
 router = APIRouter(tags=["runs"])
@@ -87,7 +87,8 @@ def list_runs(
     name = find_resource_type(context.settings.fhir_resource_types, resource_type) if resource_type else None
     with context.connection() as conn:
         latest = run_history.list_runs(conn, limit=limit, status=status, resource_type=name)
-    return _json({"runs": latest})
+        run_numbers = numbers.ensure(conn, "run", [row["run_id"] for row in latest])
+    return _json({"runs": [{**row, "number": run_numbers[row["run_id"]]} for row in latest]})
 
 
 @router.get(
@@ -101,8 +102,9 @@ def one_run(context: Context, run_id: RunId) -> Response:
     queue is found by its complete id only.
     """
     with context.connection() as conn:
-        matches = runs.find_by_prefix(conn, run_id)
+        matches = list_matches(conn, run_id)
         types = run_history.list_types_of_run(conn, matches[0]) if len(matches) == 1 else []
+        known_numbers = numbers.ensure(conn, "run", matches[:1])
     if len(matches) > 1:
         raise run_not_found(matches)
     full_run_id = matches[0] if matches else run_id
@@ -116,7 +118,13 @@ def one_run(context: Context, run_id: RunId) -> Response:
     if not matches and status is None:
         raise run_not_found(matches)
     return _json(
-        {"run_id": full_run_id, "status": status, "dagster": context.dagster.link(full_run_id), "types": types}
+        {
+            "run_id": full_run_id,
+            "number": known_numbers.get(full_run_id),
+            "status": status,
+            "dagster": context.dagster.link(full_run_id),
+            "types": types,
+        }
     )
 
 

@@ -124,11 +124,28 @@ def _load_patients(api: Api, instance: dg.DagsterInstance) -> Clinic:
     return Clinic(api, warehouse, ids)
 
 
+def test_numbers_are_kept_and_find_the_patient(clinic: Clinic) -> None:
+    page = clinic.search("?page_size=10")["patients"]
+    assert {patient["id"]: patient["number"] for patient in clinic.search("?page_size=10")["patients"]} == {
+        patient["id"]: patient["number"] for patient in page
+    }
+    ada = clinic.api.get(f"/patients/{clinic.ids['ada']}").json()
+    assert clinic.search(f"?number={ada['number']}")["patients"] == [ada]
+    assert clinic.search_ids(f"?number={ada['visits'][0]['number']}") == []
+    assert clinic.search_ids("?number=987654321") == []
+    assert clinic.api.get("/patients?number=0").status_code == 422
+    # The path takes FHIR ids only: those of many servers are integers too.
+    assert clinic.api.get(f"/patients/{ada['number']}").status_code == 404
+
+
 def test_a_patient_is_returned_with_all_visits_newest_first(clinic: Clinic) -> None:
     ada = clinic.ids["ada"]
     for path in (f"/patients/{ada}", f"/api/v1/patients/{ada}"):
-        answer = clinic.api.get(path, role="reader")
-        assert answer.json() == {
+        content = clinic.api.get(path, role="reader").json()
+        for shown in (content, *content["visits"]):
+            assert isinstance(shown.pop("number"), int)
+            assert datetime.fromisoformat(shown.pop("created_at")) <= datetime.now(UTC)
+        assert content == {
             "id": ada,
             "mrn": "MRN-1",
             "person": {

@@ -142,6 +142,8 @@ def _loaded(api: Api) -> str:
     assert whole["types"][0]["dead_letters"] == {"validate": 1}
     (latest,) = api.get("/runs?resource_type=observation&limit=1").json()["runs"]
     assert latest["run_id"] == run["run_id"]
+    by_number = api.get(f"/runs/{latest['number']}").json()
+    assert (by_number["run_id"], by_number["number"]) == (run["run_id"], latest["number"])
     assert api.post("/ingest/observations").json()["run_id"] is not None, "the open window is asked for again"
     return str(run["run_id"])
 

@@ -23,20 +23,22 @@ class StoredResource:
     last_updated: datetime | None
     partition_key: str
     body: bytes
+    created_at: datetime | None
+    """When a version was first loaded; None if that was before this was recorded."""
 
 
 COLUMNS = sql.SQL("""
     resource_type, id, version_id, last_updated, partition_key,
-    CASE WHEN key_id IS NULL THEN resource::text ELSE resource #>> '{}' END, key_id
+    CASE WHEN key_id IS NULL THEN resource::text ELSE resource #>> '{}' END, key_id, created_at
 """)
 """The columns of ``fhir.resource`` that ``decrypt_row`` takes."""
 
 
 def decrypt_row(row: Sequence[Any], cipher: Cipher) -> StoredResource:
     """Return the resource in a row of COLUMNS. Raises EncryptionError."""
-    resource_type, resource_id, version_id, last_updated, partition_key, text, key_id = row
+    resource_type, resource_id, version_id, last_updated, partition_key, text, key_id, created_at = row
     body = decrypt_text(text, key_id, cipher)
-    return StoredResource(resource_type, resource_id, version_id, last_updated, partition_key, body)
+    return StoredResource(resource_type, resource_id, version_id, last_updated, partition_key, body, created_at)
 
 
 def decrypt_text(text: str, key_id: str | None, cipher: Cipher) -> bytes:

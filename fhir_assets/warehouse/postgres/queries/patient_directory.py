@@ -49,6 +49,11 @@ class PatientPage:
     total: int
     ids: tuple[str, ...]
 
+    @classmethod
+    def of(cls, patient_id: str | None) -> "PatientPage":
+        """Return a page of one patient, or of none."""
+        return cls(0, ()) if patient_id is None else cls(1, (patient_id,))
+
 
 @dataclass(frozen=True, slots=True)
 class _CachedIds:

@@ -168,7 +168,7 @@ def _list_tables(conn: Connection) -> frozenset[str]:
         SELECT relname
         FROM pg_class
         WHERE relnamespace = 'fhir'::regnamespace
-            AND relkind = 'r'
+            AND relkind IN ('r', 'p')
         """
     )
     return frozenset(name for (name,) in rows)
