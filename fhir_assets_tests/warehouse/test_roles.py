@@ -243,9 +243,10 @@ def test_only_views_that_we_created_in_schema_marts_get_rights(conn: Session) ->
         FROM pg_class
         WHERE relnamespace = 'marts'::regnamespace
             AND (relowner = 'fhir_loader'::regrole OR has_table_privilege('fhir_reader', oid, 'SELECT'))
+        ORDER BY relname
         """
     ).fetchall()
-    assert rows == [("patient_current",)]
+    assert rows == [("patient_current",), ("patients",), ("persons",)]
 
 
 @pytest.mark.slow

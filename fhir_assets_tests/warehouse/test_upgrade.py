@@ -212,7 +212,8 @@ def test_a_database_at_revision_0019_reads_and_loads_after_the_upgrade(database:
     ensure_tables(session, [VIEW])
     assert checkpoints.get_loaded_parts(session, "Patient", ["2024-01-01"]) == {"2024-01-01": frozenset({"part"})}
     assert before is not None
-    assert resources.read(session, "Patient", "a") == before
+    # When it entered the tables is not known of a resource that was loaded by an earlier version.
+    assert resources.read(session, "Patient", "a") == replace(before, created_at=None)
     [dead_letter] = dead_letters.find(session, Selection())
     assert dead_letters.read_resource(session, dead_letter.id) == DEAD_LETTER.resource
     assert replays.find_outdated(session, [("Patient", "validate", "rules")], limit=10) == []
