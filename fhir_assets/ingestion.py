@@ -24,6 +24,7 @@ from fhir_assets.errors import ConfigurationError, ViewError
 from fhir_assets.fhir.source import Source
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.checks.unreconciled_windows import find_unreconciled_windows
+from fhir_assets.orchestration.command_runs import execute_command_run
 from fhir_assets.orchestration.dead_runs import fail_dead_runs
 from fhir_assets.orchestration.jobs import (
     CHECK_TABLES,
@@ -40,7 +41,7 @@ from fhir_assets.orchestration.received_windows import (
     select_own_checks,
 )
 from fhir_assets.orchestration.run_requests import range_tags
-from fhir_assets.orchestration.tags import REFRESH_TAG, REPLAY_TAG, TRIGGER_TAG
+from fhir_assets.orchestration.tags import REFRESH_TAG, REPLAY_TAG
 from fhir_assets.pipeline.consent.step import ConsentStep
 from fhir_assets.pipeline.due_windows import (
     DueWindows,
@@ -219,10 +220,14 @@ class Ingestion:
             fail_dead_runs(self._instance, conn)
         run_id = str(uuid4())
         with self._warehouse.hold_run(run_id):
-            result = self._definitions.resolve_job_def(FETCH_MISSING_REFERENCES).execute_in_process(
-                instance=self._instance, raise_on_error=False, tags={TRIGGER_TAG: triggered_by}, run_id=run_id
+            events = execute_command_run(
+                self._instance,
+                self._definitions,
+                FETCH_MISSING_REFERENCES,
+                run_id=run_id,
+                triggered_by=triggered_by,
             )
-        return None if result.success else _describe_failure(result)
+        return None if self._has_succeeded(run_id) else _describe_failure(events)
 
     def replay(self, selection: Selection, *, triggered_by: str) -> list[Outcome]:
         """Replay the open dead letters of a selection, in one run for each range of consecutive windows."""
@@ -276,10 +281,14 @@ class Ingestion:
                 settings.fhir_resource_types,
             )
 
-    def check_tables(self) -> bool:
+    def check_tables(self, *, triggered_by: str) -> bool:
         """Evaluate the checks of all tables in one run. Return whether the run succeeded; checks may have failed."""
-        job = self._definitions.resolve_job_def(CHECK_TABLES)
-        return job.execute_in_process(instance=self._instance, raise_on_error=False).success
+        run_id = str(uuid4())
+        with self._warehouse.hold_run(run_id):
+            execute_command_run(
+                self._instance, self._definitions, CHECK_TABLES, run_id=run_id, triggered_by=triggered_by
+            )
+        return self._has_succeeded(run_id)
 
     def apply_consent(self, views: Sequence[View], *, actor: str) -> None:
         """Withhold or release resources in the tables according to the current consents, without a run."""
@@ -299,33 +308,38 @@ class Ingestion:
         *,
         claim: Selection | None = None,
     ) -> Outcome:
-        tags = {REFRESH_TAG: refresh.value, TRIGGER_TAG: triggered_by}
+        tags = {REFRESH_TAG: refresh.value}
         if claim is not None:
             tags[REPLAY_TAG] = "marked"
         single = len(windows.windows) == 1
         run_id = str(uuid4())
         if listener:
             self._instance.add_event_listener(run_id, listener)
-        definition = self._definitions.resolve_job_def(job)
-        if assets is not None:
-            checks = select_own_checks(self._definitions.resolve_asset_graph(), assets)
-            definition = definition.get_subset(asset_selection=set(assets), asset_check_selection=set(checks))
+        checks = [] if assets is None else select_own_checks(self._definitions.resolve_asset_graph(), assets)
         with self._warehouse.hold_run(run_id), self._claimed(run_id, claim):
-            result = definition.execute_in_process(
-                instance=self._instance,
-                raise_on_error=False,
-                partition_key=windows.windows[0].key if single else None,
-                tags=tags if single else {**tags, **range_tags(windows)},
+            execute_command_run(
+                self._instance,
+                self._definitions,
+                job,
                 run_id=run_id,
+                triggered_by=triggered_by,
+                tags=tags if single else {**tags, **range_tags(windows)},
+                partition_key=windows.windows[0].key if single else None,
+                assets=assets,
+                checks=checks,
             )
-        return Outcome(result.run_id, windows, result.success)
+        return Outcome(run_id, windows, self._has_succeeded(run_id))
+
+    def _has_succeeded(self, run_id: str) -> bool:
+        run = self._instance.get_run_by_id(run_id)
+        return run is not None and run.is_success
 
 
-def _describe_failure(result: dg.ExecuteInProcessResult) -> str:
+def _describe_failure(events: Sequence[dg.DagsterEvent]) -> str:
     """Return the descriptions of the ``dagster.Failure`` of each failed step; they contain no patient data."""
     reasons = [
         event.step_failure_data.user_failure_data.description or "no reason was recorded"
-        for event in result.all_events
+        for event in events
         if event.is_step_failure and event.step_failure_data.user_failure_data
     ]
     return "; ".join(dict.fromkeys(reasons)) or "see the page of the run in the Dagster UI"

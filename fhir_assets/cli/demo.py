@@ -150,4 +150,4 @@ def _load(addresses: Path) -> None:
 def _check_tables(settings: Settings) -> None:
     """Evaluate the checks of the nightly schedule ``check_tables``, so that the UI shows results of all checks."""
     with hide_library_output():
-        open_ingestion(settings).check_tables()
+        open_ingestion(settings).check_tables(triggered_by="demo")

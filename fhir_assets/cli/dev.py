@@ -16,13 +16,12 @@ from fhir_assets.cli.output import console, warn_of_clear_data
 from fhir_assets.cli.supervisor import Service, Supervisor
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
+from fhir_assets.orchestration.command_runs import CODE_LOCATION
 from fhir_assets.orchestration.instance import config
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.postgres.db import embedded
 
 DEFAULT_PORT = 3000
-
-CODE_LOCATION = "fhir_assets"
 
 START_SECONDS = 180.0
 """Seconds in which the code server must accept connections before the UI is started without it."""

@@ -36,6 +36,11 @@ from dagster._core.definitions.asset_checks.asset_check_evaluation import (
 # Used in annotations only. Without it: annotate with Any.
 from dagster._core.definitions.assets.graph.asset_graph import AssetGraph as AssetGraph
 
+# A job in the memory of this process, its plan, the snapshot of the plan, and the execution of a stored run of the job.
+# command_runs.py stores a run as Dagster stores a launched one, and executes it. Without them:
+# `JobDefinition.execute_in_process`, whose runs name no code location: the UI warns before it executes them again.
+from dagster._core.definitions.job_base import InMemoryJob as InMemoryJob
+
 # Dagster's serializer of the metadata of an event. instance/event_json.py packs classes that have this field serializer
 # or no field serializer; it leaves all other classes to Dagster. Without it: let Dagster serialize each event, which
 # takes a third of the time of a run over empty windows.
@@ -57,6 +62,10 @@ from dagster._core.events import DagsterEventBatchMetadata as DagsterEventBatchM
 # See AssetCheckEvaluationPlanned.
 from dagster._core.events import StepMaterializationData as StepMaterializationData
 
+# See InMemoryJob.
+from dagster._core.execution.api import create_execution_plan as create_execution_plan
+from dagster._core.execution.api import execute_run_iterator as execute_run_iterator
+
 # The metadata that a step has added to its outputs so far; window_metadata.py adds that of all windows at once. Without
 # them: `context.add_asset_metadata` for each window, whose time grows with the square of the number of windows.
 from dagster._core.execution.context.metadata_logging import AssetMetadataHandle as AssetMetadataHandle
@@ -66,6 +75,15 @@ from dagster._core.execution.context.metadata_logging import OutputMetadataAccum
 # for a killed worker. Without them: the runs of a killed worker stay STARTED until a person terminates them.
 from dagster._core.launcher import CheckRunHealthResult as CheckRunHealthResult
 from dagster._core.launcher import WorkerStatus as WorkerStatus
+
+# The job, repository and code location of a run, by which the UI finds the job. command_runs.py names the code location
+# without its address. See InMemoryJob.
+from dagster._core.remote_origin import RegisteredCodeLocationOrigin as RegisteredCodeLocationOrigin
+from dagster._core.remote_origin import RemoteJobOrigin as RemoteJobOrigin
+from dagster._core.remote_origin import RemoteRepositoryOrigin as RemoteRepositoryOrigin
+
+# See InMemoryJob.
+from dagster._core.snap import snapshot_from_execution_plan as snapshot_from_execution_plan
 
 # The status of a row of `asset_check_executions`, which the batched event log writes. Without it: the strings PLANNED,
 # SUCCEEDED and FAILED.

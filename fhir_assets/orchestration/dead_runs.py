@@ -7,9 +7,9 @@ from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 
+from fhir_assets.orchestration.command_runs import is_command_run
 from fhir_assets.orchestration.jobs import LOADS
 from fhir_assets.orchestration.run_requests import UNFINISHED
-from fhir_assets.orchestration.tags import TRIGGER_TAG
 from fhir_assets.warehouse.ops import runs
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
@@ -40,7 +40,7 @@ def fail_dead_runs(instance: dg.DagsterInstance, conn: Connection) -> None:
 
 def _must_hold_lock(record: dg.RunRecord) -> bool:
     run = record.dagster_run
-    if TRIGGER_TAG in run.tags:
+    if is_command_run(run):
         return True  # `fhir-assets` takes the lock before it creates the run.
     is_running = run.status in (dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING)
     return is_running and record.update_timestamp.replace(tzinfo=UTC) < datetime.now(UTC) - GRACE

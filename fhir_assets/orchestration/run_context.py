@@ -7,6 +7,7 @@ from typing import Literal
 
 import dagster as dg
 
+from fhir_assets.orchestration.command_runs import is_command_run
 from fhir_assets.orchestration.tags import PRIORITY_TAG, REFRESH_TAG, REPLAY_TAG, RETRY_TAG, TRIGGER_TAG, USER_TAG
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.windows import WindowRange, WindowScheme
@@ -40,18 +41,20 @@ class RunContext:
     def from_context(cls, context: dg.AssetExecutionContext, scheme: WindowScheme) -> "RunContext":
         """Build the context from that of a Dagster step, for a run of one partition or of a range of partitions."""
         tags = context.run.tags
-        automatic = (f"{tag.removeprefix('dagster/')}:{tags[tag]}" for tag in _TRIGGERS if tag in tags)
+        from_command = is_command_run(context.run)
+        triggers = [tags[TRIGGER_TAG]] if from_command else []
+        triggers += [f"{tag.removeprefix('dagster/')}:{tags[tag]}" for tag in _TRIGGERS if tag in tags]
         windows = [scheme.window(key) for key in context.partition_keys]
 
         def request_retry() -> None:
-            if TRIGGER_TAG not in tags:
+            if not from_command:
                 context.instance.add_run_tags(context.run.run_id, {RETRY_TAG: "true"})
 
         return cls(
             context.run.run_id,
             WindowRange(windows, from_first=windows[0] == scheme.window_at(scheme.start)),
             Refresh(tags.get(REFRESH_TAG, Refresh.WINDOW)),
-            tags.get(TRIGGER_TAG) or next(automatic, None) or tags.get(USER_TAG) or "manual",
+            next(iter(triggers), None) or tags.get(USER_TAG) or "manual",
             datetime.now(UTC),
             _REPLAY_MODES.get(tags.get(REPLAY_TAG, "")),
             request_retry,

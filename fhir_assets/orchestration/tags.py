@@ -9,7 +9,8 @@ REFRESH_TAG = "fhir_assets/refresh"
 TRIGGER_TAG = "fhir_assets/triggered_by"
 """The user for whom ``fhir-assets`` executes a run in its own process.
 
-That process takes the advisory lock of the run before it creates the run.
+That process takes the advisory lock of the run before it creates the run. A run that Dagster launches to execute such a
+run again has the tag too: see ``command_runs.is_command_run``.
 """
 
 USER_TAG = "user"
@@ -25,6 +26,9 @@ PRIORITY_TAG = "dagster/priority"
 
 RETRY_TAG = "dagster/retry_on_asset_or_op_failure"
 """Dagster's own tag of a run: ``true`` if the daemon retries the run after a failed step."""
+
+MAX_RETRIES_TAG = "dagster/max_retries"
+"""Dagster's own tag of a run: how often the daemon retries the run."""
 
 PARTITION_TAG = "dagster/partition"
 """Dagster's own tag of a run of one partition."""
