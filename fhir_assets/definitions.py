@@ -91,10 +91,11 @@ def _build(
     partitions = build_partitions(settings.window_scheme)
     checks = build_table_checks(settings, views.views, open_any, warehouse)
     delivered = build_delivered_assets(settings, partitions, views.views)
-    delivered_keys = [key for asset in delivered for key in asset.keys]
-    incremental_load = build_incremental_load(checks, delivered_keys)
-    load_received = build_load_received(checks, delivered_keys)
-    replay_dead_letters = build_replay_dead_letters(checks, delivered_keys)
+    exports = build_export_assets(settings, partitions, views.views)
+    written_keys = [key for asset in (*delivered, *exports) for key in asset.keys]
+    incremental_load = build_incremental_load(checks, written_keys)
+    load_received = build_load_received(checks, written_keys)
+    replay_dead_letters = build_replay_dead_letters(checks, written_keys)
     check_tables = build_check_tables(checks)
     apply_consent = build_apply_consent(settings, views)
     layers = dg.Definitions(
@@ -109,7 +110,7 @@ def _build(
             *build_validated_assets(settings, partitions, store_url=store.blobs.url),
             *build_normalized_assets(settings, partitions, views.views),
             *delivered,
-            *build_export_assets(settings, partitions, views.views),
+            *exports,
             *build_lake_assets(settings, partitions, views.views),
             *(build_broken_view(broken) for broken in views.broken),
         ],

@@ -28,16 +28,16 @@ LAYERS = ("raw", "validated", "normalized")
 
 
 def build_incremental_load(
-    table_checks: Sequence[dg.AssetChecksDefinition], delivered: Sequence[dg.AssetKey] = ()
+    table_checks: Sequence[dg.AssetChecksDefinition], written: Sequence[dg.AssetKey] = ()
 ) -> UnresolvedAssetJobDefinition:
     """Return the job that fetches, validates and loads the missing resources of its windows, in one process.
 
-    The job evaluates the checks of the windows, but not ``table_checks``. It also materializes the ``delivered``
-    assets, downstream of the three layers.
+    The job evaluates the checks of the windows, but not ``table_checks``. It also materializes the ``written`` assets,
+    downstream of the three layers: deliveries and exports.
     """
     return dg.define_asset_job(
         INCREMENTAL_LOAD,
-        selection=_select_layers(LAYERS, table_checks, delivered),
+        selection=_select_layers(LAYERS, table_checks, written),
         executor_def=dg.in_process_executor,
         tags={REFRESH_TAG: Refresh.MISSING.value},
         description="Fetch, validate and load the missing resources of the windows.",
@@ -45,12 +45,12 @@ def build_incremental_load(
 
 
 def build_load_received(
-    table_checks: Sequence[dg.AssetChecksDefinition], delivered: Sequence[dg.AssetKey] = ()
+    table_checks: Sequence[dg.AssetChecksDefinition], written: Sequence[dg.AssetKey] = ()
 ) -> UnresolvedAssetJobDefinition:
     """Return the job that validates and loads resources that arrived in raw without a fetch. It fetches nothing."""
     return dg.define_asset_job(
         LOAD_RECEIVED,
-        selection=_select_layers(LAYERS[1:], table_checks, delivered),
+        selection=_select_layers(LAYERS[1:], table_checks, written),
         executor_def=dg.in_process_executor,
         tags={REFRESH_TAG: Refresh.MISSING.value},
         description="Validate and load resources that did not come from the source: landing files, the HTTP API, the "
@@ -59,7 +59,7 @@ def build_load_received(
 
 
 def build_replay_dead_letters(
-    table_checks: Sequence[dg.AssetChecksDefinition], delivered: Sequence[dg.AssetKey] = ()
+    table_checks: Sequence[dg.AssetChecksDefinition], written: Sequence[dg.AssetKey] = ()
 ) -> UnresolvedAssetJobDefinition:
     """Return the job that validates and loads the dead letters of its windows again, in one process.
 
@@ -68,7 +68,7 @@ def build_replay_dead_letters(
     """
     return dg.define_asset_job(
         REPLAY_DEAD_LETTERS,
-        selection=_select_layers(LAYERS[1:], table_checks, delivered),
+        selection=_select_layers(LAYERS[1:], table_checks, written),
         executor_def=dg.in_process_executor,
         tags={REFRESH_TAG: Refresh.MISSING.value, REPLAY_TAG: "open"},
         description="Validate the dead letters of the windows again, and load those that are valid now.",
@@ -87,10 +87,10 @@ def build_check_tables(table_checks: Sequence[dg.AssetChecksDefinition]) -> Unre
 
 
 def _select_layers(
-    layers: Sequence[str], table_checks: Sequence[dg.AssetChecksDefinition], delivered: Sequence[dg.AssetKey]
+    layers: Sequence[str], table_checks: Sequence[dg.AssetChecksDefinition], written: Sequence[dg.AssetKey]
 ) -> dg.AssetSelection:
     loaded = dg.AssetSelection.key_prefixes(*([layer] for layer in layers)) - _select_checks(table_checks)
-    return loaded | dg.AssetSelection.assets(*delivered) if delivered else loaded
+    return loaded | dg.AssetSelection.assets(*written) if written else loaded
 
 
 def _select_checks(definitions: Sequence[dg.AssetChecksDefinition]) -> dg.AssetSelection:

@@ -14,6 +14,7 @@ from fhir_assets.pipeline.replay.load_step import ReplayLoadStep
 from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
+from fhir_assets.warehouse.ops import held_windows
 
 
 def load_windows(
@@ -34,6 +35,8 @@ def load_windows(
     FHIR_MAX_LOADERS. Raises as ``LoadStep.run`` and ``ConsentStep.run``.
     """
     gate = build_consent_gate(settings)
+    export_url = settings.fhir_export_url
+    written_to = held_windows.name_export_destination(export_url) if export_url else ""
     complete = len(selected) == sum(view.resource_type == resource_type for view in all_views)
     step = LoadStep(
         store,
@@ -44,13 +47,19 @@ def load_windows(
         refresh=run.refresh,
         workers=workers,
         consent_gate=gate,
+        written_to=written_to,
     )
     apply_consent(settings, warehouse, all_views, run)
     with warehouse.table_loads.slot() if waits_for_slot else nullcontext():
         loaded = step.run(resource_type, run.windows.windows)
     if run.replay and complete:
         replay = ReplayLoadStep(
-            warehouse.connect, selected, run_id=run.run_id, also_open=run.replay == "open", consent_gate=gate
+            warehouse.connect,
+            selected,
+            run_id=run.run_id,
+            also_open=run.replay == "open",
+            consent_gate=gate,
+            written_to=written_to,
         )
         with warehouse.table_loads.slot():
             replay.run(resource_type, run.windows.windows)

@@ -185,6 +185,14 @@ def find_counts(
     return {key: dict(zip(RESULTS, counts, strict=True)) for key, *counts in rows}
 
 
+def find_loaded_windows(
+    conn: Connection, run_id: str, resource_type: str, partition_keys: Sequence[str]
+) -> list[str] | None:
+    """Return the windows in which a run has a count of RESULTS above 0; None if it did not load the type."""
+    counts = find_counts(conn, run_id, resource_type, partition_keys)
+    return sorted(key for key, results in counts.items() if any(results.values())) if counts else None
+
+
 def find_written_windows(conn: Connection, run_id: str, resource_type: str, layer: str) -> list[str]:
     """Return the windows of a type that a run has written to a layer, ``raw`` or ``validated``."""
     rows = conn.execute(
