@@ -18,7 +18,7 @@ from fhir_assets.api.run_models import DeadLetterList, Replay, Run, RunList, Sta
 from fhir_assets.deployment.source import open_source
 from fhir_assets.deployment.sources import build_binding
 from fhir_assets.errors import DagsterUnavailable
-from fhir_assets.orchestration.jobs import FETCH_MISSING_REFERENCES, INCREMENTAL_LOAD
+from fhir_assets.orchestration.jobs import BACKFILL, INCREMENTAL_LOAD, MISSING_REFERENCES
 from fhir_assets.orchestration.received_windows import select_all_layers, select_own_checks
 from fhir_assets.orchestration.run_requests import range_tags
 from fhir_assets.orchestration.tags import REFRESH_TAG, USER_TAG
@@ -62,18 +62,14 @@ def ingest_type(context: Context, caller: CurrentCaller, resource_type: TypeName
     status_code=202,
     response_model=Started,
     responses=problem_responses(404, 502),
-    summary="Load the missing references, Patients first, then a resource type",
+    summary="Load a resource type, then the missing references, Patients first",
 )
 def backfill(context: Context, caller: CurrentCaller, resource_type: TypeName, wait: Wait = None) -> Response:
-    """Start a run of `fetch_missing_references`, which fetches missing resources to which loaded resources refer,
-    Patients first. Then start the runs that load the type.
+    """Start runs of the job `backfill`, which load the type. Each of them then fetches the resources to which loaded
+    resources refer and that are not loaded, Patients first, and loads them. Its counts include these resources.
     """
     name = find_resource_type(context.settings.fhir_resource_types, resource_type)
-    # Dagster takes the run with the higher priority out of its queue first.
-    first_run_id = context.dagster.launch(
-        FETCH_MISSING_REFERENCES, tags={USER_TAG: caller.actor, "dagster/priority": "10"}
-    )
-    return _answer_started(context, [first_run_id, *_start_load(context, caller, name)], wait)
+    return _answer_started(context, _start_load(context, caller, name, job=BACKFILL), wait)
 
 
 @router.get("/runs", response_model=RunList, responses=problem_responses(404), summary="The latest runs")
@@ -172,8 +168,8 @@ def replay_run(
     return _json({"run_id": full_run_id, "marked": count, "sensor": "replay_dead_letters"}, 202)
 
 
-def _start_load(context: AppContext, caller: Caller, name: str) -> list[str]:
-    """Start the runs that load the due windows of a type. Return their ids."""
+def _start_load(context: AppContext, caller: Caller, name: str, *, job: str = INCREMENTAL_LOAD) -> list[str]:
+    """Start the runs of a job that load the due windows of a type. Return their ids."""
     settings = context.settings
     build_binding(settings, context.warehouse, context.store).require(fetches=True)
     with context.connection() as conn:
@@ -187,6 +183,8 @@ def _start_load(context: AppContext, caller: Caller, name: str) -> list[str]:
         )
         begin_checkpoints(conn, due)
     selected = select_all_layers(context.asset_graph, [name])
+    if job == BACKFILL:
+        selected.append(MISSING_REFERENCES)
     assets = [key.path for key in selected]
     checks = [(check.asset_key.path, check.name) for check in select_own_checks(context.asset_graph, selected)]
     run_ids = []
@@ -194,7 +192,7 @@ def _start_load(context: AppContext, caller: Caller, name: str) -> list[str]:
         keys = [window.key for window in windows.windows]
         partition_tags = {"dagster/partition": keys[0]} if len(keys) == 1 else range_tags(windows)
         tags = {REFRESH_TAG: Refresh.MISSING.value, USER_TAG: caller.actor, **partition_tags}
-        run_ids.append(context.dagster.launch(INCREMENTAL_LOAD, assets=assets, checks=checks, tags=tags))
+        run_ids.append(context.dagster.launch(job, assets=assets, checks=checks, tags=tags))
     return run_ids
 
 

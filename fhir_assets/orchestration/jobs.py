@@ -12,6 +12,7 @@ from fhir_assets.orchestration.tags import REFRESH_TAG, REPLAY_TAG
 from fhir_assets.pipeline.refresh import Refresh
 
 INCREMENTAL_LOAD = "incremental_load"
+BACKFILL = "backfill"
 REPLAY_DEAD_LETTERS = "replay_dead_letters"
 REQUEST_REPLAY = "request_replay"
 CHECK_TABLES = "check_tables"
@@ -20,8 +21,11 @@ LOAD_LANDING = "load_landing"
 FETCH_MISSING_REFERENCES = "fetch_missing_references"
 APPLY_CONSENT = "apply_consent"
 
-LOADS = (INCREMENTAL_LOAD, LOAD_RECEIVED, REPLAY_DEAD_LETTERS, FETCH_MISSING_REFERENCES)
-"""The jobs that the ``fhir-assets`` command may also execute in its own process."""
+LOADS = (INCREMENTAL_LOAD, BACKFILL, LOAD_RECEIVED, REPLAY_DEAD_LETTERS, FETCH_MISSING_REFERENCES)
+"""The jobs that load resources. The ``fhir-assets`` command may execute all but BACKFILL in its own process."""
+
+MISSING_REFERENCES = dg.AssetKey(["missing_references"])
+"""The asset that the job ``backfill`` materializes after the layers."""
 
 LAYERS = ("raw", "validated", "normalized")
 """The key prefixes of the three layers, in load order."""
@@ -41,6 +45,21 @@ def build_incremental_load(
         executor_def=dg.in_process_executor,
         tags={REFRESH_TAG: Refresh.MISSING.value},
         description="Fetch, validate and load the missing resources of the windows.",
+    )
+
+
+def build_backfill(
+    table_checks: Sequence[dg.AssetChecksDefinition],
+    written: Sequence[dg.AssetKey] = (),
+) -> UnresolvedAssetJobDefinition:
+    """Return the job that does what ``incremental_load`` does, and then materializes ``missing_references``."""
+    return dg.define_asset_job(
+        BACKFILL,
+        selection=_select_layers(LAYERS, table_checks, [MISSING_REFERENCES, *written]),
+        executor_def=dg.in_process_executor,
+        tags={REFRESH_TAG: Refresh.MISSING.value},
+        description="Fetch, validate and load the missing resources of the windows. Then fetch and load the resources "
+        "to which loaded resources refer and that are not loaded, Patients first.",
     )
 
 

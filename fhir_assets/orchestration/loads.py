@@ -1,20 +1,51 @@
-"""The load of one resource type, with consent. The assets ``normalized/<view>`` and the post loader call it."""
+"""The validation and the load of windows of one resource type, for the steps that do more than one of them.
+
+The assets ``normalized/<view>``, the asset ``missing_references`` and the post loader call them.
+"""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.fhir.validation.validator import Validator
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.consent import apply_consent
 from fhir_assets.orchestration.run_context import RunContext
 from fhir_assets.pipeline.load.conditional_references import ConditionalReferenceStep
 from fhir_assets.pipeline.load.step import LoadResult, LoadStep
+from fhir_assets.pipeline.partition_commit import commit_update
 from fhir_assets.pipeline.replay.load_step import ReplayLoadStep
+from fhir_assets.pipeline.validate.step import ValidateStep
 from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.ops import held_windows
+from fhir_assets.warehouse.ops import held_windows, runs
+
+
+def validate_windows(
+    store: Store,
+    warehouse: Warehouse,
+    workers: WorkerPool,
+    validator: Validator,
+    run: RunContext,
+    resource_type: str,
+) -> None:
+    """Validate and commit the windows of a run, and record the counts. Raises as ``ValidateStep.run``."""
+    step = ValidateStep(
+        store,
+        validator,
+        warehouse.connect,
+        run_id=run.run_id,
+        now=run.now,
+        refresh=run.refresh,
+        workers=workers,
+    )
+    update = step.run(resource_type, run.partition_keys)
+    commit_update(warehouse.connect, store, update)
+    counts = {key: {"valid": count.valid, "dead": count.dead} for key, count in update.counts.items()}
+    with warehouse.connect() as conn:
+        runs.record_counts(conn, run.run_id, resource_type, counts)
 
 
 def load_windows(

@@ -151,9 +151,9 @@ def _loaded(api: Api) -> str:
 def _backfilled(api: Api, deployment: Deployment) -> None:
     started = api.post("/ingest/observations/backfill?wait=300").json()["runs"]
     assert [run["status"] for run in started] == ["SUCCESS"] * len(started)
-    assert len(started) >= 2
-    # The sensor load_received requests the run that loads both patients.
-    wait_until(lambda: deployment.count_loaded().get("Patient") == 2, seconds=240)
+    assert deployment.count_loaded().get("Patient") == 2
+    counts = {row["resource_type"]: row for run in started for row in run["counts"]}
+    assert (counts["Patient"]["fetched"], counts["Patient"]["loaded"]) == (2, 2)
 
 
 def _replayed(api: Api, deployment: Deployment, run_id: str) -> None:

@@ -122,6 +122,40 @@ def record_counts(
     )
 
 
+def add_counts(conn: Connection, run_id: str, resource_type: str, counts: Mapping[str, Mapping[str, int]]) -> None:
+    """Add to the counts ``fetched``, ``valid``, ``withheld``, ``superseded``, ``loaded`` and ``dead`` of windows."""
+    names = ("fetched", "valid", "withheld", "superseded", "loaded", "dead")
+    keys = sorted(counts)
+    conn.execute(
+        """
+        UPDATE ops.ingestion_runs r
+        SET
+            fetched = coalesce(r.fetched, 0) + n.fetched,
+            valid = coalesce(r.valid, 0) + n.valid,
+            withheld = coalesce(r.withheld, 0) + n.withheld,
+            superseded = coalesce(r.superseded, 0) + n.superseded,
+            loaded = coalesce(r.loaded, 0) + n.loaded,
+            dead = coalesce(r.dead, 0) + n.dead
+        FROM unnest(
+            %(keys)s::text[],
+            %(fetched)s::bigint[],
+            %(valid)s::bigint[],
+            %(withheld)s::bigint[],
+            %(superseded)s::bigint[],
+            %(loaded)s::bigint[],
+            %(dead)s::bigint[]
+        ) AS n (partition_key, fetched, valid, withheld, superseded, loaded, dead)
+        WHERE r.run_id = %(run)s AND r.resource_type = %(type)s AND r.partition_key = n.partition_key
+        """,
+        {
+            "run": run_id,
+            "type": resource_type,
+            "keys": keys,
+            **{name: [counts[key].get(name, 0) for key in keys] for name in names},
+        },
+    )
+
+
 def record_older(conn: Connection, run_id: str, resource_type: str, partition_key: str, older: int) -> None:
     """Add resources that belong to no window, because they are older than the first one, to the row of a window."""
     conn.execute(
