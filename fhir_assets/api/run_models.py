@@ -111,10 +111,12 @@ class DeadLetterList(BaseModel):
 
 
 class Replay(BaseModel):
-    """The number of dead letters that are marked for the sensor."""
+    """The numbers of dead letters that are marked for the sensor, and of rows that were received again."""
 
     run_id: str
     marked: int
+    received: int = Field(description="Rows of visit files that were received again; they are loaded as posts are")
+    failed: int = Field(description="Rows of visit files that failed again")
     sensor: str = Field(examples=["replay_dead_letters"])
 
 

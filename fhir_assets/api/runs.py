@@ -1,10 +1,11 @@
 """Routes that start runs through Dagster, report on them from schema ``ops``, and replay their dead letters."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from time import monotonic
 from typing import Annotated, Literal
+from uuid import uuid4
 
 import orjson
 from fastapi import APIRouter, Query, Response
@@ -13,7 +14,7 @@ from fhir_assets.api.context import AppContext, Caller, Context, CurrentCaller
 from fhir_assets.api.dagster import FINISHED
 from fhir_assets.api.problems import problem_responses
 from fhir_assets.api.resource_types import TypeName, find_resource_type
-from fhir_assets.api.run_ids import RunId, find_run_id, list_matches, run_not_found
+from fhir_assets.api.run_ids import InputOrRunId, RunId, list_matches, run_not_found, select_dead_letters
 from fhir_assets.api.run_models import DeadLetterList, Replay, Run, RunList, Started
 from fhir_assets.deployment.source import open_source
 from fhir_assets.deployment.sources import build_binding
@@ -22,11 +23,11 @@ from fhir_assets.orchestration.jobs import BACKFILL, INCREMENTAL_LOAD, MISSING_R
 from fhir_assets.orchestration.received_windows import select_all_layers, select_own_checks
 from fhir_assets.orchestration.run_requests import range_tags
 from fhir_assets.orchestration.tags import REFRESH_TAG, USER_TAG
+from fhir_assets.pipeline.correct.visit_rows import RowReplayStep
 from fhir_assets.pipeline.due_windows import begin_checkpoints, find_due_windows
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.warehouse.ops import audit_log, dead_letters, numbers, replays, run_history
-from fhir_assets.warehouse.ops.dead_letters import Selection
 
 router = APIRouter(tags=["runs"])
 
@@ -133,13 +134,15 @@ def one_run(context: Context, run_id: RunId) -> Response:
 )
 def list_dead_letters(
     context: Context,
-    run_id: RunId,
+    run_id: InputOrRunId,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     before: Annotated[int | None, Query(ge=1, le=2**62, description="The last id of the previous page")] = None,
 ) -> Response:
-    """Dead letters with their reasons, the latest failures first. The answer does not contain the resources."""
+    """Dead letters with their reasons, the latest failures first. The answer does not contain the resources. Parts of
+    landed files that could not be read have the run that received the file, and the origin `landing:…`.
+    """
     with context.connection() as conn:
-        selection = Selection(run_id=find_run_id(conn, run_id))
+        selection = select_dead_letters(conn, run_id)
         rows = [asdict(row) for row in dead_letters.find(conn, selection, before=before, limit=limit)]
     return _json({"dead_letters": rows})
 
@@ -154,18 +157,41 @@ def list_dead_letters(
 def replay_run(
     context: Context,
     caller: CurrentCaller,
-    run_id: RunId,
-    stage: Annotated[Literal["validate", "transform", "load"] | None, Query()] = None,
+    run_id: InputOrRunId,
+    stage: Annotated[Literal["fetch", "validate", "transform", "load"] | None, Query()] = None,
 ) -> Response:
-    """Mark the dead letters of a run. The sensor `replay_dead_letters` then starts the runs that replay them."""
+    """Mark the dead letters of a run. The sensor `replay_dead_letters` then starts the runs that replay them. Rows of
+    visit files (stage `fetch`) are received again before the answer, and loaded as posts are.
+    """
     with context.connection() as conn:
-        full_run_id = find_run_id(conn, run_id)
-        count = replays.request_replay(conn, Selection(run_id=full_run_id, stage=stage))
+        selection = select_dead_letters(conn, run_id)
+    rows = RowReplayStep(context.warehouse.connect, context.receiver).run(
+        replace(selection, stage=stage), run_id=str(uuid4())
+    )
+    full_run_id = selection.run_id or run_id
+    with context.connection() as conn:
+        count = replays.request_replay(conn, replace(selection, stage=stage))
         audit_record = AuditRecord(
-            "replay", caller.actor, None, None, count, full_run_id, caller.request_id, {"stage": stage}
+            "replay",
+            caller.actor,
+            None,
+            None,
+            count + rows.received + rows.failed,
+            full_run_id,
+            caller.request_id,
+            {"stage": stage},
         )
         audit_log.record(conn, audit_record)
-    return _json({"run_id": full_run_id, "marked": count, "sensor": "replay_dead_letters"}, 202)
+    return _json(
+        {
+            "run_id": full_run_id,
+            "marked": count,
+            "received": rows.received,
+            "failed": rows.failed,
+            "sensor": "replay_dead_letters",
+        },
+        202,
+    )
 
 
 def _start_load(context: AppContext, caller: Caller, name: str, *, job: str = INCREMENTAL_LOAD) -> list[str]:

@@ -182,7 +182,7 @@ class LandingStep:
                     yield item
             deleted += self._record_deletions(deletions, origin)
 
-        received = self._receiver.receive(resources(), origin)
+        received = self._receiver.receive(resources(), origin, run_id=run_id)
         counts = {"rows": received.rows, "rejected": received.rejected, "deleted": deleted}
         self._record_loaded(file, sha256, counts, received.already_received, run_id, totals, received.skipped)
         return received
@@ -233,7 +233,7 @@ class LandingStep:
         while remaining and received is None:
             try:
                 received = self._receiver.receive_in_transaction(
-                    resources, received_as, posted=all(file.posted for file in remaining)
+                    resources, received_as, posted=all(file.posted for file in remaining), run_id=run_id
                 )
             except FhirAssetsError as error:
                 if current is None or isinstance(error, TransientError):

@@ -106,7 +106,9 @@ class MissingReferencesStep:
                 found_ids.add(item.id if isinstance(item, Record) else item.resource_id)
                 yield item
 
-        received = self._receiver.receive(fetch(), f"missing:{self._run_id}/{name}/{self._batches[name]}")
+        received = self._receiver.receive(
+            fetch(), f"missing:{self._run_id}/{name}/{self._batches[name]}", run_id=self._run_id
+        )
         not_found = [identity for identity in ids if identity not in found_ids][:MAX_READS_PER_BATCH]
         deleted = list(self._source.find_deleted(name, not_found))
         self._receiver.deletion_log.record(deleted, run_id=self._run_id)

@@ -317,10 +317,29 @@ def abandon_dead(conn: Connection, *, error: str = "the process of the run was k
 
 
 def find_by_prefix(conn: Connection, prefix: str) -> list[str]:
-    """Return the ids of at most two runs that begin with ``prefix``."""
-    rows = conn.execute(
-        "SELECT DISTINCT run_id FROM ops.ingestion_runs WHERE starts_with(run_id, %s) LIMIT 2", [prefix]
-    ).fetchall()
+    """Return the ids of at most two runs that begin with ``prefix``.
+
+    Runs that received files of the landing zone are found, too, if no run that loads resources is. They have no row in
+    ``ops.ingestion_runs``, and their dead letters are the parts of the files that could not be read.
+    """
+    rows = (
+        conn.execute(
+            "SELECT DISTINCT run_id FROM ops.ingestion_runs WHERE starts_with(run_id, %s) LIMIT 2", [prefix]
+        ).fetchall()
+        or conn.execute(
+            """
+        SELECT run_id
+        FROM ops.landing_files
+        WHERE source = ops.current_source() AND starts_with(run_id, %(prefix)s)
+        UNION
+        SELECT run_id
+        FROM ops.dead_letters
+        WHERE source = ops.current_source() AND run_id = %(prefix)s
+        LIMIT 2
+        """,
+            {"prefix": prefix},
+        ).fetchall()
+    )
     return [run_id for (run_id,) in rows]
 
 
