@@ -192,7 +192,8 @@ def _write_file(context: AppContext, caller: Caller, valid: list[dict[str, str]]
     """Write the valid visits of a list of ``count`` records to the landing zone, and record the post."""
     # The id begins with the time, because the landing zone is read in the order of file names.
     task_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{uuid4().hex[:16]}"
-    post = VisitPost(task_id, context.zone.url, f"visits-{task_id}.csv", count, count - len(valid), caller.token.name)
+    name = f"visits-{task_id}.csv{context.zone.suffix}"
+    post = VisitPost(task_id, context.zone.url, name, count, count - len(valid), caller.token.name)
     audit_record = AuditRecord("create", caller.actor, "Encounter", count=len(valid), request_id=caller.request_id)
     with context.connection() as conn:
         visits.record_post(conn, post)

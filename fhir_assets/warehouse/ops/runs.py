@@ -252,10 +252,19 @@ def finish(
 
 
 def fail(
-    conn: Connection, run_id: str, resource_types: Sequence[str], partition_keys: Sequence[str], *, error: str
+    conn: Connection,
+    run_id: str,
+    resource_types: Sequence[str],
+    partition_keys: Sequence[str],
+    *,
+    error: str,
+    seconds: float = 0,
 ) -> None:
-    """Set the status of RUNNING rows to FAILED. ``error`` must contain no patient data."""
-    _end(conn, run_id, resource_types, partition_keys, "FAILED", _storable(error), 0)
+    """Set the status of RUNNING rows to FAILED, and add ``seconds`` to their working time.
+
+    ``error`` must contain no patient data.
+    """
+    _end(conn, run_id, resource_types, partition_keys, "FAILED", _storable(error), seconds)
 
 
 def _end(
