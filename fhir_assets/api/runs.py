@@ -1,6 +1,7 @@
 """Routes that start runs through Dagster, report on them from schema ``ops``, and replay their dead letters."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from time import monotonic
@@ -16,22 +17,28 @@ from fhir_assets.api.problems import problem_responses
 from fhir_assets.api.resource_types import TypeName, find_resource_type
 from fhir_assets.api.run_ids import InputOrRunId, RunId, list_matches, run_not_found, select_dead_letters
 from fhir_assets.api.run_models import DeadLetterList, Replay, Run, RunList, Started
+from fhir_assets.catalog import LOAD_ORDER
 from fhir_assets.deployment.source import open_source
 from fhir_assets.deployment.sources import build_binding
 from fhir_assets.errors import DagsterUnavailable
-from fhir_assets.orchestration.jobs import BACKFILL, INCREMENTAL_LOAD, MISSING_REFERENCES
-from fhir_assets.orchestration.received_windows import select_all_layers, select_own_checks
+from fhir_assets.orchestration.jobs import BACKFILL, INCREMENTAL_LOAD, MISSING_REFERENCES, REPLAY_DEAD_LETTERS
+from fhir_assets.orchestration.received_windows import AssetKeys, select_all_layers, select_assets, select_own_checks
 from fhir_assets.orchestration.run_requests import range_tags
-from fhir_assets.orchestration.tags import REFRESH_TAG, USER_TAG
+from fhir_assets.orchestration.tags import PARTITION_TAG, REFRESH_TAG, REPLAY_TAG, USER_TAG
 from fhir_assets.pipeline.correct.visit_rows import RowReplayStep
-from fhir_assets.pipeline.due_windows import begin_checkpoints, find_due_windows
+from fhir_assets.pipeline.due_windows import begin_checkpoints, find_due_windows, group_consecutive_windows
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.warehouse.ops import audit_log, dead_letters, numbers, replays, run_history
+from fhir_assets.warehouse.ops.replays import ReplayRequest
+from fhir_assets.windows import WindowRange
 
 router = APIRouter(tags=["runs"])
 
 MAX_WAIT_SECONDS = 300
+
+MAX_REPLAYS = 10
+"""The largest number of runs that a request for a replay starts."""
 
 Wait = Annotated[
     float | None,
@@ -160,8 +167,9 @@ def replay_run(
     run_id: InputOrRunId,
     stage: Annotated[Literal["fetch", "validate", "transform", "load"] | None, Query()] = None,
 ) -> Response:
-    """Mark the dead letters of a run. The sensor `replay_dead_letters` then starts the runs that replay them. Rows of
-    visit files (stage `fetch`) are received again before the answer, and loaded as posts are.
+    """Start the runs that replay the dead letters of a run. While Dagster is not available, and after the first ten
+    runs, the dead letters are marked, and the sensor `replay_dead_letters` starts runs for them. Rows of visit files
+    (stage `fetch`) are received again before the answer, and loaded as posts are.
     """
     with context.connection() as conn:
         selection = select_dead_letters(conn, run_id)
@@ -170,6 +178,7 @@ def replay_run(
     )
     full_run_id = selection.run_id or run_id
     with context.connection() as conn:
+        scope = replays.find_replayable(conn, replace(selection, stage=stage))
         count = replays.request_replay(conn, replace(selection, stage=stage))
         audit_record = AuditRecord(
             "replay",
@@ -188,6 +197,7 @@ def replay_run(
             "marked": count,
             "received": rows.received,
             "failed": rows.failed,
+            "runs": _start_replay(context, caller, scope),
             "sensor": "replay_dead_letters",
         },
         202,
@@ -211,15 +221,41 @@ def _start_load(context: AppContext, caller: Caller, name: str, *, job: str = IN
     selected = select_all_layers(context.asset_graph, [name])
     if job == BACKFILL:
         selected.append(MISSING_REFERENCES)
-    assets = [key.path for key in selected]
-    checks = [(check.asset_key.path, check.name) for check in select_own_checks(context.asset_graph, selected)]
+    return [_launch(context, caller, job, windows, selected, {}) for windows in due]
+
+
+def _start_replay(context: AppContext, caller: Caller, scope: Sequence[ReplayRequest]) -> list[str]:
+    """Start the runs that replay marked dead letters. Return their ids, none if Dagster is not available."""
+    types_by_key: dict[str, set[str]] = {}
+    for request in scope:
+        types_by_key.setdefault(request.partition_key, set()).add(request.resource_type)
     run_ids = []
-    for windows in due:
-        keys = [window.key for window in windows.windows]
-        partition_tags = {"dagster/partition": keys[0]} if len(keys) == 1 else range_tags(windows)
-        tags = {REFRESH_TAG: Refresh.MISSING.value, USER_TAG: caller.actor, **partition_tags}
-        run_ids.append(context.dagster.launch(job, assets=assets, checks=checks, tags=tags))
+    with suppress(DagsterUnavailable):
+        for windows in list(group_consecutive_windows(context.settings.window_scheme, types_by_key))[:MAX_REPLAYS]:
+            types = set().union(*(types_by_key[window.key] for window in windows.windows))
+            assets = select_assets(context.asset_graph, sorted(types, key=LOAD_ORDER.__getitem__))
+            tags = {REPLAY_TAG: "marked"}
+            run_ids.append(_launch(context, caller, REPLAY_DEAD_LETTERS, windows, assets, tags))
     return run_ids
+
+
+def _launch(
+    context: AppContext,
+    caller: Caller,
+    job: str,
+    windows: WindowRange,
+    selected: AssetKeys,
+    tags: Mapping[str, str],
+) -> str:
+    """Start a run of a job over windows, with the selected assets and their own checks. Return its id."""
+    keys = [window.key for window in windows.windows]
+    partition_tags = {PARTITION_TAG: keys[0]} if len(keys) == 1 else range_tags(windows)
+    return context.dagster.launch(
+        job,
+        assets=[key.path for key in selected],
+        checks=[(check.asset_key.path, check.name) for check in select_own_checks(context.asset_graph, selected)],
+        tags={REFRESH_TAG: Refresh.MISSING.value, USER_TAG: caller.actor, **partition_tags, **tags},
+    )
 
 
 def _answer_started(context: AppContext, run_ids: Sequence[str], wait: float | None) -> Response:

@@ -19,6 +19,8 @@ from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops.received import PendingWindow
 from fhir_assets.windows import WindowRange, WindowScheme
 
+AssetKeys = Sequence[dg.AssetKey]
+
 MAX_MATERIALIZATIONS = 1000
 """The largest number of materializations that one receipt reports to Dagster; each event takes milliseconds."""
 

@@ -122,6 +122,7 @@ def test_an_open_row_is_replayed_and_fails_again_until_its_cause_is_gone(api: Ap
     post_conflict(api)
     answer = api.post(f"/runs/{RUN}/replay?stage=fetch", role="operator")
     assert (answer.status_code, answer.json()["failed"], answer.json()["received"]) == (202, 1, 0)
+    assert answer.json()["runs"] == [], "no run is needed, and Dagster is not there"
     assert list_statuses(api) == [("open", 2, None)]
     query(api, "DELETE FROM ops.visits RETURNING 1")
     output = CliRunner().invoke(app, ["dead-letters", "replay", "--stage", "fetch", "--no-wait", "--json"]).output

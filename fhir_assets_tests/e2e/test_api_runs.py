@@ -165,7 +165,10 @@ def _replayed(api: Api, deployment: Deployment, run_id: str) -> None:
     )
     assert "finale" not in json.dumps(dead_letter)
     assert api.post(f"/runs/{run_id}/replay?stage=load").json()["marked"] == 0
-    assert api.post(f"/runs/{run_id}/replay?stage=validate", role="operator").json()["marked"] == 1
+    answer = api.post(f"/runs/{run_id}/replay?stage=validate", role="operator").json()
+    assert answer["marked"] == 1
+    (replay,) = answer["runs"]
+    assert ended(api, replay) == "SUCCESS"
     query = "SELECT status FROM ops.dead_letters WHERE id = %s AND attempts > %s"
     wait_until(lambda: deployment.query(query, dead_letter["id"], dead_letter["attempts"]) == [("open",)], seconds=240)
 
