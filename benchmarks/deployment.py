@@ -5,17 +5,19 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from time import perf_counter
 
 import dagster as dg
+import yaml
 
 from benchmarks.machine import cpu_seconds
 from fhir_assets.definitions import build_definitions
 from fhir_assets.ingestion import Ingestion, Listener, select_failed
 from fhir_assets.orchestration.instance import config
 from fhir_assets.pipeline.refresh import Refresh
-from fhir_assets.settings import SourceKind, load_settings
+from fhir_assets.settings import Settings, SourceKind, load_settings
 from fhir_assets.warehouse.postgres.db import embedded, migrations
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets.windows import Granularity
@@ -36,13 +38,24 @@ class Load:
         return self.resources / self.seconds
 
 
+class Storage(Enum):
+    """The storage of Dagster's instance: the project's batched event log, or dagster-postgres' own storage."""
+
+    OWN = "own"
+    STOCK = "stock"
+
+
 @contextmanager
-def deployed(home: Path, **settings: object) -> Iterator[tuple[Ingestion, dg.DagsterInstance]]:
+def deployed(
+    home: Path, storage: Storage = Storage.OWN, /, **settings: object
+) -> Iterator[tuple[Ingestion, dg.DagsterInstance]]:
     """Yield a new deployment in ``home`` with an embedded database, and its Dagster instance."""
     for name in ("DAGSTER_HOME", "DAGSTER_POSTGRES_URL"):
         os.environ.pop(name, None)
     loaded = load_settings(fhir_assets_home=home, db_url=None, **settings)
     migrations.upgrade(embedded.ensure(loaded.home))
+    if storage is Storage.STOCK:
+        os.environ["DAGSTER_HOME"] = str(_write_stock_instance(loaded))
     instance = config.open_instance(loaded)
     ingestion = Ingestion(loaded, build_definitions(loaded), instance)
     ingestion.count_steps()
@@ -50,6 +63,16 @@ def deployed(home: Path, **settings: object) -> Iterator[tuple[Ingestion, dg.Dag
         yield ingestion, instance
     finally:
         instance.dispose()
+
+
+def _write_stock_instance(settings: Settings) -> Path:
+    """Write the project's ``dagster.yaml`` with ``storage: postgres:``, and return its folder."""
+    content = yaml.safe_load(config.render_dagster_yaml(settings))
+    content["storage"] = {"postgres": {"postgres_url": {"env": "DAGSTER_POSTGRES_URL"}}}
+    folder = settings.home / "stock"
+    folder.mkdir()
+    (folder / "dagster.yaml").write_text(yaml.safe_dump(content))
+    return folder
 
 
 def load(home: Path, source: Path, *, listener: Listener | None = None, **settings: object) -> Load:

@@ -2,15 +2,17 @@
 
 ``python -m benchmarks.windows [windows]`` loads daily windows of all types by search. Every tenth day has one resource.
 The runs load FHIR_WINDOWS_PER_RUN windows each, one after another, as ``fhir-assets ingest`` does. CPU is the time of
-the loading process and of its Postgres, without the sandbox server.
+the loading process and of its Postgres, without the sandbox server. ``--storage stock`` measures with the storage
+of dagster-postgres.
 """
 
+import argparse
 import os
 import sys
 from datetime import timedelta
 from pathlib import Path
 
-from benchmarks.deployment import deployed
+from benchmarks.deployment import Storage, deployed
 from benchmarks.loader import START, observation
 from benchmarks.machine import scratch
 from benchmarks.meter import Cost, Meter
@@ -30,11 +32,11 @@ DAYS_PER_RESOURCE = 10
 _ROUNDS = 3
 
 
-def main(count: int = WINDOWS) -> int:
+def main(count: int = WINDOWS, storage: Storage = Storage.OWN) -> int:
     """Print the table. Return 1 if a duration exceeds its limit, scaled to the number of windows."""
     load = os.getloadavg()[0]
     with scratch() as home, SandboxProcess(write_nearly_empty(home / "data", count)) as server:
-        total, empty = _measure(home, server, count)
+        total, empty = _measure(home, server, count, storage)
     seconds = total.seconds * WINDOWS / count
     print(f"{count:,} windows at load {load:.1f}, scaled to {WINDOWS:,}: {seconds:.0f} s (limit {LIMIT_SECONDS:.0f} s)")
     print(f"an empty window: {empty:.1f} s (limit {LIMIT_EMPTY_SECONDS:.0f} s)")
@@ -49,7 +51,7 @@ def write_nearly_empty(folder: Path, days: int) -> Path:
     return folder
 
 
-def _measure(home: Path, server: SandboxProcess, count: int) -> tuple[Cost, float]:
+def _measure(home: Path, server: SandboxProcess, count: int, storage: Storage) -> tuple[Cost, float]:
     """Return the cost of all windows, and the seconds of an empty window, the best of some rounds."""
     settings = {
         "fhir_base_url": server.url,
@@ -57,7 +59,7 @@ def _measure(home: Path, server: SandboxProcess, count: int) -> tuple[Cost, floa
         "fhir_partition": Granularity.DAILY,
         "fhir_last_updated_gte": START,
     }
-    with deployed(home, **settings) as (ingestion, _):
+    with deployed(home, storage, **settings) as (ingestion, _):
         meter = Meter(home, excluded=server.pid)
         end = START + (count - 1) * _DAY
         total = sum((_cost(ingestion, meter, windows) for windows in ingestion.find_due(first=START, last=end)), Cost())
@@ -88,4 +90,8 @@ def _format_cost(title: str, cost: Cost) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if sys.argv[1:] else WINDOWS))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("windows", type=int, nargs="?", default=WINDOWS)
+    parser.add_argument("--storage", type=Storage, choices=list(Storage), default=Storage.OWN)
+    arguments = parser.parse_args()
+    sys.exit(main(arguments.windows, arguments.storage))

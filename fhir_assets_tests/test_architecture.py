@@ -153,6 +153,7 @@ PRIVATE_DAGSTER = {
     "dagster._core.definitions.job_base.InMemoryJob",
     "dagster._core.definitions.metadata.MetadataFieldSerializer",
     "dagster._core.definitions.unresolved_asset_job_definition.UnresolvedAssetJobDefinition",
+    "dagster._core.event_api.EventLogCursor",
     "dagster._core.events.AssetMaterializationPlannedData",
     "dagster._core.events.AssetObservationData",
     "dagster._core.events.DagsterEventBatchMetadata",
@@ -162,7 +163,6 @@ PRIVATE_DAGSTER = {
     "dagster._core.execution.context.metadata_logging.AssetMetadataHandle",
     "dagster._core.execution.context.metadata_logging.OutputMetadataAccumulator",
     "dagster._core.launcher.CheckRunHealthResult",
-    "dagster._core.launcher.LaunchRunContext",
     "dagster._core.launcher.WorkerStatus",
     "dagster._core.remote_origin.RegisteredCodeLocationOrigin",
     "dagster._core.remote_origin.RemoteJobOrigin",
@@ -216,7 +216,7 @@ def test_the_pure_layer_names_no_environment_variable_of_the_settings() -> None:
 WITHOUT_SQL = {"pipeline", "api", "cli", "orchestration", "deployment", "ingestion", "definitions"}
 """The components that call named functions of the warehouse and execute no SQL themselves."""
 
-SQL_OUTSIDE_THE_WAREHOUSE = {"orchestration.instance.storage"}
+SQL_OUTSIDE_THE_WAREHOUSE = {"orchestration.instance.run_page", "orchestration.instance.storage"}
 """Modules of these components with SQL. The event log writes Dagster's tables through Dagster's own SQLAlchemy."""
 
 

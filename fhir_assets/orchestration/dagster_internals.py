@@ -51,6 +51,9 @@ from dagster._core.definitions.unresolved_asset_job_definition import (
     UnresolvedAssetJobDefinition as UnresolvedAssetJobDefinition,
 )
 
+# The position in the events of a run. See EventLogConnection.
+from dagster._core.event_api import EventLogCursor as EventLogCursor
+
 # See AssetCheckEvaluationPlanned.
 from dagster._core.events import AssetMaterializationPlannedData as AssetMaterializationPlannedData
 from dagster._core.events import AssetObservationData as AssetObservationData
@@ -74,10 +77,6 @@ from dagster._core.execution.context.metadata_logging import OutputMetadataAccum
 # The result that a run launcher returns when the daemon checks the worker of a run. The Celery launcher returns FAILED
 # for a killed worker. Without them: the runs of a killed worker stay STARTED until a person terminates them.
 from dagster._core.launcher import CheckRunHealthResult as CheckRunHealthResult
-
-# The argument of a run launcher. The Celery launcher sends a run again whose message is lost. Without it: such a run
-# waits until a person terminates it.
-from dagster._core.launcher import LaunchRunContext as LaunchRunContext
 from dagster._core.launcher import WorkerStatus as WorkerStatus
 
 # The job, repository and code location of a run, by which the UI finds the job. command_runs.py names the code location
@@ -99,8 +98,8 @@ from dagster._core.storage.asset_check_execution_record import (
 # Mapping[str, Any].
 from dagster._core.storage.config import PostgresStorageConfig as PostgresStorageConfig
 
-# A page of the events of a run. instance/storage.py returns it without repeated plans. Without it: the page of a run
-# shows a planned materialization for each asset and window.
+# A page of the events of a run, and the position in them. instance/storage.py returns pages without what repeats for
+# each window. Without them: the page of a run shows a plan and a materialization for each asset and window.
 from dagster._core.storage.event_log.base import EventLogConnection as EventLogConnection
 
 # A compute log manager that discards stdout and stderr of steps. Base class of instance/compute_logs.py. Without it:

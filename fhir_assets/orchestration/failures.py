@@ -54,8 +54,7 @@ def record_step(
         _log.error("step failed", extra={**fields, "reason": reason})
         # Without a database the failure cannot be recorded: the next load sees that the run holds no advisory lock.
         with suppress(DatabaseUnavailable), warehouse.connect() as conn:
-            seconds = (perf_counter() - started) / len(resource_types)
-            runs.fail(conn, run.run_id, resource_types, run.partition_keys, error=reason, seconds=seconds)
+            runs.fail(conn, run.run_id, resource_types, run.partition_keys, error=reason)
         if isinstance(error, ServerUnavailable):
             run.request_retry()
         if isinstance(error, Exception):

@@ -204,11 +204,12 @@ def log_evaluations(context: dg.AssetExecutionContext, evaluations: Sequence[dg.
     batch = uuid4().hex
     batched = getattr(context.instance.event_log_storage, "batches_evaluations", False)
     for number, evaluation in enumerate(evaluations, 1):
+        scope = f" of {evaluation.partition}" if evaluation.partition else ""
         dg.DagsterEvent.from_step(
             dg.DagsterEventType.ASSET_CHECK_EVALUATION,
             context.op_execution_context.get_step_execution_context(),
             evaluation,
-            f"{evaluation.check_name} of {evaluation.partition}: {evaluation.description}",
+            f"{evaluation.check_name}{scope}: {evaluation.description}",
             DagsterEventBatchMetadata(batch, number == len(evaluations)) if batched else None,
         )
 

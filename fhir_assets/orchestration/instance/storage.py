@@ -23,11 +23,13 @@ from fhir_assets.orchestration.dagster_internals import (
     AssetCheckExecutionRecordStatus,
     ConfigurableClassData,
     EventLogConnection,
+    EventLogCursor,
     PostgresStorageConfig,
     load_event_log_tables,
 )
 from fhir_assets.orchestration.instance.config import find_dagster_url
 from fhir_assets.orchestration.instance.event_rows import Row, build_rows, key_text, split_partitions
+from fhir_assets.orchestration.instance.run_page import omit_passed, read_events
 from fhir_assets.orchestration.instance.runless_evaluations import build_runless_evaluation
 from fhir_assets.settings import load_settings
 
@@ -211,13 +213,21 @@ class BatchedEventLog(PostgresEventLogStorage):
     ) -> EventLogConnection:
         """Return the events of a run, as the page of the run shows them.
 
-        A run plans each asset for each of its windows. Unless ``of_type`` names types, only one plan of each asset is
-        returned, because the others contain nothing new and would be two fifths of the page of a backfill.
+        Unless ``of_type`` names types, what repeats for each window is left out, see ``run_page``. The pages of the
+        assets and checks read it by its type.
         """
-        connection = super().get_records_for_run(run_id, cursor, of_type, limit, ascending)
-        if of_type is not None:
-            return connection
-        return connection._replace(records=list(_omit_repeated_plans(connection.records)))
+        position = EventLogCursor.parse(cursor) if cursor else None
+        if of_type is not None or not ascending or (position and position.is_offset_cursor()):
+            return super().get_records_for_run(run_id, cursor, of_type, limit, ascending)
+        after = position.storage_id() if position else -1
+        with self._connect() as conn:
+            records = read_events(conn, run_id, after=after, limit=limit)
+        last = records[-1].storage_id if records else after
+        return EventLogConnection(
+            list(omit_passed(records)),
+            cursor=EventLogCursor.from_storage_id(last).to_string(),
+            has_more=limit is not None and len(records) == limit,
+        )
 
     def flush(self) -> None:
         """Write the held events."""
@@ -397,18 +407,6 @@ class BatchedEventLog(PostgresEventLogStorage):
             return nullcontext(connection)
         self.flush()
         return super()._connect()
-
-
-def _omit_repeated_plans(records: Sequence[dg.EventLogRecord]) -> Iterator[dg.EventLogRecord]:
-    """Yield the records without events that plan the same asset as the event before them for another window."""
-    planned: dg.AssetKey | None = None
-    for record in records:
-        event = record.event_log_entry.dagster_event
-        is_plan = event is not None and event.event_type is dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED
-        asset = event.asset_key if event and is_plan and event.partition else None
-        if asset is None or asset != planned:
-            yield record
-        planned = asset
 
 
 def _split_partitions(events: Sequence[dg.EventLogEntry]) -> list[dg.EventLogEntry]:

@@ -28,7 +28,6 @@ from fhir_assets.warehouse.ops import (
     checkpoints,
     dead_letter_resolution,
     dead_letters,
-    held_windows,
     received,
     replays,
     runs,
@@ -109,8 +108,7 @@ class LoadStep:
     """Loads validated partitions into the tables of views, one resource type for each call.
 
     ``all_views`` states whether ``views`` are all views of the type. Only if they are, parts are recorded as loaded and
-    checkpoints move. Windows with loaded resources are recorded in ``ops.held_windows`` for the destination
-    ``written_to``, if one is given, in the transaction of their rows.
+    checkpoints move.
     """
 
     def __init__(
@@ -124,7 +122,6 @@ class LoadStep:
         refresh: Refresh,
         workers: WorkerPool,
         consent_gate: ConsentGate = NO_CONSENT_GATE,
-        written_to: str = "",
     ) -> None:
         self._store = store
         self._connect = connect
@@ -137,7 +134,6 @@ class LoadStep:
         self._run_id = run_id
         self._refresh = refresh
         self._consent_gate = consent_gate
-        self._written_to = written_to
         self._recorded_before = 0
         self._with_identifiers = self._finds_targets = False
 
@@ -289,9 +285,6 @@ class LoadStep:
                 for task in group
             },
         )
-        if self._written_to:
-            loaded = [task.window.key for task in group if task.rows]
-            held_windows.hold(conn, self._written_to, resource_type, loaded, run_id=self._run_id)
         audit_log.record(
             conn, *build_load_audit_records(resource_type, counts, run_id=self._run_id, detail={"windows": len(group)})
         )

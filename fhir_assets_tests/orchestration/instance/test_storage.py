@@ -18,6 +18,8 @@ pytestmark = [
 ]
 
 PLANNED = dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED
+DONE = dg.DagsterEventType.ASSET_MATERIALIZATION
+EVALUATION = dg.DagsterEventType.ASSET_CHECK_EVALUATION
 DAYS = dg.StaticPartitionsDefinition(["a", "b"])
 
 
@@ -135,16 +137,34 @@ def test_a_range_has_the_same_planned_events_as_in_dagsters_own_storage(
             assert reader.event_log_storage.get_latest_planned_materialization_info(asset, key)
 
 
-def test_the_page_of_a_run_shows_one_plan_for_each_asset(instance: dg.DagsterInstance) -> None:
+def test_the_page_of_a_run_shows_once_what_repeats_for_each_window_and_every_failed_check(
+    instance: dg.DagsterInstance,
+) -> None:
     @dg.asset(partitions_def=DAYS, backfill_policy=dg.BackfillPolicy.single_run())
-    def one() -> None:
-        pass
+    def one(context: dg.AssetExecutionContext) -> None:
+        for name in ("good", "bad"):
+            for day in ("a", "b"):
+                evaluation = dg.AssetCheckEvaluation(
+                    asset_key=dg.AssetKey("one"), check_name=name, passed=name == "good", metadata={}, partition=day
+                )
+                context.instance.report_dagster_event(
+                    dg.DagsterEvent(EVALUATION.value, context.job_name, event_specific_data=evaluation),
+                    context.run.run_id,
+                )
 
     tags = {"dagster/asset_partition_range_start": "a", "dagster/asset_partition_range_end": "b"}
     run_id = dg.materialize([one], instance=instance, tags=tags).run_id
-    assert len(instance.all_logs(run_id, of_type=PLANNED)) == 2
-    shown = [event for event in instance.all_logs(run_id) if event.dagster_event_type is PLANNED]
-    assert len(shown) == 1
+    stored = {kind: len(instance.all_logs(run_id, of_type=kind)) for kind in (PLANNED, DONE, EVALUATION)}
+    shown = [event.dagster_event for event in instance.all_logs(run_id) if event.dagster_event]
+    assert stored == {PLANNED: 2, DONE: 2, EVALUATION: 4}
+    assert {kind: sum(event.event_type is kind for event in shown) for kind in (PLANNED, DONE)} == {PLANNED: 1, DONE: 1}
+    evaluations = [event.asset_check_evaluation_data for event in shown if event.event_type is EVALUATION]
+    assert [(evaluation.check_name, evaluation.partition) for evaluation in evaluations] == [
+        ("good", "a"),
+        ("bad", "a"),
+        ("bad", "b"),
+    ]
+    assert "STEP_SUCCESS" in event_types(instance, run_id)
 
 
 def test_readers_see_the_start_of_a_step_at_once_and_all_of_its_events_at_its_end(
