@@ -9,7 +9,7 @@ PIP := $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir cases search-steps newest-dagster second-server hapi hapi-story rules lock build up down logs start clean
+.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir cases search-steps newest-dagster dbt-story second-server hapi hapi-story rules lock build up down logs start clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -59,6 +59,7 @@ lock: ## Resolve requirements/*.lock again, from pyproject.toml
 	$(COMPILE) --extra embedded --extra parquet --extra xlsx --extra celery --extra k8s -o requirements/runtime.lock
 	$(COMPILE) --extra dev -c requirements/runtime.lock -o requirements/dev.lock
 	$(COMPILE) --extra dev --extra benchmark -c requirements/dev.lock -o requirements/benchmark.lock
+	$(COMPILE) --extra test --extra dbt -c requirements/runtime.lock -o requirements/dbt.lock
 	echo 'hatchling editables' | tr ' ' '\n' | $(subst pyproject.toml,-,$(COMPILE)) -c requirements/dev.lock -o requirements/build.lock
 
 lint: $(VENV)/.installed-dev
@@ -103,6 +104,16 @@ newest-dagster: ## The tests of the event log on the newest Dagster release, in 
 	build/newest/bin/python -m pip list | grep -i '^dagster'
 	PYTHONPATH=. build/newest/bin/python -m pytest fhir_assets_tests/orchestration/instance \
 	  fhir_assets_tests/e2e/test_range_events.py
+
+# dbt needs an older pathspec than the build backend of requirements/dev.lock, and therefore has an environment of its own.
+dbt-story: build/dbt/.installed ## The dbt package, run by dbt on Postgres and on the lake
+	PYTHONPATH=. build/dbt/bin/python -m pytest -m slow --durations=3 fhir_assets_tests/e2e/test_dbt.py
+
+build/dbt/.installed: requirements/dbt.lock
+	$(PYTHON) -m venv build/dbt
+	build/dbt/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --require-hashes \
+	  -r requirements/dbt.lock
+	touch $@
 
 # Upload and connector against a FHIR server that is not ours; needs node 20 and npm.
 SECOND := fhir_assets_tests/e2e/second_server

@@ -26,6 +26,7 @@ from fhir_assets.orchestration.assets.delivered_health import build_health_patie
 from fhir_assets.orchestration.assets.exports import build_export_assets
 from fhir_assets.orchestration.assets.lake import build_lake_assets
 from fhir_assets.orchestration.assets.landing import build_landing
+from fhir_assets.orchestration.assets.missing_references import build_missing_references
 from fhir_assets.orchestration.assets.normalized import build_broken_view, build_normalized_assets
 from fhir_assets.orchestration.assets.raw import build_raw_assets
 from fhir_assets.orchestration.assets.validated import build_validated_assets
@@ -34,6 +35,7 @@ from fhir_assets.orchestration.executors import build_executor
 from fhir_assets.orchestration.io_managers.ndjson import NdjsonIOManager
 from fhir_assets.orchestration.io_managers.postgres import PostgresIOManager
 from fhir_assets.orchestration.jobs import (
+    build_backfill,
     build_check_tables,
     build_incremental_load,
     build_load_received,
@@ -91,10 +93,13 @@ def _build(
     partitions = build_partitions(settings.window_scheme)
     checks = build_table_checks(settings, views.views, open_any, warehouse)
     delivered = build_delivered_assets(settings, partitions, views.views)
-    delivered_keys = [key for asset in delivered for key in asset.keys]
-    incremental_load = build_incremental_load(checks, delivered_keys)
-    load_received = build_load_received(checks, delivered_keys)
-    replay_dead_letters = build_replay_dead_letters(checks, delivered_keys)
+    exports = build_export_assets(settings, partitions, views.views)
+    written_keys = [key for asset in (*delivered, *exports) for key in asset.keys]
+    incremental_load = build_incremental_load(checks, written_keys)
+    missing_references = build_missing_references(settings, partitions, views.views)
+    backfill = build_backfill(checks, written_keys)
+    load_received = build_load_received(checks, written_keys)
+    replay_dead_letters = build_replay_dead_letters(checks, written_keys)
     check_tables = build_check_tables(checks)
     apply_consent = build_apply_consent(settings, views)
     layers = dg.Definitions(
@@ -109,7 +114,8 @@ def _build(
             *build_validated_assets(settings, partitions, store_url=store.blobs.url),
             *build_normalized_assets(settings, partitions, views.views),
             *delivered,
-            *build_export_assets(settings, partitions, views.views),
+            *exports,
+            missing_references,
             *build_lake_assets(settings, partitions, views.views),
             *(build_broken_view(broken) for broken in views.broken),
         ],
@@ -117,6 +123,7 @@ def _build(
         executor=build_executor(settings),
         jobs=[
             incremental_load,
+            backfill,
             load_received,
             replay_dead_letters,
             check_tables,

@@ -279,7 +279,9 @@ class Settings(BaseSettings):
         "", description="Folder or s3://bucket/prefix for Parquet of lake/<view>; unset: these assets do not exist"
     )
     fhir_export_url: str = Field(
-        "", description="Folder or s3://bucket/prefix for exports/<type>; unset: these assets do not exist"
+        "",
+        description="Folder or s3://bucket/prefix to which each run that loads something writes its files; "
+        "unset: the assets exports/<type> do not exist",
     )
     alert_webhook_url: SecretStr | None = Field(
         None, description="The webhook (Slack, Teams or your own) that alerts are sent to; unset: no alerts"

@@ -163,6 +163,7 @@ PRIVATE_DAGSTER = {
     "dagster._core.execution.context.metadata_logging.AssetMetadataHandle",
     "dagster._core.execution.context.metadata_logging.OutputMetadataAccumulator",
     "dagster._core.launcher.CheckRunHealthResult",
+    "dagster._core.launcher.LaunchRunContext",
     "dagster._core.launcher.WorkerStatus",
     "dagster._core.remote_origin.RegisteredCodeLocationOrigin",
     "dagster._core.remote_origin.RemoteJobOrigin",

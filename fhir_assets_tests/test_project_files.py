@@ -38,6 +38,7 @@ def test_the_lock_files_name_every_dependency_of_the_project() -> None:
     assert missing(runtime, "runtime") == set()
     assert missing(runtime + extras["test"] + extras["lint"] + extras["dev"], "dev") == set()
     assert missing(runtime + extras["benchmark"], "benchmark") == set()
+    assert missing(runtime + extras["test"] + extras["dbt"], "dbt") == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -26,15 +26,21 @@ class Role(StrEnum):
     """The role of a token. ``ROUTE_ROLES`` lists the roles that may call each route; ``admin`` may call all."""
 
     READER = "reader"
+    REGISTRAR = "registrar"
     OPERATOR = "operator"
     INGESTER = "ingester"
+    AUDITOR = "auditor"
     ADMIN = "admin"
 
 
-_READ = frozenset({Role.READER, Role.ADMIN})
+_READ = frozenset({Role.READER, Role.REGISTRAR, Role.ADMIN})
 _OPERATE = frozenset({Role.OPERATOR, Role.ADMIN})
 _INTAKE = frozenset({Role.INGESTER, Role.ADMIN})
+_AUDIT = frozenset({Role.AUDITOR, Role.ADMIN})
 _ALL = frozenset(Role)
+
+SSN_ROLES = frozenset({Role.REGISTRAR, Role.ADMIN})
+"""The roles that may search patients by social security number."""
 
 ROUTE_ROLES: Mapping[tuple[str, str], frozenset[Role]] = {
     ("POST", "/ingest"): _INTAKE,
@@ -51,6 +57,7 @@ ROUTE_ROLES: Mapping[tuple[str, str], frozenset[Role]] = {
     ("GET", "/runs/{run_id}/deadletters"): _OPERATE,
     ("POST", "/runs/{run_id}/replay"): _OPERATE,
     ("POST", "/export/{resource_type}"): _OPERATE,
+    ("GET", "/audit"): _AUDIT,
     ("GET", "/metrics"): _OPERATE,
     ("GET", "/docs"): _ALL,
     ("GET", "/openapi.json"): _ALL,

@@ -12,7 +12,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import APIRoute
 
 from fhir_assets import logs
-from fhir_assets.api import WORKERS_VARIABLE, exports, health, intake, patients, problems, runs, visits
+from fhir_assets.api import WORKERS_VARIABLE, audit, exports, health, intake, patients, problems, runs, visits
 from fhir_assets.api.access import PUBLIC_PATHS, ROUTE_ROLES, Authenticator, RateLimiter, parse_tokens
 from fhir_assets.api.context import AppContext
 from fhir_assets.api.middleware import RequestMiddleware
@@ -45,7 +45,7 @@ def create_app(settings: Settings, *, workers: int = 1) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.context = context
-    for module in (visits, intake, patients, runs, exports, health):
+    for module in (visits, intake, patients, runs, exports, health, audit):
         app.include_router(module.router)
     if settings.api_docs:
         _add_docs_routes(app)

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Response
 from fhir_assets.api.context import Context, CurrentCaller
 from fhir_assets.api.problems import Problem, problem_responses
 from fhir_assets.api.resource_types import TypeName, find_resource_type
-from fhir_assets.api.run_ids import find_run_id
+from fhir_assets.api.run_ids import find_run_id, run_not_found
 from fhir_assets.api.run_models import Exported
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.store import build_blobs
@@ -56,7 +56,10 @@ def export_type(
         full_run_id = ""
         folder = f"exports/{name}_{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
         if run_id:
-            full_run_id, keys_by_type = find_run_windows(conn, find_run_id(conn, run_id))
+            try:
+                full_run_id, keys_by_type = find_run_windows(conn, find_run_id(conn, run_id))
+            except KeyError:  # a run that received files and loaded nothing
+                raise run_not_found([]) from None
             keys, folder = keys_by_type.get(name, []), build_run_folder(full_run_id, datetime.now(UTC))
         consent_gate = build_consent_gate(context.settings)
         step = ConsentStep(

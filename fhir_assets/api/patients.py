@@ -12,6 +12,7 @@ import orjson
 from fastapi import APIRouter, Path, Query, Response
 from pydantic import BaseModel, Field
 
+from fhir_assets.api.access import SSN_ROLES
 from fhir_assets.api.context import AppContext, Caller, Context, CurrentCaller
 from fhir_assets.api.problems import Problem, problem_responses
 from fhir_assets.deployment.consent import build_consent_gate
@@ -90,6 +91,13 @@ def list_patients(
         SearchTerm, Query(description="The first given name, or all given names; case-insensitive")
     ] = None,
     last_name: Annotated[SearchTerm, Query(description="Family name; case-insensitive")] = None,
+    ssn: Annotated[
+        str | None,
+        Query(
+            pattern=r"^[0-9]{3}-?[0-9]{2}-?[0-9]{4}$",
+            description="US social security number, with or without hyphens; needs the role registrar or admin",
+        ),
+    ] = None,
     number: Annotated[
         int | None, Query(ge=1, lt=2**63, description="The `number` of a patient; other parameters do not matter")
     ] = None,
@@ -105,8 +113,10 @@ def list_patients(
     Names match only completely, because encrypted values can only be compared for equality. All pages are equally fast.
     Patients whose data consent withholds are not listed.
     """
+    if ssn is not None and caller.token.role not in SSN_ROLES:
+        raise Problem(403, "this token may not search by social security number: use one with the role registrar")
     consent_gate = build_consent_gate(context.settings)
-    search = PatientSearch(mrn=mrn, given=first_name, family=last_name)
+    search = PatientSearch(mrn=mrn, given=first_name, family=last_name, ssn=ssn)
     with context.connection() as conn:
         if number is not None:
             result = patient_directory.PatientPage.of(numbers.find_id(conn, "Patient", number))
@@ -124,7 +134,7 @@ def list_patients(
     context.record_audit(*(audit_records or [empty_search]))
     next_page = None
     if len(result.ids) == page_size:
-        terms = {"mrn": mrn, "first_name": first_name, "last_name": last_name}
+        terms = {"mrn": mrn, "first_name": first_name, "last_name": last_name, "ssn": ssn}
         next_page = "/patients?" + urlencode(
             {
                 "page": min(page + 1, LAST_PAGE),

@@ -6,7 +6,8 @@ from typing import Annotated
 from fastapi import Path
 
 from fhir_assets.api.problems import Problem
-from fhir_assets.warehouse.ops import numbers, runs
+from fhir_assets.warehouse.ops import numbers, runs, visits
+from fhir_assets.warehouse.ops.dead_letters import Selection
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 RunId = Annotated[
@@ -15,6 +16,26 @@ RunId = Annotated[
 
 _MAX_DIGITS = 18
 """Longer numbers do not fit into 64 bits, so that they can only be the beginning of an id."""
+
+
+LANDING = "landing:"
+"""The beginning of the origins of landed and posted files."""
+
+InputOrRunId = Annotated[
+    str,
+    Path(
+        description="A run's number, its id, or the first characters of its id; or the origin of files of the landing "
+        "zone (landing:batch-…)",
+        pattern=r"^[A-Za-z0-9\-]{1,64}$|^[a-z]{1,16}:[A-Za-z0-9\-/]{1,200}$",
+    ),
+]
+
+
+def select_dead_letters(conn: Connection, text: str) -> Selection:
+    """Return the selection of the dead letters of a run, or of received files. Raises Problem (404)."""
+    if text.startswith(LANDING):
+        return Selection(origins=visits.find_origins(conn, text))
+    return Selection(run_id=find_run_id(conn, text))
 
 
 def find_run_id(conn: Connection, text: str) -> str:

@@ -111,10 +111,13 @@ class DeadLetterList(BaseModel):
 
 
 class Replay(BaseModel):
-    """The number of dead letters that are marked for the sensor."""
+    """The numbers of dead letters that are marked for the sensor, and of rows that were received again."""
 
     run_id: str
     marked: int
+    received: int = Field(description="Rows of visit files that were received again; they are loaded as posts are")
+    failed: int = Field(description="Rows of visit files that failed again")
+    runs: list[str] = Field(description="The ids of the runs that replay them; empty if Dagster is not available")
     sensor: str = Field(examples=["replay_dead_letters"])
 
 

@@ -1,10 +1,12 @@
 """Routes that start runs through Dagster, report on them from schema ``ops``, and replay their dead letters."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from time import monotonic
 from typing import Annotated, Literal
+from uuid import uuid4
 
 import orjson
 from fastapi import APIRouter, Query, Response
@@ -13,24 +15,30 @@ from fhir_assets.api.context import AppContext, Caller, Context, CurrentCaller
 from fhir_assets.api.dagster import FINISHED
 from fhir_assets.api.problems import problem_responses
 from fhir_assets.api.resource_types import TypeName, find_resource_type
-from fhir_assets.api.run_ids import RunId, find_run_id, list_matches, run_not_found
+from fhir_assets.api.run_ids import InputOrRunId, RunId, list_matches, run_not_found, select_dead_letters
 from fhir_assets.api.run_models import DeadLetterList, Replay, Run, RunList, Started
+from fhir_assets.catalog import LOAD_ORDER
 from fhir_assets.deployment.source import open_source
 from fhir_assets.deployment.sources import build_binding
 from fhir_assets.errors import DagsterUnavailable
-from fhir_assets.orchestration.jobs import FETCH_MISSING_REFERENCES, INCREMENTAL_LOAD
-from fhir_assets.orchestration.received_windows import select_all_layers, select_own_checks
+from fhir_assets.orchestration.jobs import BACKFILL, INCREMENTAL_LOAD, MISSING_REFERENCES, REPLAY_DEAD_LETTERS
+from fhir_assets.orchestration.received_windows import AssetKeys, select_all_layers, select_assets, select_own_checks
 from fhir_assets.orchestration.run_requests import range_tags
-from fhir_assets.orchestration.tags import REFRESH_TAG, USER_TAG
-from fhir_assets.pipeline.due_windows import begin_checkpoints, find_due_windows
+from fhir_assets.orchestration.tags import PARTITION_TAG, REFRESH_TAG, REPLAY_TAG, USER_TAG
+from fhir_assets.pipeline.correct.visit_rows import RowReplayStep
+from fhir_assets.pipeline.due_windows import begin_checkpoints, find_due_windows, group_consecutive_windows
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.warehouse.ops import audit_log, dead_letters, numbers, replays, run_history
-from fhir_assets.warehouse.ops.dead_letters import Selection
+from fhir_assets.warehouse.ops.replays import ReplayRequest
+from fhir_assets.windows import WindowRange
 
 router = APIRouter(tags=["runs"])
 
 MAX_WAIT_SECONDS = 300
+
+MAX_REPLAYS = 10
+"""The largest number of runs that a request for a replay starts."""
 
 Wait = Annotated[
     float | None,
@@ -62,18 +70,14 @@ def ingest_type(context: Context, caller: CurrentCaller, resource_type: TypeName
     status_code=202,
     response_model=Started,
     responses=problem_responses(404, 502),
-    summary="Load the missing references, Patients first, then a resource type",
+    summary="Load a resource type, then the missing references, Patients first",
 )
 def backfill(context: Context, caller: CurrentCaller, resource_type: TypeName, wait: Wait = None) -> Response:
-    """Start a run of `fetch_missing_references`, which fetches missing resources to which loaded resources refer,
-    Patients first. Then start the runs that load the type.
+    """Start runs of the job `backfill`, which load the type. Each of them then fetches the resources to which loaded
+    resources refer and that are not loaded, Patients first, and loads them. Its counts include these resources.
     """
     name = find_resource_type(context.settings.fhir_resource_types, resource_type)
-    # Dagster takes the run with the higher priority out of its queue first.
-    first_run_id = context.dagster.launch(
-        FETCH_MISSING_REFERENCES, tags={USER_TAG: caller.actor, "dagster/priority": "10"}
-    )
-    return _answer_started(context, [first_run_id, *_start_load(context, caller, name)], wait)
+    return _answer_started(context, _start_load(context, caller, name, job=BACKFILL), wait)
 
 
 @router.get("/runs", response_model=RunList, responses=problem_responses(404), summary="The latest runs")
@@ -137,13 +141,15 @@ def one_run(context: Context, run_id: RunId) -> Response:
 )
 def list_dead_letters(
     context: Context,
-    run_id: RunId,
+    run_id: InputOrRunId,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     before: Annotated[int | None, Query(ge=1, le=2**62, description="The last id of the previous page")] = None,
 ) -> Response:
-    """Dead letters with their reasons, the latest failures first. The answer does not contain the resources."""
+    """Dead letters with their reasons, the latest failures first. The answer does not contain the resources. Parts of
+    landed files that could not be read have the run that received the file, and the origin `landing:…`.
+    """
     with context.connection() as conn:
-        selection = Selection(run_id=find_run_id(conn, run_id))
+        selection = select_dead_letters(conn, run_id)
         rows = [asdict(row) for row in dead_letters.find(conn, selection, before=before, limit=limit)]
     return _json({"dead_letters": rows})
 
@@ -158,22 +164,48 @@ def list_dead_letters(
 def replay_run(
     context: Context,
     caller: CurrentCaller,
-    run_id: RunId,
-    stage: Annotated[Literal["validate", "transform", "load"] | None, Query()] = None,
+    run_id: InputOrRunId,
+    stage: Annotated[Literal["fetch", "validate", "transform", "load"] | None, Query()] = None,
 ) -> Response:
-    """Mark the dead letters of a run. The sensor `replay_dead_letters` then starts the runs that replay them."""
+    """Start the runs that replay the dead letters of a run. While Dagster is not available, and after the first ten
+    runs, the dead letters are marked, and the sensor `replay_dead_letters` starts runs for them. Rows of visit files
+    (stage `fetch`) are received again before the answer, and loaded as posts are.
+    """
     with context.connection() as conn:
-        full_run_id = find_run_id(conn, run_id)
-        count = replays.request_replay(conn, Selection(run_id=full_run_id, stage=stage))
+        selection = select_dead_letters(conn, run_id)
+    rows = RowReplayStep(context.warehouse.connect, context.receiver).run(
+        replace(selection, stage=stage), run_id=str(uuid4())
+    )
+    full_run_id = selection.run_id or run_id
+    with context.connection() as conn:
+        scope = replays.find_replayable(conn, replace(selection, stage=stage))
+        count = replays.request_replay(conn, replace(selection, stage=stage))
         audit_record = AuditRecord(
-            "replay", caller.actor, None, None, count, full_run_id, caller.request_id, {"stage": stage}
+            "replay",
+            caller.actor,
+            None,
+            None,
+            count + rows.received + rows.failed,
+            full_run_id,
+            caller.request_id,
+            {"stage": stage},
         )
         audit_log.record(conn, audit_record)
-    return _json({"run_id": full_run_id, "marked": count, "sensor": "replay_dead_letters"}, 202)
+    return _json(
+        {
+            "run_id": full_run_id,
+            "marked": count,
+            "received": rows.received,
+            "failed": rows.failed,
+            "runs": _start_replay(context, caller, scope),
+            "sensor": "replay_dead_letters",
+        },
+        202,
+    )
 
 
-def _start_load(context: AppContext, caller: Caller, name: str) -> list[str]:
-    """Start the runs that load the due windows of a type. Return their ids."""
+def _start_load(context: AppContext, caller: Caller, name: str, *, job: str = INCREMENTAL_LOAD) -> list[str]:
+    """Start the runs of a job that load the due windows of a type. Return their ids."""
     settings = context.settings
     build_binding(settings, context.warehouse, context.store).require(fetches=True)
     with context.connection() as conn:
@@ -187,15 +219,43 @@ def _start_load(context: AppContext, caller: Caller, name: str) -> list[str]:
         )
         begin_checkpoints(conn, due)
     selected = select_all_layers(context.asset_graph, [name])
-    assets = [key.path for key in selected]
-    checks = [(check.asset_key.path, check.name) for check in select_own_checks(context.asset_graph, selected)]
+    if job == BACKFILL:
+        selected.append(MISSING_REFERENCES)
+    return [_launch(context, caller, job, windows, selected, {}) for windows in due]
+
+
+def _start_replay(context: AppContext, caller: Caller, scope: Sequence[ReplayRequest]) -> list[str]:
+    """Start the runs that replay marked dead letters. Return their ids, none if Dagster is not available."""
+    types_by_key: dict[str, set[str]] = {}
+    for request in scope:
+        types_by_key.setdefault(request.partition_key, set()).add(request.resource_type)
     run_ids = []
-    for windows in due:
-        keys = [window.key for window in windows.windows]
-        partition_tags = {"dagster/partition": keys[0]} if len(keys) == 1 else range_tags(windows)
-        tags = {REFRESH_TAG: Refresh.MISSING.value, USER_TAG: caller.actor, **partition_tags}
-        run_ids.append(context.dagster.launch(INCREMENTAL_LOAD, assets=assets, checks=checks, tags=tags))
+    with suppress(DagsterUnavailable):
+        for windows in list(group_consecutive_windows(context.settings.window_scheme, types_by_key))[:MAX_REPLAYS]:
+            types = set().union(*(types_by_key[window.key] for window in windows.windows))
+            assets = select_assets(context.asset_graph, sorted(types, key=LOAD_ORDER.__getitem__))
+            tags = {REPLAY_TAG: "marked"}
+            run_ids.append(_launch(context, caller, REPLAY_DEAD_LETTERS, windows, assets, tags))
     return run_ids
+
+
+def _launch(
+    context: AppContext,
+    caller: Caller,
+    job: str,
+    windows: WindowRange,
+    selected: AssetKeys,
+    tags: Mapping[str, str],
+) -> str:
+    """Start a run of a job over windows, with the selected assets and their own checks. Return its id."""
+    keys = [window.key for window in windows.windows]
+    partition_tags = {PARTITION_TAG: keys[0]} if len(keys) == 1 else range_tags(windows)
+    return context.dagster.launch(
+        job,
+        assets=[key.path for key in selected],
+        checks=[(check.asset_key.path, check.name) for check in select_own_checks(context.asset_graph, selected)],
+        tags={REFRESH_TAG: Refresh.MISSING.value, USER_TAG: caller.actor, **partition_tags, **tags},
+    )
 
 
 def _answer_started(context: AppContext, run_ids: Sequence[str], wait: float | None) -> Response:

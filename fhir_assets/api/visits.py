@@ -3,6 +3,7 @@
 The post loader loads the file, or Dagster if no post loader runs.
 """
 
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 from uuid import uuid4
@@ -16,16 +17,19 @@ from fhir_assets.api.idempotency import IdempotencyKey, answer_once
 from fhir_assets.api.intake import require_record_limit
 from fhir_assets.api.intake_models import without_keywords
 from fhir_assets.api.problems import FieldError, Problem, problem_responses
+from fhir_assets.api.run_models import DeadLetter
 from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.fhir.intake.schemas import load_schema
 from fhir_assets.privacy.audit import AuditRecord
-from fhir_assets.warehouse.ops import landing_files, visits
+from fhir_assets.warehouse.ops import dead_letters, landing_files, visits
+from fhir_assets.warehouse.ops.dead_letters import Selection
 from fhir_assets.warehouse.ops.visits import VisitFileState, VisitPost
 
 router = APIRouter(tags=["visits"])
 
 _REQUIRED_TYPES = ("Patient", "Encounter")
+_MAX_LISTED = 100
 _TASK_EXAMPLE = "20260131T101500.000000Z-3f9a1c2b7d604e58"
 
 
@@ -71,6 +75,9 @@ class VisitsTask(BaseModel):
     records_rejected: int
     counts: Counts
     dead_letters: int = Field(description="Rows of the file that became dead letters")
+    dead_letter_list: list[DeadLetter] = Field(
+        description=f"The latest {_MAX_LISTED} of these dead letters; /runs/{{run_id}}/deadletters lists all"
+    )
     known_before: bool = Field(description="The same list was received before: nothing was loaded")
     run_id: str | None = Field(description="The Dagster run that received the file")
     error: str | None
@@ -157,12 +164,14 @@ def visits_task(
     context: Context,
     task_id: Annotated[str, Path(pattern=r"^[A-Za-z0-9.-]{1,64}$", examples=[_TASK_EXAMPLE])],
 ) -> Response:
-    """The status of the file, and the number of its records of each kind."""
+    """The status of the file, the number of its records of each kind, and the rows that became dead letters."""
     with context.connection() as conn:
         post = visits.get_post(conn, task_id)
         if post is None:
             raise Problem(404, "there is no task with this id")
         state = visits.get_file_state(conn, post.zone, post.csv_filename)
+        selection = Selection(origins=[state.origin] if state.origin else [])
+        failed = dead_letters.find(conn, selection, limit=_MAX_LISTED) if state.dead_letters else []
     content = {
         "task_id": post.task_id,
         "csv_filename": post.csv_filename,
@@ -171,18 +180,20 @@ def visits_task(
         "records_rejected": post.rejected,
         "counts": {name: getattr(state.counts, name) for name in Counts.model_fields},
         "dead_letters": state.dead_letters,
+        "dead_letter_list": [asdict(row) for row in failed],
         "known_before": state.known_before,
         "run_id": state.run_id,
         "error": state.error,
     }
-    return Response(orjson.dumps(content), media_type="application/json")
+    return Response(orjson.dumps(content, default=str), media_type="application/json")
 
 
 def _write_file(context: AppContext, caller: Caller, valid: list[dict[str, str]], count: int) -> VisitPost:
     """Write the valid visits of a list of ``count`` records to the landing zone, and record the post."""
     # The id begins with the time, because the landing zone is read in the order of file names.
     task_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{uuid4().hex[:16]}"
-    post = VisitPost(task_id, context.zone.url, f"visits-{task_id}.csv", count, count - len(valid), caller.token.name)
+    name = f"visits-{task_id}.csv{context.zone.suffix}"
+    post = VisitPost(task_id, context.zone.url, name, count, count - len(valid), caller.token.name)
     audit_record = AuditRecord("create", caller.actor, "Encounter", count=len(valid), request_id=caller.request_id)
     with context.connection() as conn:
         visits.record_post(conn, post)

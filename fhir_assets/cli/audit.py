@@ -68,7 +68,7 @@ def list_records(
         raise ConfigurationError("--about takes a type and an id, such as Patient/123")
     with Warehouse(load_settings()).connect() as conn:
         subject = audit_log.hash_subject(conn, resource_type, resource_id) if about else None
-        entries = audit_log.find_latest(conn, limit=limit, action=action, about=subject, run_id=run)  # type: ignore[arg-type]
+        entries = audit_log.find_latest(conn, limit=limit, action=action, about=subject, run_id=run)
     rows = [{"seq": entry.seq, "at": entry.at, **asdict(entry.audit_record)} for entry in entries]
     if json:
         print_json(rows)

@@ -94,6 +94,11 @@ COMMANDS = {
         "lake",
         "Write the tables as Parquet files to FHIR_LAKE_URL. Only windows whose rows changed are written.",
     ),
+    "dbt": CommandSource(
+        "fhir_assets.cli.dbt",
+        "app",
+        "Write a dbt package over the tables.",
+    ),
     "validate": CommandSource(
         "fhir_assets.cli.validate",
         "validate",

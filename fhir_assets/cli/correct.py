@@ -20,7 +20,12 @@ def edit(
     dead_letter_id: Id,
     patch: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A JSON Patch (RFC 6902)")] = None,
     resource: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="The complete corrected resource")
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="The complete corrected resource; of a row of a visit file the row, as JSON or CSV",
+        ),
     ] = None,
     by: By = None,
     json: Json = False,

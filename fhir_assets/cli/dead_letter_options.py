@@ -9,7 +9,7 @@ import typer
 from fhir_assets.cli.output import errors
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.warehouse.ops import runs
+from fhir_assets.warehouse.ops import runs, visits
 from fhir_assets.warehouse.ops.dead_letters import Selection
 
 SELECTING_OPTIONS = "ids, --run, --type, --stage, --rule, --window, --since"
@@ -59,10 +59,15 @@ def build_selection(
 
 
 def with_full_run_id(warehouse: Warehouse, selection: Selection) -> Selection:
-    """Return the selection with the complete id of its run. Raises ConfigurationError if several runs match."""
+    """Return the selection with the complete id of its run, or with the origins of files in place of a run.
+
+    Raises ConfigurationError if several runs match.
+    """
     if selection.run_id is None:
         return selection
     with warehouse.connect_read_only() as conn:
+        if selection.run_id.startswith("landing:"):
+            return replace(selection, run_id=None, origins=visits.find_origins(conn, selection.run_id))
         run_ids = runs.find_by_prefix(conn, selection.run_id)
     if len(run_ids) > 1:
         raise ConfigurationError(f"several run ids begin with {selection.run_id}: pass more characters of the id")

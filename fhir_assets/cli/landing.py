@@ -1,5 +1,9 @@
 """`fhir-assets landing`: list and load the files of the landing zone."""
 
+import getpass
+import hashlib
+import shutil
+import sys
 from typing import Annotated
 from uuid import uuid4
 
@@ -11,10 +15,13 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.landing import build_landing_step, build_landing_zone
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.errors import ConfigurationError
 from fhir_assets.ingestion import Ingestion, select_failed
 from fhir_assets.orchestration.instance import config
+from fhir_assets.privacy.audit import Action, AuditRecord
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse.ops import landing_files
+from fhir_assets.storage.landing_zone import ENCRYPTED
+from fhir_assets.warehouse.ops import audit_log, landing_files
 
 app = typer.Typer(help="List and load the files of the landing zone (FHIR_LANDING_URL).", no_args_is_help=True)
 
@@ -41,6 +48,28 @@ def list_files(
         print_json(files)
     else:
         print_table("Landing zone", [{**file, "skipped": sum(file["skipped"].values())} for file in files], _COLUMNS)
+
+
+@app.command("cat")
+def print_file(
+    name: Annotated[str, typer.Argument(help="The name of a file, as `landing list` prints it")],
+) -> None:
+    """Print a file of the landing zone, which is patient data. Encrypted files are decrypted.
+
+    The access is recorded in the audit log, with the beginning of the file's hash.
+    """
+    settings = load_settings()
+    zone = build_landing_zone(settings)
+    if not any(file.name == name for file in zone.files()):
+        raise ConfigurationError("the landing zone has no file of this name: `fhir-assets landing list` prints them")
+    with zone.open(name) as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+    with Warehouse(settings).connect() as conn:
+        action: Action = "decrypt" if name.endswith(ENCRYPTED) else "read"
+        detail: dict[str, str | int | bool | None] = {"landing_file": sha256[:12]}
+        audit_log.record(conn, AuditRecord(action, f"cli:{getpass.getuser()}", detail=detail))
+    with zone.open(name) as stream:
+        shutil.copyfileobj(stream, sys.stdout.buffer)
 
 
 @app.command("load")

@@ -4,6 +4,7 @@ import getpass
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated
+from uuid import uuid4
 
 import typer
 
@@ -27,12 +28,14 @@ from fhir_assets.cli.dead_letter_options import (
 from fhir_assets.cli.load_reports import report_failures
 from fhir_assets.cli.output import console, hide_library_output, print_json
 from fhir_assets.definitions import build_definitions
+from fhir_assets.deployment.landing import build_receiver
 from fhir_assets.deployment.validation import current_rulesets
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.ingestion import Ingestion, Outcome, select_failed
 from fhir_assets.orchestration.instance import config
+from fhir_assets.pipeline.correct.visit_rows import RowReplay, RowReplayStep
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.ops import audit_log, replays
@@ -64,7 +67,8 @@ def replay(
 ) -> None:
     """Validate dead letters again and load those that are valid now.
 
-    The replay is done in Dagster runs of this process. The exit code is 0 if the runs succeeded, even if dead letters
+    The replay is done in Dagster runs of this process. Rows of visit files are received again, and loaded with
+    everything else that waits. The exit code is 0 if the runs succeeded, even if dead letters
     failed again; the output has their number. It is 1 if dead letters were not replayed because another run loads
     their windows, or if an id does not exist or cannot be replayed.
     """
@@ -77,11 +81,14 @@ def replay(
         raise ConfigurationError(f"select dead letters: {SELECTING_OPTIONS}, --outdated or --all")
     selection = with_full_run_id(warehouse, selection)
     count = _mark(warehouse, selection, wait=wait)
-    outcomes = _run_replay(settings, selection) if wait and count else []
+    run_id = str(uuid4())
+    rows = RowReplayStep(warehouse.connect, build_receiver(settings, warehouse)).run(selection, run_id=run_id)
+    outcomes = _run_replay(settings, selection, rows) if wait and (count or rows.received) else []
     with warehouse.connect() as conn:
         replayed = replays.count_outcome(conn, [outcome.run_id for outcome in outcomes])
     failures = select_failed(outcomes)
     pending = max(0, count - replayed.resolved - replayed.failed) if wait else 0
+    count += rows.received + rows.failed
     missing = count_missing(ids, count)
     if json:
         print_json(
@@ -89,8 +96,8 @@ def replay(
                 "dead_letters": count,
                 "runs": [outcome.run_id for outcome in outcomes],
                 "success": not failures,
-                "resolved": replayed.resolved,
-                "failed": replayed.failed,
+                "resolved": replayed.resolved + rows.received,
+                "failed": replayed.failed + rows.failed,
                 "marked": not wait,
                 "pending": pending,
                 "not_found": missing,
@@ -102,7 +109,8 @@ def replay(
         console.print(f"{count:,} dead letters are marked: the sensor replay_dead_letters replays them.")
     else:
         console.print(
-            f"Of {count:,} dead letters {replayed.resolved:,} are resolved and {replayed.failed:,} failed again."
+            f"Of {count:,} dead letters {replayed.resolved + rows.received:,} are resolved and "
+            f"{replayed.failed + rows.failed:,} failed again."
         )
         if pending and not failures:
             console.print(
@@ -137,7 +145,12 @@ def _mark(warehouse: Warehouse, selection: Selection, *, wait: bool) -> int:
     return count
 
 
-def _run_replay(settings: Settings, selection: Selection) -> Sequence[Outcome]:
+def _run_replay(settings: Settings, selection: Selection, rows: RowReplay) -> Sequence[Outcome]:
     instance = config.open_instance(settings)
     with hide_library_output():
-        return Ingestion(settings, build_definitions(settings), instance).replay(selection, triggered_by="cli")
+        ingestion = Ingestion(settings, build_definitions(settings), instance)
+        outcomes = ingestion.replay(selection, triggered_by="cli")
+        if rows.received:
+            waiting = ingestion.find_received()
+            outcomes += [ingestion.load_received(windows, triggered_by="cli") for windows in waiting]
+        return outcomes

@@ -23,10 +23,22 @@ def worker(
     broker = settings.require_broker()
     try:
         from fhir_assets.orchestration.instance.celery_launcher import QUEUE, build_app
+        from fhir_assets.orchestration.instance.lost_messages import keeps_messages
     except ImportError:
         raise ConfigurationError("Workers need dagster-celery: run pip install 'fhir-assets[celery]'") from None
     os.environ.update({**config.build_environment(settings), "CELERY_BROKER_URL": broker})
     name = name or f"{socket.gethostname()}-{os.getpid()}"
-    build_app(settings).worker_main(
+    celery = build_app(settings)
+    try:
+        is_kept = keeps_messages(celery)
+    except Exception:
+        is_kept = None  # The worker itself waits for a broker that cannot be reached yet, and says so.
+    if is_kept is False:
+        typer.echo(
+            "The broker keeps its messages in memory only: runs that wait in it are sent again within minutes after "
+            "its restart. Set `appendonly yes` in its configuration to keep them.",
+            err=True,
+        )
+    celery.worker_main(
         ["worker", "--pool", "solo", "--queues", QUEUE, "--hostname", f"{name}@%h", "--loglevel", settings.log_level]
     )

@@ -38,7 +38,12 @@ def extend_idle_types(
         waits = has_due_decisions(conn, build_consent_gate(settings), now)
     if source.one_pass or waits:
         return types
-    rules = LayerRules(build_validator(settings).rules_version, views.views, settings.fhir_delivery_url)
+    rules = LayerRules(
+        build_validator(settings).rules_version,
+        views.views,
+        delivery_url=settings.fhir_delivery_url,
+        export_url=settings.fhir_export_url,
+    )
     step = ExtendStep(
         source,
         store,

@@ -77,6 +77,10 @@ from dagster._core.execution.context.metadata_logging import OutputMetadataAccum
 # The result that a run launcher returns when the daemon checks the worker of a run. The Celery launcher returns FAILED
 # for a killed worker. Without them: the runs of a killed worker stay STARTED until a person terminates them.
 from dagster._core.launcher import CheckRunHealthResult as CheckRunHealthResult
+
+# The argument of a run launcher. The Celery launcher sends a run again whose message is lost. Without it: such a run
+# waits until a person terminates it.
+from dagster._core.launcher import LaunchRunContext as LaunchRunContext
 from dagster._core.launcher import WorkerStatus as WorkerStatus
 
 # The job, repository and code location of a run, by which the UI finds the job. command_runs.py names the code location

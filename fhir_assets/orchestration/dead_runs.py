@@ -1,9 +1,12 @@
-"""Dead runs: runs that Dagster lists as unfinished although their process has ended.
+"""Dead runs: runs that Dagster lists as unfinished although their process has ended, or will never begin.
 
 A started run holds an advisory lock in Postgres until its process ends, see ``Warehouse.hold_run``.
 """
 
+import logging
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Protocol, runtime_checkable
 
 import dagster as dg
 
@@ -17,8 +20,39 @@ GRACE = timedelta(minutes=1)
 """The longest time from the start of a run that Dagster launched until the run holds its lock."""
 
 
+_log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class ResendingLauncher(Protocol):
+    """A run launcher whose messages can be lost."""
+
+    def resend_lost_runs(self, waiting: Sequence[dg.DagsterRun]) -> None:
+        """Send runs again that wait for a worker but whose message is lost."""
+
+
+def resend_lost_runs(instance: dg.DagsterInstance) -> None:
+    """Send the runs again that were launched but whose message the broker has lost.
+
+    Otherwise such a run would count as unfinished forever. A broker that cannot be reached is asked again by the next
+    call.
+    """
+    launcher = instance.run_launcher
+    if not isinstance(launcher, ResendingLauncher):
+        return
+    earliest = datetime.now(UTC) - GRACE
+    records = instance.get_run_records(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTING]))
+    waiting = [record.dagster_run for record in records if record.update_timestamp.replace(tzinfo=UTC) < earliest]
+    if not waiting:
+        return
+    try:
+        launcher.resend_lost_runs(waiting)
+    except Exception as error:
+        _log.warning("the broker could not be asked for the messages of waiting runs (%s)", type(error).__name__)
+
+
 def fail_dead_runs(instance: dg.DagsterInstance, conn: Connection) -> None:
-    """Mark dead runs as failed, in Dagster and in ``ops.ingestion_runs``, and commit.
+    """Mark dead runs as failed, in Dagster and in ``ops.ingestion_runs``, commit, and send lost runs again.
 
     Otherwise a dead run would count as unfinished forever and keep its slots in the pool ``fhir_server``.
     """
@@ -36,6 +70,7 @@ def fail_dead_runs(instance: dg.DagsterInstance, conn: Connection) -> None:
         if run.run_id not in living and latest is not None and not latest.is_finished:
             instance.report_run_failed(run, "The process of this run has ended: it was killed, or it crashed.")
             instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+    resend_lost_runs(instance)
 
 
 def _must_hold_lock(record: dg.RunRecord) -> bool:

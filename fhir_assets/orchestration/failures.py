@@ -54,7 +54,8 @@ def record_step(
         _log.error("step failed", extra={**fields, "reason": reason})
         # Without a database the failure cannot be recorded: the next load sees that the run holds no advisory lock.
         with suppress(DatabaseUnavailable), warehouse.connect() as conn:
-            runs.fail(conn, run.run_id, resource_types, run.partition_keys, error=reason)
+            seconds = (perf_counter() - started) / len(resource_types)
+            runs.fail(conn, run.run_id, resource_types, run.partition_keys, error=reason, seconds=seconds)
         if isinstance(error, ServerUnavailable):
             run.request_retry()
         if isinstance(error, Exception):

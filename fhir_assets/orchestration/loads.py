@@ -1,19 +1,51 @@
-"""The load of one resource type, with consent. The assets ``normalized/<view>`` and the post loader call it."""
+"""The validation and the load of windows of one resource type, for the steps that do more than one of them.
+
+The assets ``normalized/<view>``, the asset ``missing_references`` and the post loader call them.
+"""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.fhir.validation.validator import Validator
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.consent import apply_consent
 from fhir_assets.orchestration.run_context import RunContext
 from fhir_assets.pipeline.load.conditional_references import ConditionalReferenceStep
 from fhir_assets.pipeline.load.step import LoadResult, LoadStep
+from fhir_assets.pipeline.partition_commit import commit_update
 from fhir_assets.pipeline.replay.load_step import ReplayLoadStep
+from fhir_assets.pipeline.validate.step import ValidateStep
 from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
+from fhir_assets.warehouse.ops import held_windows, runs
+
+
+def validate_windows(
+    store: Store,
+    warehouse: Warehouse,
+    workers: WorkerPool,
+    validator: Validator,
+    run: RunContext,
+    resource_type: str,
+) -> None:
+    """Validate and commit the windows of a run, and record the counts. Raises as ``ValidateStep.run``."""
+    step = ValidateStep(
+        store,
+        validator,
+        warehouse.connect,
+        run_id=run.run_id,
+        now=run.now,
+        refresh=run.refresh,
+        workers=workers,
+    )
+    update = step.run(resource_type, run.partition_keys)
+    commit_update(warehouse.connect, store, update)
+    counts = {key: {"valid": count.valid, "dead": count.dead} for key, count in update.counts.items()}
+    with warehouse.connect() as conn:
+        runs.record_counts(conn, run.run_id, resource_type, counts)
 
 
 def load_windows(
@@ -34,6 +66,8 @@ def load_windows(
     FHIR_MAX_LOADERS. Raises as ``LoadStep.run`` and ``ConsentStep.run``.
     """
     gate = build_consent_gate(settings)
+    export_url = settings.fhir_export_url
+    written_to = held_windows.name_export_destination(export_url) if export_url else ""
     complete = len(selected) == sum(view.resource_type == resource_type for view in all_views)
     step = LoadStep(
         store,
@@ -44,13 +78,19 @@ def load_windows(
         refresh=run.refresh,
         workers=workers,
         consent_gate=gate,
+        written_to=written_to,
     )
     apply_consent(settings, warehouse, all_views, run)
     with warehouse.table_loads.slot() if waits_for_slot else nullcontext():
         loaded = step.run(resource_type, run.windows.windows)
     if run.replay and complete:
         replay = ReplayLoadStep(
-            warehouse.connect, selected, run_id=run.run_id, also_open=run.replay == "open", consent_gate=gate
+            warehouse.connect,
+            selected,
+            run_id=run.run_id,
+            also_open=run.replay == "open",
+            consent_gate=gate,
+            written_to=written_to,
         )
         with warehouse.table_loads.slot():
             replay.run(resource_type, run.windows.windows)

@@ -19,6 +19,8 @@ from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops.received import PendingWindow
 from fhir_assets.windows import WindowRange, WindowScheme
 
+AssetKeys = Sequence[dg.AssetKey]
+
 MAX_MATERIALIZATIONS = 1000
 """The largest number of materializations that one receipt reports to Dagster; each event takes milliseconds."""
 
@@ -69,18 +71,23 @@ def _has_window(scheme: WindowScheme, key: str) -> bool:
 
 
 def select_assets(graph: AssetGraph, resource_types: Sequence[str]) -> list[dg.AssetKey]:
-    """Return the assets downstream of raw that load ``resource_types``: validated, normalized and delivered."""
+    """Return the assets downstream of raw that a load of ``resource_types`` materializes.
+
+    They are validated, normalized, delivered and exports.
+    """
     selected = []
     for name in resource_types:
         validated = dg.AssetKey(["validated", BY_NAME[name].key])
         if graph.has(validated):
             downstream = sorted(k for k in graph.get(validated).child_keys if k.path[0] in ("normalized", "delivered"))
             selected += [validated, *downstream]
+            exports = dg.AssetKey(["exports", BY_NAME[name].key])
+            selected += [exports] if graph.has(exports) else []
     return selected
 
 
 def select_all_layers(graph: AssetGraph, resource_types: Sequence[str]) -> list[dg.AssetKey]:
-    """Return the assets that fetch and load ``resource_types``: raw, validated, normalized and delivered."""
+    """Return the assets that a run of ``incremental_load`` materializes: raw and those of ``select_assets``."""
     raw = [dg.AssetKey(["raw", BY_NAME[name].key]) for name in resource_types]
     return [*(key for key in raw if graph.has(key)), *select_assets(graph, resource_types)]
 

@@ -16,6 +16,9 @@ from fhir_assets.storage.s3 import Bucket
 DONE = ".done"
 """The suffix of a marker file: the empty file ``<name>.done`` states that the file ``<name>`` is complete."""
 
+ENCRYPTED = ".encrypted"
+"""The suffix of files that this project has encrypted, so that nobody takes them for the format of their name."""
+
 
 @dataclass(frozen=True, slots=True)
 class LandingFile:
@@ -28,10 +31,14 @@ class LandingFile:
 
 
 class Zone(Protocol):
-    """A landing zone. ``atomic`` is whether all listed files are complete."""
+    """A landing zone. ``atomic`` is whether all listed files are complete.
+
+    ``suffix`` is to be added to the names of files that are put there.
+    """
 
     url: str
     atomic: bool
+    suffix: str
 
     def files(self) -> Iterator[LandingFile]:
         """Yield all files except hidden ones. Raises ConfigurationError if the zone does not exist."""
@@ -50,6 +57,7 @@ class FolderZone:
     """A folder and its subfolders."""
 
     atomic = False
+    suffix = ""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -104,6 +112,7 @@ class BucketZone:
     """The objects of a bucket below a prefix. An object appears complete."""
 
     atomic = True
+    suffix = ""
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
@@ -138,6 +147,7 @@ class EncryptedZone:
         self._cipher = cipher
         self.url = zone.url
         self.atomic = zone.atomic
+        self.suffix = ENCRYPTED if cipher.encrypts else ""
 
     def files(self) -> Iterator[LandingFile]:
         """Yield all files except hidden ones. Raises ConfigurationError if the zone does not exist."""

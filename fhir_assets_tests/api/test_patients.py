@@ -101,7 +101,7 @@ def clinic(request: pytest.FixtureRequest, postgres: str, tmp_path_factory: pyte
 
 def _load_patients(api: Api, instance: dg.DagsterInstance) -> Clinic:
     people = {
-        "ada": person("MRN-1", "Ada Augusta", "Lovelace", birthDate="1815-12-10", gender="female"),
+        "ada": person("MRN-1", "Ada Augusta", "Lovelace", birthDate="1815-12-10", gender="female", ssn="078-05-1120"),
         "byron": person("MRN-2", "George", "Byron"),
         "silent": person("MRN-3", "Emily", "Silent", consent={"data_sharing": False}),
         "gone": person("MRN-4", "Percy", "Gone"),
@@ -122,6 +122,35 @@ def _load_patients(api: Api, instance: dg.DagsterInstance) -> Clinic:
         warehouse.connect, [Deletion("Patient", ids["gone"], datetime.now(UTC))], run_id="test"
     )
     return Clinic(api, warehouse, ids)
+
+
+def test_a_social_security_number_is_searched_by_those_who_may(clinic: Clinic) -> None:
+    for form in ("078-05-1120", "078051120"):
+        answer = clinic.api.get(f"/patients?ssn={form}", role="registrar").json()
+        assert (answer["total"], [patient["id"] for patient in answer["patients"]]) == (1, [clinic.ids["ada"]])
+    assert clinic.api.get("/patients?ssn=078-05-1121", role="registrar").json()["total"] == 0
+    assert clinic.api.get("/patients?ssn=078-05-1120&last_name=Byron", role="admin").json()["total"] == 0
+    assert clinic.api.get("/patients?ssn=1120", role="registrar").status_code == 422
+    refused = clinic.api.get("/patients?ssn=078-05-1120", role="reader")
+    assert refused.status_code == 403
+    assert "1120" not in refused.text
+
+
+def test_the_audit_log_is_read_page_by_page_and_the_reading_is_recorded(clinic: Clinic) -> None:
+    ada = clinic.ids["ada"]
+    clinic.api.get(f"/patients/{ada}", role="reader")
+    path = f"/audit?about=Patient/{ada}&limit=1"
+    newest = clinic.api.get(path, role="auditor").json()
+    [record] = newest["records"]
+    assert (record["actor"], record["resource_type"]) == ("api:reader", "Patient")
+    assert record["action"] in ("read", "decrypt")
+    older = clinic.api.get(f"{path}&before={newest['before']}", role="auditor").json()["records"]
+    assert all(other["seq"] < record["seq"] for other in older)
+    [reading] = clinic.api.get("/audit?limit=1").json()["records"]
+    assert (reading["actor"], reading["resource_type"], reading["action"]) == ("api:auditor", "AuditEvent", "read")
+    assert "Lovelace" not in clinic.api.get("/audit?limit=1000").text
+    assert clinic.api.get("/audit?action=none").status_code == 422
+    assert clinic.api.get("/audit?since=2999-01-01T00:00:00Z").json() == {"records": [], "before": None}
 
 
 def test_numbers_are_kept_and_find_the_patient(clinic: Clinic) -> None:

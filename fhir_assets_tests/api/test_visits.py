@@ -7,9 +7,13 @@ from pathlib import Path
 import boto3
 import pytest
 from psycopg import sql
+from typer.testing import CliRunner
 
+from fhir_assets.cli.main import app
 from fhir_assets.deployment.landing import build_landing_step
 from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.errors import ConfigurationError
+from fhir_assets.privacy.keys import new_key
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.api import Api, Serve
 from fhir_assets_tests.support.visits import visit
@@ -171,3 +175,34 @@ def test_values_that_a_spreadsheet_damaged_are_rejected_by_name(api: Api) -> Non
         f"/{n}/{name}" for n, (name, _) in enumerate(damaged)
     ]
     assert not any(value in answer.text for _, value in damaged)
+
+
+def test_with_keys_the_name_of_a_posted_file_says_that_it_is_encrypted_and_landing_cat_prints_it(
+    serve_in_threads: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = serve_in_threads(phi_encryption_keys=new_key())
+    settings = api.settings
+    answer = api.post("/ingest", json=[visit("1", "V1", "Canary")], role="ingester")
+    name = answer.json()["csv_filename"]
+    assert name.endswith(".csv.encrypted")
+    file = Path(settings.fhir_landing_url, name)
+    assert b"Canary" not in file.read_bytes()
+    assert settings.db_url
+    assert settings.phi_encryption_keys
+    for variable, value in {
+        "DB_URL": settings.db_url.get_secret_value(),
+        "FHIR_ASSETS_HOME": str(settings.home),
+        "FHIR_LANDING_URL": settings.fhir_landing_url,
+        "PHI_ENCRYPTION_KEYS": settings.phi_encryption_keys.get_secret_value(),
+    }.items():
+        monkeypatch.setenv(variable, value)
+    assert "Canary" in CliRunner().invoke(app, ["landing", "cat", name], catch_exceptions=False).stdout
+    with pytest.raises(ConfigurationError, match="no file of this name"):
+        CliRunner().invoke(app, ["landing", "cat", "../landing"], catch_exceptions=False)
+    with connect(settings.db_url.get_secret_value()) as conn:
+        assert conn.execute("SELECT count(*) FROM ops.audit_log WHERE action = 'decrypt'").fetchall() == [(1,)]
+    landing = build_landing_step(settings, Warehouse(settings))
+    landing.scan()
+    landing.run("run")
+    task = api.get(f"/ingest/tasks/{answer.json()['task_id']}", role="ingester").json()
+    assert (task["status"], task["counts"]["visits"]) == ("received", 1)

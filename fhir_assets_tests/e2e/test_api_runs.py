@@ -151,9 +151,9 @@ def _loaded(api: Api) -> str:
 def _backfilled(api: Api, deployment: Deployment) -> None:
     started = api.post("/ingest/observations/backfill?wait=300").json()["runs"]
     assert [run["status"] for run in started] == ["SUCCESS"] * len(started)
-    assert len(started) >= 2
-    # The sensor load_received requests the run that loads both patients.
-    wait_until(lambda: deployment.count_loaded().get("Patient") == 2, seconds=240)
+    assert deployment.count_loaded().get("Patient") == 2
+    counts = {row["resource_type"]: row for run in started for row in run["counts"]}
+    assert (counts["Patient"]["fetched"], counts["Patient"]["loaded"]) == (2, 2)
 
 
 def _replayed(api: Api, deployment: Deployment, run_id: str) -> None:
@@ -165,7 +165,10 @@ def _replayed(api: Api, deployment: Deployment, run_id: str) -> None:
     )
     assert "finale" not in json.dumps(dead_letter)
     assert api.post(f"/runs/{run_id}/replay?stage=load").json()["marked"] == 0
-    assert api.post(f"/runs/{run_id}/replay?stage=validate", role="operator").json()["marked"] == 1
+    answer = api.post(f"/runs/{run_id}/replay?stage=validate", role="operator").json()
+    assert answer["marked"] == 1
+    (replay,) = answer["runs"]
+    assert ended(api, replay) == "SUCCESS"
     query = "SELECT status FROM ops.dead_letters WHERE id = %s AND attempts > %s"
     wait_until(lambda: deployment.query(query, dead_letter["id"], dead_letter["attempts"]) == [("open",)], seconds=240)
 

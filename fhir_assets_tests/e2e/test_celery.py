@@ -1,5 +1,7 @@
 """Runs on Celery workers, with Redis, an S3 server and two `fhir-assets worker` processes, one of which is killed."""
 
+import base64
+import json
 import signal
 import socket
 import subprocess
@@ -14,8 +16,13 @@ import boto3
 import dagster as dg
 import pytest
 import requests
+from redis import Redis, RedisError
 
 from fhir_assets.definitions import build_definitions
+from fhir_assets.orchestration import dead_runs
+from fhir_assets.orchestration.dagster_internals import LaunchRunContext
+from fhir_assets.orchestration.instance import lost_messages
+from fhir_assets.orchestration.instance.celery_launcher import QUEUE, build_app
 from fhir_assets.orchestration.instance.config import render_dagster_yaml
 from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD
 from fhir_assets.orchestration.run_requests import UNFINISHED
@@ -24,7 +31,7 @@ from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxProcess, SandboxServer
 from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.support.daemon import wait_until
-from fhir_assets_tests.support.dagster_internals import LaunchRunContext, ReconstructableRepository, add_backfill
+from fhir_assets_tests.support.dagster_internals import ReconstructableRepository, add_backfill
 from fhir_assets_tests.support.deployment import SHARED, Deploy, Deployment
 from fhir_assets_tests.support.deployment_daemon import END, NEVER, START, daemon, environment
 
@@ -244,6 +251,47 @@ def test_a_worker_ends_a_cancelled_run_and_takes_the_next(slow_server: Deploymen
         wait_until(lambda: status(slow_server, first) is dg.DagsterRunStatus.CANCELED, seconds=300)
         wait_until(lambda: status(slow_server, second) is dg.DagsterRunStatus.SUCCESS, seconds=300)
     assert slow_server.count_loaded() == {"Patient": 1}
+
+
+def names_run(message: str, run_id: str) -> bool:
+    return run_id.encode() in base64.b64decode(json.loads(message)["body"])
+
+
+def test_a_run_whose_message_the_broker_lost_is_sent_again_once(
+    slow_server: Deployment, tmp_path: Path, redis: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dead_runs, "GRACE", timedelta(0))
+    app = build_app(slow_server.settings)
+    lost, kept = launch(slow_server, "2024-01-01"), launch(slow_server, "2024-01-02")
+    client = Redis.from_url(redis, decode_responses=True)
+    [message] = [text for text in map(str, client.lrange(QUEUE, 0, -1)) if names_run(text, lost)]
+    client.lrem(QUEUE, 1, message)
+    assert lost_messages.find_without_message(app, QUEUE, [lost, kept]) == [lost]
+    for _ in range(2):
+        dead_runs.resend_lost_runs(slow_server.instance)
+        assert client.llen(QUEUE) == 2
+    client.flushall()
+    with worker(slow_server, tmp_path / "one.log", environment(slow_server, FHIR_EXECUTOR="celery")):
+        dead_runs.resend_lost_runs(slow_server.instance)
+        wait_until(lambda: client.hlen("unacked") == 1, seconds=300)
+        assert lost_messages.find_without_message(app, QUEUE, [lost, kept]) == []
+        wait_until(lambda: status(slow_server, lost) is dg.DagsterRunStatus.SUCCESS, seconds=300)
+        wait_until(lambda: status(slow_server, kept) is dg.DagsterRunStatus.SUCCESS, seconds=300)
+    assert slow_server.count_loaded() == {"Patient": 2}
+    assert "keeps its messages in memory only" in (tmp_path / "one.log").read_text()
+    client.config_set("appendonly", "yes")
+    assert lost_messages.keeps_messages(app)
+
+
+def test_a_broker_that_is_down_is_asked_again_later(
+    slow_server: Deployment, redis: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dead_runs, "GRACE", timedelta(0))
+    waiting = launch(slow_server, "2024-01-01")
+    with suppress(RedisError):
+        Redis.from_url(redis).shutdown(nosave=True)
+    dead_runs.resend_lost_runs(slow_server.instance)
+    assert status(slow_server, waiting) is dg.DagsterRunStatus.STARTING
 
 
 def is_finished(deployment: Deployment, types: int) -> bool:

@@ -101,7 +101,7 @@ def test_a_delivery_passes_over_a_red_window_and_takes_it_up_in_a_run_of_another
     assert {key.split("/")[1][:2] for key in read_back(target.url, ["Patient"])} == {"d0", "d1", "d2"}
     assert events(deployment, "delivered/patient").keys() == {RED, GREEN, LATER}
     assert f"reconcile now: {RED}" in log_of(deployment, result)
-    assert deployment.query("SELECT FROM ops.held_windows") == []
+    assert deployment.query("SELECT FROM ops.held_windows WHERE starts_with(destination, 'delivered')") == []
 
 
 def test_the_load_that_makes_a_window_red_does_not_deliver_it(
@@ -169,7 +169,7 @@ def test_an_export_leaves_a_red_window_out_names_it_and_includes_it_once_it_reco
         manifest = json.loads((folder / "Patient.manifest.json").read_text())
         return sorted({json.loads(line)["id"][:2] for line in lines}), list(manifest["unreconciled"].get("Patient", ()))
 
-    assert exported() == (["d1"], [RED])
+    assert exported() == (["d1", "d2"], [RED]), "the third window was loaded, and was in no export yet"
     repair(deployment)
     assert materialize(deployment, "exports/patient", windows=[LATER]).success
     assert exported() == (["d0", "d2"], [])

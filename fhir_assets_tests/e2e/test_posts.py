@@ -12,6 +12,7 @@ import pytest
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.metrics.status import read_status
+from fhir_assets.orchestration import loads as type_loads
 from fhir_assets.orchestration.loads import load_windows
 from fhir_assets.orchestration.posts import loads
 from fhir_assets.orchestration.posts.loader import PostLoader
@@ -161,7 +162,7 @@ CRASH_POINTS: dict[str, tuple[Any, str, bool]] = {
     "after the batch of files": (landing_files, "assign_batch", True),
     "after the receipt of the files": (landing_files, "record_loaded", False),
     "before the validation": (ValidateStep, "run", False),
-    "before the commit of the partition": (loads, "commit_update", False),
+    "before the commit of the partition": (type_loads, "commit_update", False),
     "before the load": (loads, "load_windows", False),
     "in the transaction of the load": (received, "record_loaded", True),
     "after the load": (loads, "load_windows", True),

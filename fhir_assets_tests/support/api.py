@@ -19,7 +19,7 @@ import uvicorn
 from fhir_assets.api.app import create_app
 from fhir_assets.settings import Settings, load_settings
 
-ROLES = ("reader", "operator", "ingester", "admin")
+ROLES = ("reader", "registrar", "operator", "ingester", "auditor", "admin")
 
 
 def role_secret(role: str) -> str:

@@ -30,9 +30,6 @@ from dagster._core.definitions.schedule_definition import ScheduleExecutionData 
 from dagster._core.execution.backfill import BulkActionStatus as BulkActionStatus
 from dagster._core.execution.backfill import PartitionBackfill
 
-# What the daemon passes to a run launcher.
-from dagster._core.launcher import LaunchRunContext as LaunchRunContext
-
 # The recorded evaluations of a schedule or sensor.
 from dagster._core.scheduler.instigation import InstigatorTick as InstigatorTick
 from dagster._core.scheduler.instigation import TickStatus as TickStatus

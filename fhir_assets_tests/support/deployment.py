@@ -28,7 +28,7 @@ from fhir_assets_tests.support.databases import dagster_instance
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
-BOOKKEEPING = {"run_id", "loaded_at", "arrived"}
+BOOKKEEPING = {"run_id", "loaded_at", "created_at", "arrived"}
 """Columns that say when and by which run a row arrived and was loaded; comparisons leave them out."""
 
 Row = tuple[Any, ...]

@@ -22,10 +22,11 @@ def test_a_run_goes_from_running_to_success_or_failed_by_type(conn: Connection) 
     start(conn)
     assert select(conn, "SELECT count(*) FROM ops.ingestion_runs WHERE status = 'RUNNING'") == [(60,)]
     runs.finish(conn, "one", ["Patient"], KEYS)
-    runs.fail(conn, "one", ["Observation"], KEYS, error="the disk\0is full")
+    runs.fail(conn, "one", ["Observation"], KEYS, error="the disk\0is full", seconds=1.5)
     runs.finish(conn, "one", ["Observation"], KEYS)
     assert select(conn, STATUS) == [("Observation", "FAILED"), ("Patient", "SUCCESS")]
     assert runs.get_errors(conn, "one") == {"the disk�is full": ["Observation"]}
+    assert select(conn, "SELECT DISTINCT seconds FROM ops.ingestion_runs WHERE status = 'FAILED'") == [(1.5,)]
 
 
 def test_a_retried_step_has_status_running_again(conn: Connection) -> None:

@@ -1,10 +1,13 @@
 """The assets ``exports/<type>``: the windows of a run as files in FHIR_EXPORT_URL.
 
-Each run writes one folder, with the valid resources as NDJSON and the tables as Parquet. Windows that do not reconcile
-are held back; the first run after they reconcile includes them.
+Each run that loaded resources writes one folder: the resources as received, the valid resources and the dead letters
+as NDJSON, and the tables as Parquet. ``ops.held_windows`` lists the windows that were loaded and are in no folder yet,
+and those that do not reconcile; the next run includes them once they reconcile.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import dagster as dg
@@ -16,14 +19,14 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.assets.outbound import emit_outbound_results
 from fhir_assets.orchestration.consent import apply_consent
-from fhir_assets.orchestration.failures import sanitized_errors
+from fhir_assets.orchestration.failures import record_step, sanitized_errors
 from fhir_assets.orchestration.run_context import RunContext
-from fhir_assets.pipeline.reconcile.verdicts import select_outbound_windows
+from fhir_assets.pipeline.reconcile.verdicts import OutboundWindows, select_outbound_windows
 from fhir_assets.pipeline.reconcile.window_counts import find_main_view
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.exports.export import Export, build_run_folder
-from fhir_assets.warehouse.ops import held_windows
+from fhir_assets.warehouse.exports.export import Export, ExportedFile, build_run_folder
+from fhir_assets.warehouse.ops import held_windows, runs
 from fhir_assets.warehouse.postgres.tables import view_tables
 
 
@@ -39,7 +42,9 @@ def build_export_assets(
 def _build_export_asset(
     settings: Settings, partitions: dg.PartitionsDefinition[str], resource_type: ResourceType, all_views: Sequence[View]
 ) -> dg.AssetsDefinition:
-    views = [view for view in all_views if view.resource_type == resource_type.name]
+    name = resource_type.name
+    views = [view for view in all_views if view.resource_type == name]
+    destination = held_windows.name_export_destination(settings.fhir_export_url)
 
     @dg.asset(
         name=resource_type.key,
@@ -49,7 +54,7 @@ def _build_export_asset(
         partitions_def=partitions,
         output_required=False,
         backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
-        description=f"{resource_type.name}: the windows of a run as NDJSON and Parquet files in FHIR_EXPORT_URL.",
+        description=f"{name}: the windows of a run as NDJSON and Parquet files in FHIR_EXPORT_URL.",
         kinds={"fhir", "parquet"},
     )
     def exports(
@@ -57,45 +62,91 @@ def _build_export_asset(
     ) -> Iterator[dg.MaterializeResult[None] | dg.AssetCheckResult]:
         run = RunContext.from_context(context, settings.window_scheme)
         with sanitized_errors(), warehouse.connect() as conn:
+            loaded = runs.find_loaded_windows(conn, run.run_id, name, run.partition_keys)
+            waiting = held_windows.find_held(conn, destination, name)
+        if loaded is not None and not loaded and not waiting:
+            return  # The run found nothing new for the type.
+        keys = run.partition_keys if loaded is None else loaded
+        # A run that only exports is no load, so it has no row in ops.ingestion_runs.
+        recording: AbstractContextManager[None] = (
+            sanitized_errors() if loaded is None else record_step(run, warehouse, [name])
+        )
+        start = context.instance.get_run_stats(run.run_id).start_time
+        folder = build_run_folder(run.run_id, datetime.fromtimestamp(start or run.now.timestamp(), UTC))
+        with recording:
             apply_consent(settings, warehouse, all_views, run)
-            view_tables.ensure_tables(conn, views)
-            conn.commit()
-            destination = f"exports {settings.fhir_export_url}"
-            started_at = held_windows.read_clock(conn)
-            outbound = select_outbound_windows(
-                conn,
-                store,
-                destination,
-                resource_type.name,
-                run.partition_keys,
-                main_view=find_main_view(views, resource_type.name),
-                run_id=run.run_id,
-            )
-            start = context.instance.get_run_stats(run.run_id).start_time
-            folder = build_run_folder(run.run_id, datetime.fromtimestamp(start or run.now.timestamp(), UTC))
-            target = build_blobs(settings, settings.fhir_export_url)
-            with Export(
-                conn,
-                store,
-                target,
-                folder,
-                run_id=run.run_id,
-                actor=run.triggered_by,
-                withholding=build_consent_gate(settings).withholds,
-                manifest=f"{resource_type.name}.manifest.json",
-            ) as export:
-                files_of_type = export.for_type(resource_type.name, outbound.ready)
-                files = [files_of_type.write_valid(), *(files_of_type.write_table(view, "parquet") for view in views)]
-                path = export.finish(unreconciled={resource_type.name: outbound.held})
-            held_windows.release(conn, destination, resource_type.name, outbound.ready, before=started_at)
-            conn.commit()
+            written = _write_folder(settings, store, warehouse, run, name, views, keys, folder=folder)
+        if written is None:
+            return
         metadata = {
-            "folder": dg.MetadataValue.path(path),
-            "rows": sum(file.rows for file in files),
-            "bytes": sum(file.bytes for file in files),
-            "files": len(files),
+            "folder": dg.MetadataValue.path(written.folder),
+            "rows": sum(file.rows for file in written.files),
+            "bytes": sum(file.bytes for file in written.files),
+            "files": len(written.files),
         }
         key = dg.AssetKey(["exports", resource_type.key])
+        outbound = written.outbound
         yield from emit_outbound_results(context, key, outbound.held, metadata, released=outbound.released)
 
     return exports
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    folder: str
+    files: Sequence[ExportedFile]
+    outbound: OutboundWindows
+
+
+def _write_folder(
+    settings: Settings,
+    store: Store,
+    warehouse: Warehouse,
+    run: RunContext,
+    name: str,
+    views: Sequence[View],
+    partition_keys: Sequence[str],
+    *,
+    folder: str,
+) -> _Written | None:
+    """Write the files of one type: ``partition_keys`` and the windows that wait, without those that are held back.
+
+    Return None if there is no window to write.
+
+    Under a consent policy, resources as received and dead letters are left out, because withheld resources are in them.
+    """
+    destination = held_windows.name_export_destination(settings.fhir_export_url)
+    withholding = build_consent_gate(settings).withholds
+    with warehouse.connect() as conn:
+        view_tables.ensure_tables(conn, views)
+        conn.commit()
+        started_at = held_windows.read_clock(conn)
+        outbound = select_outbound_windows(
+            conn,
+            store,
+            destination,
+            name,
+            partition_keys,
+            main_view=find_main_view(views, name),
+            run_id=run.run_id,
+        )
+        if not partition_keys and not outbound.ready:
+            return None
+        with Export(
+            conn,
+            store,
+            build_blobs(settings, settings.fhir_export_url),
+            folder,
+            run_id=run.run_id,
+            actor=run.triggered_by,
+            withholding=withholding,
+            manifest=f"{name}.manifest.json",
+        ) as export:
+            files_of_type = export.for_type(name, outbound.ready)
+            files = [files_of_type.write_valid(), *(files_of_type.write_table(view, "parquet") for view in views)]
+            if not withholding:
+                files += [files_of_type.write_raw(), files_of_type.write_dead_letters(of_windows=True)]
+            path = export.finish(unreconciled={name: outbound.held})
+        held_windows.release(conn, destination, name, outbound.ready, before=started_at)
+        conn.commit()
+    return _Written(path, files, outbound)

@@ -1,6 +1,6 @@
 """Reports of the assets that write data outside of the warehouse (deliveries, exports, the lake).
 
-They name the windows that a run held back, and those of earlier runs that it released. The decision which windows to
+They name the windows that a run held back, and those of earlier runs that it included. The decision which windows to
 hold back is in ``pipeline.reconcile.verdicts``.
 """
 
@@ -50,7 +50,7 @@ def emit_outbound_results(
         log_line(context, f"{name}: {len(held)} windows are {describe_held(held)}")
     if released:
         log_line(
-            context, f"{name}: {len(released)} windows that were held back reconcile now: {name_windows(released)}"
+            context, f"{name}: {len(released)} windows that earlier runs left reconcile now: {name_windows(released)}"
         )
     held_back = [key for key in context.partition_keys if key in held]
     written = [*released, *(key for key in context.partition_keys if key not in held)] if held_back else released

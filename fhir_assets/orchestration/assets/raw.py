@@ -127,7 +127,8 @@ def _build_raw_step(
                 with warehouse.connect() as conn:
                     if update.refusal:
                         # This step continues with the other types; the step that validates this type fails.
-                        runs.fail(conn, run.run_id, [name], run.partition_keys, error=update.refusal)
+                        share = seconds / len(selected)
+                        runs.fail(conn, run.run_id, [name], run.partition_keys, error=update.refusal, seconds=share)
                     runs.record_counts(
                         conn,
                         run.run_id,

@@ -2,13 +2,15 @@
 
 A worker executes one run after the other and keeps no state: its results are in the store and in Postgres. It
 acknowledges a message when the run has ended. If a worker dies before a run has started, the broker gives the message
-to another worker; if it dies later, Dagster's daemon starts the run again, on any worker.
+to another worker; if it dies later, Dagster's daemon starts the run again, on any worker. If the broker loses a
+message, ``resend_lost_runs`` sends it again.
 
 Each message is a run. With dagster-celery's executor each message would be a step: it needs a process for each run, and
 a message and an execution plan for each of the 90 steps of a window, many of which take milliseconds.
 """
 
 import ctypes
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from threading import Thread
 from typing import Any
@@ -22,10 +24,12 @@ from dagster_celery.make_app import make_app
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.orchestration.dagster_internals import (
     CheckRunHealthResult,
+    LaunchRunContext,
     WorkerStatus,
     execute_run,
     read_run_id,
 )
+from fhir_assets.orchestration.instance import lost_messages
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.ops import runs
 
@@ -50,6 +54,22 @@ class Launcher(CeleryRunLauncher):
 
     supports_resume_run = False
     """False: a new run loads what is missing, so there is no need to resume a run at its failed step."""
+
+    def resend_lost_runs(self, waiting: Sequence[dg.DagsterRun]) -> None:
+        """Send runs again that wait for a worker but that no message of the broker names.
+
+        If another process sends the same run at the same time, the worker that receives the second message ignores it.
+        """
+        lost = lost_messages.find_without_message(self.celery, QUEUE, [run.run_id for run in waiting])
+        for run in waiting:
+            if run.run_id in lost:
+                self._instance.report_engine_event(
+                    "The message of this run is no longer in the broker, which lost it in a restart, or gave it to a "
+                    "worker that could not execute it. It is sent again.",
+                    run,
+                    cls=type(self),
+                )
+                self.launch_run(LaunchRunContext(run, workspace=None))
 
     def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
         """Return whether the worker of a run is alive. Dagster's daemon calls this for every run that has started."""

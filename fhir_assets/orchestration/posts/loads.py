@@ -30,11 +30,9 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError, ViewError
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.failures import record_step
-from fhir_assets.orchestration.loads import load_windows
+from fhir_assets.orchestration.loads import load_windows, validate_windows
 from fhir_assets.orchestration.run_context import RunContext
-from fhir_assets.pipeline.partition_commit import commit_update
 from fhir_assets.pipeline.refresh import Refresh
-from fhir_assets.pipeline.validate.step import ValidateStep
 from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import checkpoints, held_windows, received, runs
@@ -223,21 +221,9 @@ class PostLoads:
     def _validate_and_load(self, run: RunContext, name: str) -> list[str]:
         """Validate and load the windows of a run. Return other windows whose dead letters were resolved."""
         warehouse, store = self._warehouse, self._store
-        step = ValidateStep(
-            store,
-            self._validator,
-            warehouse.connect,
-            run_id=run.run_id,
-            now=run.now,
-            refresh=run.refresh,
-            workers=self._workers,
-        )
-        update = step.run(name, run.partition_keys)
-        commit_update(warehouse.connect, store, update)
-        counts = {key: {"valid": count.valid, "dead": count.dead} for key, count in update.counts.items()}
-        with warehouse.connect() as conn:
-            runs.record_counts(conn, run.run_id, name, counts)
-            if self._destination:
+        validate_windows(store, warehouse, self._workers, self._validator, run, name)
+        if self._destination:
+            with warehouse.connect() as conn:
                 # The next delivery includes the windows that are recorded here: see assets/delivered.py.
                 held_windows.hold(conn, self._destination, name, run.partition_keys, run_id=run.run_id)
         loaded = load_windows(

@@ -1,4 +1,4 @@
-"""Reports of the post loader to Dagster: materializations and check results that belong to no run.
+"""Reports of loads without assets to Dagster: materializations and check results that belong to no run.
 
 Reporting an event takes about 14 ms, and a post may affect twenty assets. Windows are therefore reported at most once a
 second, and less often if reporting takes long. A report that fails is repeated. If a loader is killed before it reports
@@ -68,7 +68,7 @@ class _WindowReport:
         self.run_id = other.run_id or self.run_id
 
     def describe(self) -> dict[str, Any]:
-        known = {"loads_of_posts": self.loads, **self.counts, "last_run_id": self.run_id}
+        known = {"loads": self.loads, **self.counts, "last_run_id": self.run_id}
         return known if self.loads else {}
 
 
@@ -81,12 +81,15 @@ class PostReports:
         warehouse: Warehouse,
         views: Sequence[View],
         open_instance: Callable[[], dg.DagsterInstance],
+        *,
+        description: str = _DESCRIPTION,
     ) -> None:
         self._settings = settings
         self._warehouse = warehouse
         self._views = views
         self._store = build_store(settings)
         self._open_instance = open_instance
+        self._description = description
         self._instance: dg.DagsterInstance | None = None
         self._lock = Lock()
         self._waiting: dict[WindowKey, _WindowReport] = {}
@@ -193,16 +196,20 @@ class PostReports:
             shown = reports[key].describe()
             if key in raw:
                 metadata = {PARTITION_ROW_COUNT: raw[key].rows, "received": reports[key].posted}
-                yield _materialize("raw", resource_type.key, key, metadata)
+                yield self._materialize("raw", resource_type.key, key, metadata)
             if key in validated:
                 metadata = {PARTITION_ROW_COUNT: validated[key].rows, **shown}
-                yield _materialize("validated", resource_type.key, key, metadata)
+                yield self._materialize("validated", resource_type.key, key, metadata)
             for view in views:
-                yield _materialize("normalized", view.name, key, {PARTITION_ROW_COUNT: rows[view.name][key], **shown})
+                metadata = {PARTITION_ROW_COUNT: rows[view.name][key], **shown}
+                yield self._materialize("normalized", view.name, key, metadata)
 
-
-def _materialize(layer: str, name: str, partition_key: str, metadata: dict[str, Any]) -> dg.AssetMaterialization:
-    return dg.AssetMaterialization([layer, name], partition=partition_key, description=_DESCRIPTION, metadata=metadata)
+    def _materialize(
+        self, layer: str, name: str, partition_key: str, metadata: dict[str, Any]
+    ) -> dg.AssetMaterialization:
+        return dg.AssetMaterialization(
+            [layer, name], partition=partition_key, description=self._description, metadata=metadata
+        )
 
 
 def _by_key(manifests: Sequence[Manifest]) -> dict[str, Manifest]:

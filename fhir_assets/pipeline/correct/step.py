@@ -4,15 +4,18 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
 
+import orjson
+
 from fhir_assets.errors import CorrectionRefused
 from fhir_assets.fhir.patch import apply_patch
 from fhir_assets.fhir.record import MalformedResource, build_record, read_header, to_single_line
 from fhir_assets.fhir.validation import Validator
+from fhir_assets.pipeline.correct import visit_rows
 from fhir_assets.pipeline.receive.receiver import Receiver
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.warehouse.ops import audit_log, corrections, dead_letters, replays
 from fhir_assets.warehouse.ops.dead_letters import StoredDeadLetter
-from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session
+from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session, cipher_of
 
 CORRECTABLE = ("fetch", *replays.REPLAYABLE_STAGES)
 """The stages whose dead letters can be corrected."""
@@ -21,6 +24,8 @@ CORRECTABLE = ("fetch", *replays.REPLAYABLE_STAGES)
 @dataclass(frozen=True, slots=True)
 class Correction:
     """A correction of a dead letter's resource: either a JSON Patch (RFC 6902) or the complete corrected resource.
+
+    The resource of a row of a visit file is a visit, as JSON or as CSV.
 
     ``by`` is the person who made the correction.
     """
@@ -63,8 +68,9 @@ class CorrectionStep:
             corrections.record(conn, dead_letter_id, body, by=correction.by)
             if dead_letter.stage == "fetch":
                 self._receive(dead_letter, body)
-                replays.resolve_corrected(conn, dead_letter_id)
-            subject = audit_log.hash_subject(conn, dead_letter.resource_type, read_header(body).id or "")
+                replays.resolve_received(conn, dead_letter_id, resolution="corrected")
+            identity = _identify(conn, dead_letter, body)
+            subject = audit_log.hash_subject(conn, dead_letter.resource_type, identity)
             audit_log.record(
                 conn,
                 AuditRecord(
@@ -75,11 +81,15 @@ class CorrectionStep:
 
     def _build_corrected(self, conn: Session, dead_letter: StoredDeadLetter, correction: Correction) -> bytes:
         if correction.resource is not None:
-            body = to_single_line(correction.resource)
+            body = correction.resource
         else:
             earlier = corrections.get(conn, dead_letter.id)
             original = earlier.resource if earlier else dead_letters.read_resource(conn, dead_letter.id)
             body = apply_patch(original or b"", correction.patch or b"")
+        if visit_rows.is_visit_row(dead_letter):
+            return orjson.dumps(visit_rows.read_row(body))
+        if correction.resource is not None:
+            body = to_single_line(body)
         try:
             header = read_header(body)
         except MalformedResource as error:
@@ -101,4 +111,14 @@ class CorrectionStep:
 
     def _receive(self, dead_letter: StoredDeadLetter, body: bytes) -> None:
         origin = f"correction:{dead_letter.id}-{blake2b(body, digest_size=8).hexdigest()}"
-        self._receiver.receive([build_record(body, read_header(body), datetime.now(UTC))], origin)
+        if visit_rows.is_visit_row(dead_letter):
+            visit_rows.receive_row(self._receiver, dead_letter, orjson.loads(body), origin)
+        else:
+            self._receiver.receive([build_record(body, read_header(body), datetime.now(UTC))], origin)
+
+
+def _identify(conn: Session, dead_letter: StoredDeadLetter, body: bytes) -> str:
+    """Return the id of the corrected resource."""
+    if visit_rows.is_visit_row(dead_letter):
+        return cipher_of(conn).identity("Encounter", orjson.loads(body)["visit_account_number"])
+    return read_header(body).id or ""

@@ -42,12 +42,13 @@ class LayerRules:
     """The conditions under which the layers of a window are complete.
 
     ``rules_version`` is that of the validator, and ``views`` are all views. ``delivery_url`` is the server to which
-    loaded windows are delivered; empty if there is none.
+    loaded windows are delivered, and ``export_url`` the place that runs are exported to; empty if there is none.
     """
 
     rules_version: str
     views: Sequence[View]
     delivery_url: str = ""
+    export_url: str = ""
 
 
 class ExtendStep:
@@ -147,8 +148,8 @@ class ExtendStep:
         return not self._verified or self._reconciles(name, keys)
 
     def _is_loaded(self, name: str, raw: Mapping[str, Manifest]) -> bool:
-        """Return whether everything in these raw partitions is validated, loaded and delivered, and nothing is
-        pending.
+        """Return whether everything in these raw partitions is validated, loaded, delivered and exported, and nothing
+        is pending.
         """
         keys = list(raw)
         validated = self._store.manifests("validated", name, keys)
@@ -173,6 +174,7 @@ class ExtendStep:
                 and not run_history.has_unsuccessful_window(conn, name, keys)
                 and not (deleted and deletions.find_unapplied_parts(conn, [part.name for part in deleted.parts]))
                 and self._is_delivered(conn, name, validated)
+                and self._is_exported(conn, name)
             )
 
     def _reconciles(self, name: str, partition_keys: Sequence[str]) -> bool:
@@ -197,6 +199,12 @@ class ExtendStep:
             if state and state.destination.rstrip("/") != self._rules.delivery_url.rstrip("/"):
                 return False
         return True
+
+    def _is_exported(self, conn: Connection, name: str) -> bool:
+        """Return whether no window of a type waits for the export of a run."""
+        if not self._rules.export_url:
+            return True
+        return not held_windows.find_held(conn, held_windows.name_export_destination(self._rules.export_url), name)
 
     def _is_undated_due(self, planned: Sequence[PlannedFetch]) -> bool:
         """Return whether the current window has to be read for resources without ``lastUpdated``."""

@@ -16,7 +16,7 @@ from fhir_assets.fhir.lines import decompress
 from fhir_assets.fhir.record import Deletion, Record, RejectedInput
 from fhir_assets.pipeline.landing import visit_resources
 from fhir_assets.pipeline.receive.receiver import Received, Receiver
-from fhir_assets.storage.landing_zone import DONE, LandingFile, Zone
+from fhir_assets.storage.landing_zone import DONE, ENCRYPTED, LandingFile, Zone
 from fhir_assets.warehouse.ops import landing_files, post_loader
 from fhir_assets.warehouse.ops import visits as ledger
 from fhir_assets.warehouse.ops.landing_files import ReadyFile
@@ -131,10 +131,10 @@ class LandingStep:
     ) -> LandingResult:
         totals = _Totals(len(waiting))
         for file in waiting:
-            if not formats.is_visits_file(file.name):
+            if not _is_visits_file(file):
                 with self._record_failures(file, run_id, totals):
                     self._notify(self._receive(file, run_id, totals), on_received)
-        for batch, files in self._assign_batches([file for file in waiting if formats.is_visits_file(file.name)]):
+        for batch, files in self._assign_batches([file for file in waiting if _is_visits_file(file)]):
             if received := self._receive_batch(batch, files, run_id, totals):
                 self._notify(received, on_received)
         return totals.to_result()
@@ -159,7 +159,7 @@ class LandingStep:
         files = list(self._zone.files())
         done = {file.name for file in files if file.name.endswith(DONE)}
         for file in files:
-            if file.name.lower().endswith(formats.SUFFIXES):
+            if _strip_suffix(file.name).lower().endswith(formats.SUFFIXES):
                 yield file, assume_complete or self._zone.atomic or _is_done(file.name, done)
             elif not file.name.endswith(DONE):
                 yield file, None
@@ -182,7 +182,7 @@ class LandingStep:
                     yield item
             deleted += self._record_deletions(deletions, origin)
 
-        received = self._receiver.receive(resources(), origin)
+        received = self._receiver.receive(resources(), origin, run_id=run_id)
         counts = {"rows": received.rows, "rejected": received.rejected, "deleted": deleted}
         self._record_loaded(file, sha256, counts, received.already_received, run_id, totals, received.skipped)
         return received
@@ -233,7 +233,7 @@ class LandingStep:
         while remaining and received is None:
             try:
                 received = self._receiver.receive_in_transaction(
-                    resources, received_as, posted=all(file.posted for file in remaining)
+                    resources, received_as, posted=all(file.posted for file in remaining), run_id=run_id
                 )
             except FhirAssetsError as error:
                 if current is None or isinstance(error, TransientError):
@@ -279,7 +279,7 @@ class LandingStep:
                 received=now,
                 reopen=lambda: self._read_again(file),
             )
-            yield from formats.read(file.name, content)
+            yield from formats.read(_strip_suffix(file.name), content)
             if reader.read_rest() != sha256:
                 raise _FileChanged("the file changed while it was read: it is received when it is complete")
 
@@ -338,6 +338,15 @@ class _HashingReader:
         while self.read(_CHUNK_BYTES):
             pass
         return self._hash.hexdigest()
+
+
+def _strip_suffix(name: str) -> str:
+    """Return the name of a file without the suffix of encrypted files; its end is that of the file's format."""
+    return name.removesuffix(ENCRYPTED)
+
+
+def _is_visits_file(file: ReadyFile) -> bool:
+    return formats.is_visits_file(_strip_suffix(file.name))
 
 
 def _is_done(name: str, done: set[str]) -> bool:

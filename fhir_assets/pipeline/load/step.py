@@ -28,6 +28,7 @@ from fhir_assets.warehouse.ops import (
     checkpoints,
     dead_letter_resolution,
     dead_letters,
+    held_windows,
     received,
     replays,
     runs,
@@ -108,7 +109,8 @@ class LoadStep:
     """Loads validated partitions into the tables of views, one resource type for each call.
 
     ``all_views`` states whether ``views`` are all views of the type. Only if they are, parts are recorded as loaded and
-    checkpoints move.
+    checkpoints move. Windows with loaded resources are recorded in ``ops.held_windows`` for the destination
+    ``written_to``, if one is given, in the transaction of their rows.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class LoadStep:
         refresh: Refresh,
         workers: WorkerPool,
         consent_gate: ConsentGate = NO_CONSENT_GATE,
+        written_to: str = "",
     ) -> None:
         self._store = store
         self._connect = connect
@@ -134,6 +137,7 @@ class LoadStep:
         self._run_id = run_id
         self._refresh = refresh
         self._consent_gate = consent_gate
+        self._written_to = written_to
         self._recorded_before = 0
         self._with_identifiers = self._finds_targets = False
 
@@ -285,6 +289,9 @@ class LoadStep:
                 for task in group
             },
         )
+        if self._written_to:
+            loaded = [task.window.key for task in group if task.rows]
+            held_windows.hold(conn, self._written_to, resource_type, loaded, run_id=self._run_id)
         audit_log.record(
             conn, *build_load_audit_records(resource_type, counts, run_id=self._run_id, detail={"windows": len(group)})
         )

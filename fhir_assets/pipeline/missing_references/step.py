@@ -1,5 +1,6 @@
 """Fetches missing references into raw: resources that loaded resources refer to but that are not loaded."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -75,28 +76,29 @@ class MissingReferencesStep:
         self._source = source
         self._receiver = receiver
         self._run_id = run_id
+        self._batches = Counter[str]()
 
     def run(self) -> Iterator[MissingReferencesBatch]:
         """Fetch all missing resources, Patients first, and yield the result of each batch once it is in raw.
 
         An id is requested at most once a day. Raises the errors of the receiver immediately, and those of the source
-        after the other types are fetched.
+        after the other types are fetched. Another call fetches what the resources that were loaded in the meantime
+        refer to.
         """
         columns = self._find_columns()
         failures = TypeFailures()
         for name in self._types:
-            number = 0
             while name not in failures and (ids := self._find_missing(columns, name)):
-                number += 1
                 batch = None
                 with failures.collect(name):
-                    batch = self._fetch(name, ids, number)
+                    batch = self._fetch(name, ids)
                 if batch:
                     yield batch
         log_notices(self._source.drain_notices())
         failures.raise_collected()
 
-    def _fetch(self, name: str, ids: Sequence[str], number: int) -> MissingReferencesBatch:
+    def _fetch(self, name: str, ids: Sequence[str]) -> MissingReferencesBatch:
+        self._batches[name] += 1
         found_ids = set()
 
         def fetch() -> Iterator[Record | RejectedInput]:
@@ -104,7 +106,9 @@ class MissingReferencesStep:
                 found_ids.add(item.id if isinstance(item, Record) else item.resource_id)
                 yield item
 
-        received = self._receiver.receive(fetch(), f"missing:{self._run_id}/{name}/{number}")
+        received = self._receiver.receive(
+            fetch(), f"missing:{self._run_id}/{name}/{self._batches[name]}", run_id=self._run_id
+        )
         not_found = [identity for identity in ids if identity not in found_ids][:MAX_READS_PER_BATCH]
         deleted = list(self._source.find_deleted(name, not_found))
         self._receiver.deletion_log.record(deleted, run_id=self._run_id)

@@ -86,6 +86,7 @@ class Receiver:
         audit_records: Callable[[Received], Iterable[AuditRecord]] = lambda _: (),
         before_commit: Callable[[Session], None] = lambda _: None,
         posted: bool = False,
+        run_id: str | None = None,
     ) -> Received:
         """Receive all records of ``origin`` as a stream: write each one to raw or record it as a dead letter.
 
@@ -96,12 +97,18 @@ class Receiver:
         written to the window of its ``lastUpdated``, or of its arrival if that is missing or does not count.
 
         The ``audit_records`` are written in the transaction that records the origin as received, and ``before_commit``
-        may write to it. ``posted`` states that the records were posted over HTTP: the post loader is notified.
+        may write to it. ``posted`` states that the records were posted over HTTP: the post loader is notified. Dead
+        letters belong to the run ``run_id``, or to the origin if no run receives it.
 
         Raises StoreError, DatabaseUnavailable, Overtaken, and the errors of ``records``.
         """
         return self.receive_in_transaction(
-            lambda _: records, origin, audit_records=audit_records, before_commit=before_commit, posted=posted
+            lambda _: records,
+            origin,
+            audit_records=audit_records,
+            before_commit=before_commit,
+            posted=posted,
+            run_id=run_id,
         )
 
     def receive_in_transaction(
@@ -112,6 +119,7 @@ class Receiver:
         audit_records: Callable[[Received], Iterable[AuditRecord]] = lambda _: (),
         before_commit: Callable[[Session], None] = lambda _: None,
         posted: bool = False,
+        run_id: str | None = None,
     ) -> Received:
         """Receive like ``receive``, with records from ``read_records``.
 
@@ -123,20 +131,23 @@ class Receiver:
             received.lock_origin(conn, origin)
             if earlier := received.list_by_origin(conn, origin):
                 return Received(origin, tuple(earlier), already_received=True)
-            return self._receive(conn, read_records(conn), origin, audit_records, before_commit, posted)
+            return self._receive(conn, read_records(conn), origin, run_id, audit_records, before_commit, posted)
 
     def _receive(
         self,
         conn: Session,
         records: Iterable[Record | RejectedInput],
         origin: str,
+        run_id: str | None,
         audit_records: Callable[[Received], Iterable[AuditRecord]],
         before_commit: Callable[[Session], None],
         posted: bool,
     ) -> Received:
         now = self._now()
         origin_writer = _OriginWriter(self._scheme, self.resource_types, origin, now)
-        dead_letter_buffer = DeadLetterBuffer(lambda batch: dead_letters.record_now(self._connect, origin, batch))
+        dead_letter_buffer = DeadLetterBuffer(
+            lambda batch: dead_letters.record_now(self._connect, run_id or origin, batch)
+        )
         with PartWriter(self._store, "raw") as writer:
             for item in records:
                 origin_writer.add(item, writer, dead_letter_buffer)

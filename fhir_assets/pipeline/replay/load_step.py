@@ -9,7 +9,7 @@ from fhir_assets.pipeline.load.row_builder import RowBuilder, build_batch_of_one
 from fhir_assets.pipeline.load.step import STAGES as LOAD_STAGES
 from fhir_assets.pipeline.load.step import build_load_audit_records, compute_views_ruleset
 from fhir_assets.privacy.consent import ConsentGate
-from fhir_assets.warehouse.ops import audit_log, replays
+from fhir_assets.warehouse.ops import audit_log, held_windows, replays
 from fhir_assets.warehouse.ops.replays import ClaimedDeadLetter, FailedReplay
 from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session, cipher_of
 from fhir_assets.warehouse.postgres.queries import identifiers
@@ -30,6 +30,7 @@ class ReplayLoadStep:
     """Loads the dead letters of stages ``transform`` and ``load`` that a run claims into all tables of their type.
 
     With ``also_open`` the run claims all open dead letters, not only those that were marked for a replay.
+    ``written_to`` is an argument of ``LoadStep``.
     """
 
     def __init__(
@@ -40,12 +41,14 @@ class ReplayLoadStep:
         run_id: str,
         also_open: bool,
         consent_gate: ConsentGate = NO_CONSENT_GATE,
+        written_to: str = "",
     ) -> None:
         self._connect = connect
         self._views = views
         self._consent_gate = consent_gate
         self._run_id = run_id
         self._also_open = also_open
+        self._written_to = written_to
 
     def run(self, resource_type: str, windows: Sequence[Window]) -> ReplayLoadResult:
         """Load the claimed dead letters of the windows, a few hundred in each transaction.
@@ -104,8 +107,11 @@ class ReplayLoadStep:
             path = format_column_path(item.view, item.column)
             failed[dead_letter.id] = self._build_failure(dead_letter, "unloadable", path, item.message)
         replays.record_failures(conn, self._run_id, list(failed.values()))
-        resolved = [dead_letter.id for dead_letter in dead_letters if dead_letter.id not in failed]
-        replays.resolve_by_ids(conn, self._run_id, resolved)
+        resolved = [dead_letter for dead_letter in dead_letters if dead_letter.id not in failed]
+        replays.resolve_by_ids(conn, self._run_id, [dead_letter.id for dead_letter in resolved])
+        if self._written_to:
+            keys = {dead_letter.partition_key for dead_letter in resolved}
+            held_windows.hold(conn, self._written_to, resource_type, keys, run_id=self._run_id)
         audit_log.record(
             conn, *build_load_audit_records(resource_type, counts, run_id=self._run_id, detail={"replay": True})
         )

@@ -181,14 +181,15 @@ class TypeExport:
         """Write ``<Type>.valid.ndjson``: the valid resources that are in the tables, as received."""
         return self._write_lines_to("valid", self._read_valid())
 
-    def write_dead_letters(self) -> ExportedFile:
+    def write_dead_letters(self, *, of_windows: bool = False) -> ExportedFile:
         """Write ``<Type>.deadletters.ndjson``: each dead letter with its reason.
 
-        ``resource`` is the JSON as received, or a string if it is not valid JSON. The export of a run has
-        the dead letters of that run. Raises ConfigurationError if a consent policy is on.
+        ``resource`` is the JSON as received, or a string if it is not valid JSON. The export of a run has the dead
+        letters of that run, or those of its windows with ``of_windows``. Raises ConfigurationError if a consent policy
+        is on.
         """
         self._refuse_if_withholding("dead letters")
-        run_id = self._export.run_id
+        run_id = None if of_windows else self._export.run_id
         selection = Selection(
             run_id=run_id, resource_type=self._type, partition_keys=None if run_id is not None else self._keys
         )

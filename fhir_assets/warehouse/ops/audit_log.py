@@ -7,7 +7,7 @@ from typing import Any
 
 from psycopg.types.json import Jsonb
 
-from fhir_assets.privacy.audit import Action, AuditRecord, Entry, Fault, link, verify
+from fhir_assets.privacy.audit import AuditRecord, Entry, Fault, link, verify
 from fhir_assets.sources import DEFAULT_SOURCE
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 
@@ -100,12 +100,16 @@ def find_latest(
     conn: Connection,
     *,
     limit: int,
-    action: Action | None = None,
+    action: str | None = None,
     about: str | None = None,
     run_id: str | None = None,
     since: datetime | None = None,
+    before: int | None = None,
 ) -> list[Entry]:
-    """Return at most ``limit`` records, newest first. ``about`` is the result of ``hash_subject``."""
+    """Return at most ``limit`` records, newest first, with ``before`` those with a smaller ``seq``.
+
+    ``about`` is the result of ``hash_subject``.
+    """
     rows = conn.execute(
         f"""
         {_LOG}
@@ -113,10 +117,11 @@ def find_latest(
             AND (%(about)s::text IS NULL OR subject = %(about)s)
             AND (%(run)s::text IS NULL OR run_id = %(run)s)
             AND (%(since)s::timestamptz IS NULL OR at >= %(since)s)
+            AND (%(before)s::bigint IS NULL OR seq < %(before)s)
         ORDER BY seq DESC
         LIMIT %(limit)s
         """,
-        {"action": action, "about": about, "run": run_id, "since": since, "limit": limit},
+        {"action": action, "about": about, "run": run_id, "since": since, "before": before, "limit": limit},
     )
     return [_entry(row) for row in rows]
 

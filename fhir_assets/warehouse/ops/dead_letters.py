@@ -116,8 +116,8 @@ class StoredDeadLetter:
 class Selection:
     """A filter of dead letters: every field that is not None must match.
 
-    ``run_id`` is the run of the first or of the last failure; ``since`` (inclusive) and ``until`` (exclusive) bound the
-    time of the last failure.
+    ``run_id`` is the run of the first or of the last failure. ``origins`` are received inputs, and select their parts
+    that could not be read. ``since`` (inclusive) and ``until`` (exclusive) bound the time of the last failure.
     """
 
     ids: Sequence[int] | None = None
@@ -127,6 +127,7 @@ class Selection:
     rule: str | None = None
     status: str | None = None
     partition_keys: Sequence[str] | None = None
+    origins: Sequence[str] | None = None
     since: datetime | None = None
     until: datetime | None = None
 
@@ -146,6 +147,9 @@ class Selection:
         if self.partition_keys is not None:
             terms.append(sql.SQL("partition_key = ANY(%(partition_keys)s)"))
             params["partition_keys"] = list(self.partition_keys)
+        if self.origins is not None:
+            terms.append(sql.SQL("stage = 'fetch' AND origin = ANY(%(origins)s)"))
+            params["origins"] = list(self.origins)
         if self.since is not None:
             terms.append(sql.SQL("last_failure >= %(since)s"))
             params["since"] = self.since

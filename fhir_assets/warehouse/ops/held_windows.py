@@ -1,9 +1,17 @@
-"""``ops.held_windows``: windows that a delivery or export held back, until a run includes them."""
+"""``ops.held_windows``: windows that a delivery or export still has to write, until a run includes them.
+
+They were held back because they do not reconcile, or were loaded and are not written yet.
+"""
 
 from collections.abc import Iterable
 from datetime import datetime
 
 from fhir_assets.warehouse.postgres.db.connections import Connection
+
+
+def name_export_destination(export_url: str) -> str:
+    """Return the destination of the exports of runs to ``export_url``."""
+    return f"exports {export_url}"
 
 
 def hold(conn: Connection, destination: str, resource_type: str, partition_keys: Iterable[str], *, run_id: str) -> None:

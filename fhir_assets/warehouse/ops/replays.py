@@ -399,18 +399,18 @@ def resolve_superseded(conn: Connection, run_id: str, resource_type: str, partit
     }
 
 
-def resolve_corrected(conn: Connection, dead_letter_id: int) -> None:
-    """Resolve a dead letter of stage ``fetch`` whose correction was received.
+def resolve_received(conn: Connection, dead_letter_id: int, *, resolution: str) -> None:
+    """Resolve a dead letter of stage ``fetch`` that was received: ``corrected`` by a person, or ``replayed``.
 
     The dead letter stays resolved when its window is fetched again.
     """
     conn.execute(
         """
         UPDATE ops.dead_letters
-        SET status = 'resolved', resolution = 'corrected', resolved_at = now()
+        SET status = 'resolved', resolution = %s, resolved_at = now()
         WHERE id = %s
         """,
-        [dead_letter_id],
+        [resolution, dead_letter_id],
     )
 
 

@@ -122,6 +122,40 @@ def record_counts(
     )
 
 
+def add_counts(conn: Connection, run_id: str, resource_type: str, counts: Mapping[str, Mapping[str, int]]) -> None:
+    """Add to the counts ``fetched``, ``valid``, ``withheld``, ``superseded``, ``loaded`` and ``dead`` of windows."""
+    names = ("fetched", "valid", "withheld", "superseded", "loaded", "dead")
+    keys = sorted(counts)
+    conn.execute(
+        """
+        UPDATE ops.ingestion_runs r
+        SET
+            fetched = coalesce(r.fetched, 0) + n.fetched,
+            valid = coalesce(r.valid, 0) + n.valid,
+            withheld = coalesce(r.withheld, 0) + n.withheld,
+            superseded = coalesce(r.superseded, 0) + n.superseded,
+            loaded = coalesce(r.loaded, 0) + n.loaded,
+            dead = coalesce(r.dead, 0) + n.dead
+        FROM unnest(
+            %(keys)s::text[],
+            %(fetched)s::bigint[],
+            %(valid)s::bigint[],
+            %(withheld)s::bigint[],
+            %(superseded)s::bigint[],
+            %(loaded)s::bigint[],
+            %(dead)s::bigint[]
+        ) AS n (partition_key, fetched, valid, withheld, superseded, loaded, dead)
+        WHERE r.run_id = %(run)s AND r.resource_type = %(type)s AND r.partition_key = n.partition_key
+        """,
+        {
+            "run": run_id,
+            "type": resource_type,
+            "keys": keys,
+            **{name: [counts[key].get(name, 0) for key in keys] for name in names},
+        },
+    )
+
+
 def record_older(conn: Connection, run_id: str, resource_type: str, partition_key: str, older: int) -> None:
     """Add resources that belong to no window, because they are older than the first one, to the row of a window."""
     conn.execute(
@@ -185,6 +219,14 @@ def find_counts(
     return {key: dict(zip(RESULTS, counts, strict=True)) for key, *counts in rows}
 
 
+def find_loaded_windows(
+    conn: Connection, run_id: str, resource_type: str, partition_keys: Sequence[str]
+) -> list[str] | None:
+    """Return the windows in which a run has a count of RESULTS above 0; None if it did not load the type."""
+    counts = find_counts(conn, run_id, resource_type, partition_keys)
+    return sorted(key for key, results in counts.items() if any(results.values())) if counts else None
+
+
 def find_written_windows(conn: Connection, run_id: str, resource_type: str, layer: str) -> list[str]:
     """Return the windows of a type that a run has written to a layer, ``raw`` or ``validated``."""
     rows = conn.execute(
@@ -210,10 +252,19 @@ def finish(
 
 
 def fail(
-    conn: Connection, run_id: str, resource_types: Sequence[str], partition_keys: Sequence[str], *, error: str
+    conn: Connection,
+    run_id: str,
+    resource_types: Sequence[str],
+    partition_keys: Sequence[str],
+    *,
+    error: str,
+    seconds: float = 0,
 ) -> None:
-    """Set the status of RUNNING rows to FAILED. ``error`` must contain no patient data."""
-    _end(conn, run_id, resource_types, partition_keys, "FAILED", _storable(error), 0)
+    """Set the status of RUNNING rows to FAILED, and add ``seconds`` to their working time.
+
+    ``error`` must contain no patient data.
+    """
+    _end(conn, run_id, resource_types, partition_keys, "FAILED", _storable(error), seconds)
 
 
 def _end(
@@ -275,10 +326,29 @@ def abandon_dead(conn: Connection, *, error: str = "the process of the run was k
 
 
 def find_by_prefix(conn: Connection, prefix: str) -> list[str]:
-    """Return the ids of at most two runs that begin with ``prefix``."""
-    rows = conn.execute(
-        "SELECT DISTINCT run_id FROM ops.ingestion_runs WHERE starts_with(run_id, %s) LIMIT 2", [prefix]
-    ).fetchall()
+    """Return the ids of at most two runs that begin with ``prefix``.
+
+    Runs that received files of the landing zone are found, too, if no run that loads resources is. They have no row in
+    ``ops.ingestion_runs``, and their dead letters are the parts of the files that could not be read.
+    """
+    rows = (
+        conn.execute(
+            "SELECT DISTINCT run_id FROM ops.ingestion_runs WHERE starts_with(run_id, %s) LIMIT 2", [prefix]
+        ).fetchall()
+        or conn.execute(
+            """
+        SELECT run_id
+        FROM ops.landing_files
+        WHERE source = ops.current_source() AND starts_with(run_id, %(prefix)s)
+        UNION
+        SELECT run_id
+        FROM ops.dead_letters
+        WHERE source = ops.current_source() AND run_id = %(prefix)s
+        LIMIT 2
+        """,
+            {"prefix": prefix},
+        ).fetchall()
+    )
     return [run_id for (run_id,) in rows]
 
 

@@ -184,6 +184,14 @@ def find_files(conn: Connection, origins: Sequence[str]) -> dict[str, tuple[str,
     return {origin: (received_as, VisitFileCounts(*counts)) for origin, received_as, *counts in rows}
 
 
+def find_origins(conn: Connection, received_as: str) -> list[str]:
+    """Return an origin, and those of the files that were received as part of it."""
+    rows = conn.execute(
+        "SELECT origin FROM ops.visit_files WHERE source = ops.current_source() AND received_as = %s", [received_as]
+    )
+    return [received_as, *(origin for (origin,) in rows)]
+
+
 @dataclass(frozen=True, slots=True)
 class VisitPost:
     """A list of visits that was posted to the API: ``rejected`` of its ``records`` were refused immediately."""
@@ -211,6 +219,8 @@ class VisitFileState:
     run_id: str | None
     waiting: int
     counts: VisitFileCounts
+    origin: str | None = None
+    """The origin of the file's dead letters; None before it was received."""
 
 
 def record_post(conn: Connection, post: VisitPost) -> None:
@@ -255,5 +265,5 @@ def get_file_state(conn: Connection, zone: str, name: str) -> VisitFileState:
     ).fetchone() or (0,)
     # A file with known_before has the content of an earlier file, whose counts are not repeated.
     return VisitFileState(
-        status, error, known_before, rejected, run_id, waiting, VisitFileCounts() if known_before else counts
+        status, error, known_before, rejected, run_id, waiting, VisitFileCounts() if known_before else counts, origin
     )

@@ -23,6 +23,8 @@ STRIDE = 500
 FRESH_SECONDS = 30.0
 """The age in seconds at which the cached ids are read again, in the background."""
 
+SSN_SYSTEM = "http://hl7.org/fhir/sid/us-ssn"
+
 _TABLE_NOT_READY = (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn)
 """Errors of a database before its first load, or after an upgrade, while its tables lack a column."""
 
@@ -37,6 +39,8 @@ class PatientSearch:
     mrn: str | None = None
     given: str | None = None
     family: str | None = None
+    ssn: str | None = None
+    """A US social security number, with or without hyphens."""
 
     def __bool__(self) -> bool:
         return any(getattr(self, field.name) is not None for field in fields(self))
@@ -155,7 +159,7 @@ def _build_condition(search: PatientSearch, cipher: Cipher, *, fold_case: bool) 
     params: list[object] = []
     for field in fields(search):
         value = getattr(search, field.name)
-        if value is None:
+        if value is None or field.name == "ssn":
             continue
         comparisons = [(f"{field.name}_index" if cipher.encrypts else field.name, value)]
         if fold_case and field.name in ("given", "family"):
@@ -166,6 +170,20 @@ def _build_condition(search: PatientSearch, cipher: Cipher, *, fold_case: bool) 
             )
         )
         params += [cipher.index(text) if cipher.encrypts else text for _, text in comparisons]
+    if search.ssn is not None:
+        # The index of this table serves every identifier; fhir.patient has none for the SSN alone.
+        terms.append(
+            sql.SQL("""
+                id IN (
+                    SELECT patient_key
+                    FROM fhir.patient_identifier
+                    WHERE _source = ops.current_source() AND system = %s AND {} = ANY(%s)
+                )
+            """).format(sql.Identifier("value_index" if cipher.encrypts else "value"))
+        )
+        digits = search.ssn.replace("-", "")
+        forms = [digits, f"{digits[:3]}-{digits[3:5]}-{digits[5:]}"]
+        params += [SSN_SYSTEM, [cipher.index(form) for form in forms] if cipher.encrypts else forms]
     return sql.SQL(" AND ").join(terms), params
 
 

@@ -1,0 +1,38 @@
+-- A row for each Condition that was neither refuted nor entered in error.
+with ranks as (
+    select
+        d._source,
+        d.encounter_key,
+        d.condition_key,
+        min(d.rank) as condition_rank
+    from {{ ref('stg_encounter_diagnosis') }} d
+    group by d._source, d.encounter_key, d.condition_key
+)
+
+select
+    c.id as condition_id,
+    c.patient_key as person_id,
+    c.patient_key as patient_id,
+    c.encounter_key as encounter_id,
+    cast(null as text) as claim_id,
+    coalesce(c.recorded_date_date, c.onset_start_date) as recorded_date,
+    c.onset_start_date as onset_date,
+    coalesce(c.abatement_end_date, c.abatement_start_date) as resolved_date,
+    c.clinical_status as status,
+    c.category_code as condition_type,
+    coalesce(s.code_type, c.code_system) as source_code_type,
+    c.code as source_code,
+    coalesce(c.code_display, c.code_text) as source_description,
+    cast(null as text) as normalized_code_type,
+    cast(null as text) as normalized_code,
+    cast(null as text) as normalized_description,
+    r.condition_rank as condition_rank,
+    cast(null as text) as present_on_admit_code,
+    cast(null as text) as present_on_admit_description,
+    c._source as data_source,
+    cast(null as text) as file_name,
+    cast(c.loaded_at as timestamp) as ingest_datetime
+from {{ ref('stg_condition') }} c
+left join ranks r on r.condition_key = c.id and r.encounter_key = c.encounter_key and r._source = c._source
+left join {{ ref('code_systems') }} s on s.system = c.code_system
+where coalesce(c.verification_status, '') not in ('refuted', 'entered-in-error')

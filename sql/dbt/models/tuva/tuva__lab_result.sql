@@ -1,0 +1,43 @@
+-- A row for each value of laboratory results, with the first order that it is based on.
+select
+    v.id as lab_result_id,
+    v.patient_key as person_id,
+    v.patient_key as patient_id,
+    v.encounter_key as encounter_id,
+    n.accession_identifier as accession_number,
+    coalesce(t.code_type, q.code_system, y.code_type, v.panel_system) as source_order_type,
+    coalesce(q.code, v.panel_code) as source_order_code,
+    coalesce(q.code_display, q.code_text, v.panel_text) as source_order_description,
+    coalesce(s.code_type, v.code_system) as source_component_type,
+    v.code as source_component_code,
+    v.code_text as source_component_description,
+    cast(null as text) as normalized_order_type,
+    cast(null as text) as normalized_order_code,
+    cast(null as text) as normalized_order_description,
+    cast(null as text) as normalized_component_type,
+    cast(null as text) as normalized_component_code,
+    cast(null as text) as normalized_component_description,
+    v.status as status,
+    v.value_text as result,
+    coalesce({{ local_time('v.issued') }}, v.moment) as result_datetime,
+    coalesce({{ local_time('n.collected_start') }}, {{ local_time('v.effective_start') }}) as collection_datetime,
+    coalesce(v.value_quantity_unit, v.value_quantity_code) as source_units,
+    cast(null as text) as normalized_units,
+    {{ number_text('v.range_low') }} as source_reference_range_low,
+    {{ number_text('v.range_high') }} as source_reference_range_high,
+    cast(null as text) as normalized_reference_range_low,
+    cast(null as text) as normalized_reference_range_high,
+    v.interpretation_code as source_abnormal_flag,
+    cast(null as text) as normalized_abnormal_flag,
+    coalesce(n.type_display, n.type_text, n.type_code) as specimen,
+    q.requester_key as ordering_practitioner_id,
+    v._source as data_source,
+    cast(null as text) as file_name,
+    cast(v.loaded_at as timestamp) as ingest_datetime
+from {{ ref('observation_values') }} v
+left join {{ ref('stg_specimen') }} n on n.id = v.specimen_key and n._source = v._source
+left join {{ ref('stg_service_request') }} q on q.id = v.service_request_key and q._source = v._source
+left join {{ ref('code_systems') }} s on s.system = v.code_system
+left join {{ ref('code_systems') }} t on t.system = q.code_system
+left join {{ ref('code_systems') }} y on y.system = v.panel_system
+where v.is_laboratory

@@ -1,0 +1,28 @@
+-- A row for each Patient.
+select
+    p.id as person_id,
+    p.id as patient_id,
+    p.given as first_name,
+    p.family as last_name,
+    coalesce(p.gender, 'unknown') as sex,
+    lower(coalesce(p.race_display, p.race_text, 'unknown')) as race,
+    p.birth_date as birth_date,
+    p.deceased_date_time_date as death_date,
+    case when p.deceased_boolean or p.deceased_date_time is not null then 1 else 0 end as death_flag,
+    p.ssn as social_security_number,
+    p.address_line as address,
+    p.address_city as city,
+    p.address_state as state,
+    p.address_postal_code as zip_code,
+    p.address_district as county,
+    a.latitude as latitude,
+    a.longitude as longitude,
+    p.phone as phone,
+    p._source as data_source,
+    cast(null as text) as file_name,
+    cast(p.loaded_at as timestamp) as ingest_datetime
+from {{ ref('stg_patient') }} p
+left join {{ ref('stg_patient_address') }} a
+    on a.patient_key = p.id
+    and a._source = p._source
+    and a."index" = 0
