@@ -9,6 +9,7 @@ import dagster as dg
 import pytest
 
 from fhir_assets.definitions import build_definitions
+from fhir_assets.errors import FhirAssetsError, ServerUnavailable
 from fhir_assets.orchestration.assets import missing_references
 from fhir_assets.orchestration.jobs import BACKFILL, MISSING_REFERENCES
 from fhir_assets.orchestration.received_windows import select_all_layers
@@ -16,6 +17,7 @@ from fhir_assets.orchestration.run_requests import range_tags
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.ops import run_history
 from fhir_assets.warehouse.postgres.db.connections import connect
+from fhir_assets_tests.support.alerts import AlertsSensor
 from fhir_assets_tests.support.content import encounter, instant, patient
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 
@@ -94,3 +96,27 @@ def test_a_window_that_the_run_has_loaded_before_counts_both_loads(
         deployment = deploy(fhir_base_url=server.url, fhir_resource_types=TYPES, fhir_last_updated_gte="2024-01-01")
         result = run_backfill(deployment, "Encounter")
     assert read_counts(deployment, result.run_id) == {"Encounter": (2, 2, 2), "Patient": (1, 1, 1)}
+
+
+@pytest.mark.slow
+def test_the_incident_of_references_that_could_not_be_fetched_ends_with_the_next_backfill(
+    deploy: Deploy, server: SandboxServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = deploy(
+        fhir_base_url=server.url,
+        fhir_resource_types=TYPES,
+        fhir_last_updated_gte="2024-01-01",
+        alert_webhook_url="http://127.0.0.1:9/",
+    )
+    sensor = AlertsSensor(deployment)
+    with monkeypatch.context() as patched:
+        refused: tuple[missing_references.Windows, FhirAssetsError] = ({}, ServerUnavailable("the server is down"))
+        patched.setattr(missing_references, "_fetch", lambda *_: refused)
+        assert not run_backfill(deployment, "Encounter").success
+    sensor.tick()
+    open_incidents = "SELECT name FROM ops.incidents WHERE kind = 'run' AND closed_at IS NULL"
+    assert deployment.query(open_incidents) == [("backfill",)]
+    assert run_backfill(deployment, "Encounter").success
+    sensor.tick()
+    assert deployment.query(open_incidents) == []
+    assert deployment.count_loaded()["Patient"] == 2

@@ -86,6 +86,9 @@ def test_a_run_that_loads_something_writes_what_it_received_its_dead_letters_and
     assert list_waiting(deployment) == []
     assert ingest(deployment, Refresh.MISSING).success
     assert list_folders(deployment) == [folder], "a run without anything new writes no folder"
+    record = deployment.instance.get_latest_materialization_event(dg.AssetKey(["exports", "patient"]))
+    assert record
+    assert record.run_id != first.run_id, "otherwise an incident of a killed run would stay open"
     add(server, patient("c", DAY + timedelta(hours=1)))
     second = find_folder(deployment, ingest(deployment).run_id)
     assert list_ids(second / "Patient.valid.ndjson") == ["a", "c"]

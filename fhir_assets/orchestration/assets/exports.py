@@ -45,10 +45,10 @@ def _build_export_asset(
     name = resource_type.name
     views = [view for view in all_views if view.resource_type == name]
     destination = held_windows.name_export_destination(settings.fhir_export_url)
+    key = dg.AssetKey(["exports", resource_type.key])
 
     @dg.asset(
-        name=resource_type.key,
-        key_prefix="exports",
+        key=key,
         group_name="exports",
         deps=[dg.AssetKey(["normalized", view.name]) for view in views],
         partitions_def=partitions,
@@ -65,7 +65,10 @@ def _build_export_asset(
             loaded = runs.find_loaded_windows(conn, run.run_id, name, run.partition_keys)
             waiting = held_windows.find_held(conn, destination, name)
         if loaded is not None and not loaded and not waiting:
-            return  # The run found nothing new for the type.
+            # The run found nothing new for the type. The materialization states that its windows need no export, and
+            # ends the incident of an earlier run that failed.
+            yield dg.MaterializeResult(asset_key=key, metadata={"files": 0, "rows": 0})
+            return
         keys = run.partition_keys if loaded is None else loaded
         # A run that only exports is no load, so it has no row in ops.ingestion_runs.
         recording: AbstractContextManager[None] = (
@@ -76,15 +79,13 @@ def _build_export_asset(
         with recording:
             apply_consent(settings, warehouse, all_views, run)
             written = _write_folder(settings, store, warehouse, run, name, views, keys, folder=folder)
-        if written is None:
-            return
-        metadata = {
-            "folder": dg.MetadataValue.path(written.folder),
+        metadata: dict[str, object] = {
             "rows": sum(file.rows for file in written.files),
             "bytes": sum(file.bytes for file in written.files),
             "files": len(written.files),
         }
-        key = dg.AssetKey(["exports", resource_type.key])
+        if written.folder:
+            metadata["folder"] = dg.MetadataValue.path(written.folder)
         outbound = written.outbound
         yield from emit_outbound_results(context, key, outbound.held, metadata, released=outbound.released)
 
@@ -93,6 +94,8 @@ def _build_export_asset(
 
 @dataclass(frozen=True, slots=True)
 class _Written:
+    """The files of one type. ``folder`` is empty if there was no window to write."""
+
     folder: str
     files: Sequence[ExportedFile]
     outbound: OutboundWindows
@@ -108,10 +111,8 @@ def _write_folder(
     partition_keys: Sequence[str],
     *,
     folder: str,
-) -> _Written | None:
+) -> _Written:
     """Write the files of one type: ``partition_keys`` and the windows that wait, without those that are held back.
-
-    Return None if there is no window to write.
 
     Under a consent policy, resources as received and dead letters are left out, because withheld resources are in them.
     """
@@ -131,7 +132,7 @@ def _write_folder(
             run_id=run.run_id,
         )
         if not partition_keys and not outbound.ready:
-            return None
+            return _Written("", (), outbound)
         with Export(
             conn,
             store,

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 import dagster as dg
 
 from fhir_assets.orchestration.dagster_internals import AssetCheckEvaluationPlanned, AssetMaterializationPlannedData
+from fhir_assets.orchestration.jobs import MISSING_REFERENCES
 from fhir_assets.orchestration.tags import UNPARTITIONED
 from fhir_assets.warehouse.ops import incidents
 from fhir_assets.warehouse.ops.incidents import Incident
@@ -66,7 +67,12 @@ def _find_recovered_partitions(
     existing = repository.asset_graph.get_all_asset_keys()
     recovered = set(incident.partitions)
     for key in keys & existing:
-        recovered &= _find_materialized(instance, key, recovered, first[0].storage_id)
+        if key == MISSING_REFERENCES:
+            # Each materialization fetches the missing references of all windows.
+            fetched = _find_materialized(instance, key, {UNPARTITIONED}, first[0].storage_id)
+            recovered = recovered if fetched else set()
+        else:
+            recovered &= _find_materialized(instance, key, recovered, first[0].storage_id)
     if checks:
         since = first[0].event_log_entry.timestamp
         latest = instance.event_log_storage.get_latest_asset_check_execution_by_key(
@@ -124,7 +130,10 @@ def find_selected(
 def _find_failed(
     instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, run: dg.DagsterRun
 ) -> tuple[set[dg.AssetKey], set[dg.AssetCheckKey]]:
-    """Return the assets and checks of the failed steps of a run, or of the whole run if no step failed."""
+    """Return the assets and checks of the failed steps of a run, or of the whole run if no step failed.
+
+    The latter is without missing references, which other runs of the same windows do not fetch.
+    """
     selected, checks = find_selected(instance, repository, run)
     steps = set(_list_failed_steps(instance, run.run_id))
     failed = {
@@ -132,7 +141,7 @@ def _find_failed(
         for key, definition in repository.assets_defs_by_key.items()
         if definition.is_executable and definition.op.name in steps and key in selected
     }
-    return failed or selected, checks
+    return failed or selected - {MISSING_REFERENCES} or selected, checks
 
 
 def _list_failed_steps(instance: dg.DagsterInstance, run_id: str) -> Iterator[str]:
