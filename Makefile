@@ -9,7 +9,7 @@ PIP := $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir cases search-steps newest-dagster dbt-story second-server hapi hapi-story rules lock build up down logs start clean
+.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir cases search-steps newest-dagster dbt-story second-server hapi hapi-story rules lock build up down db-init bootstrap-s3 logs start clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -163,6 +163,12 @@ up: ## Start the services of docker-compose.yml, PROFILES="api monitoring" too
 
 down: ## Stop the services of docker-compose.yml; their data stays
 	docker compose $(foreach profile,$(PROFILES),--profile $(profile)) down
+
+db-init: ## Create or upgrade the tables in the database of docker-compose.yml
+	docker compose run --rm migrate
+
+bootstrap-s3: $(VENV)/.installed ## Create the buckets (or folders) of FHIR_LANDING_URL and FHIR_STORE_URL
+	$(BIN)/fhir-assets landing init
 
 logs: ## Follow the logs of the services
 	docker compose logs --follow --tail 100

@@ -13,6 +13,7 @@ from fhir_assets.cli.load_reports import print_summary, report_broken_views, rep
 from fhir_assets.cli.output import console, errors, hide_library_output, print_json, print_table
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.landing import build_landing_step, build_landing_zone
+from fhir_assets.deployment.store import create_place
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
@@ -48,6 +49,15 @@ def list_files(
         print_json(files)
     else:
         print_table("Landing zone", [{**file, "skipped": sum(file["skipped"].values())} for file in files], _COLUMNS)
+
+
+@app.command("init")
+def create_places() -> None:
+    """Create the folders or buckets of FHIR_LANDING_URL and FHIR_STORE_URL unless they exist."""
+    settings = load_settings()
+    build_landing_zone(settings)
+    for url in (settings.fhir_landing_url, settings.store_url):
+        console.print(f"{'Created' if create_place(settings, url) else 'Exists'}: {url}", markup=False, soft_wrap=True)
 
 
 @app.command("cat")

@@ -56,6 +56,17 @@ class Bucket:
                     self._client = self._connect()
             return self._client
 
+    def create(self) -> bool:
+        """Create the bucket unless it exists, in the region of the client. Return whether it was created."""
+        with self.translate_errors("list the buckets"):
+            if any(bucket["Name"] == self.name for bucket in self.client.list_buckets()["Buckets"]):
+                return False
+        region = self.client.meta.region_name
+        location = {} if region in (None, "us-east-1") else {"LocationConstraint": region}
+        with self.translate_errors("create the bucket"):
+            self.client.create_bucket(Bucket=self.name, **({"CreateBucketConfiguration": location} if location else {}))
+        return True
+
     def key(self, name: str) -> str:
         """Return the key of a name: the prefix and the name."""
         return self._prefix + name

@@ -8,8 +8,10 @@ from typing import Any
 import boto3
 import pytest
 from botocore.exceptions import ClientError
+from typer.testing import CliRunner
 
-from fhir_assets.deployment.store import build_bucket, build_store
+from fhir_assets.cli.main import app
+from fhir_assets.deployment.store import build_bucket, build_store, create_place
 from fhir_assets.errors import ConfigurationError, FhirAssetsError, StoreError
 from fhir_assets.settings import load_settings
 from fhir_assets.storage.s3 import Bucket
@@ -154,3 +156,24 @@ def test_the_error_for_an_unreachable_endpoint_names_its_variable(s3_url: str, m
 def test_a_url_without_a_bucket_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="does not contain a bucket"):
         build_store(load_settings(fhir_store_url="s3://"))
+
+
+@pytest.mark.parametrize("region", ["us-east-1", "eu-central-1"])
+def test_the_places_of_a_deployment_are_created_once(
+    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, region: str
+) -> None:
+    monkeypatch.setenv("AWS_DEFAULT_REGION", region)
+    new = f"s3://new-{tmp_path.name.replace('_', '-').lower()}-{os.urandom(4).hex()}/visits"
+    monkeypatch.setenv("FHIR_LANDING_URL", new)
+    monkeypatch.setenv("FHIR_STORE_URL", str(tmp_path / "of" / "store"))
+    printed = [CliRunner().invoke(app, ["landing", "init"], catch_exceptions=False).output for _ in range(2)]
+    assert [text.count("Created") for text in printed] == [2, 0]
+    assert [text.count("Exists") for text in printed] == [0, 2]
+    build_bucket(load_settings(), new).put("a.csv", b"content")
+    assert (tmp_path / "of" / "store").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match="file/zone cannot be created"):
+        create_place(load_settings(), str(tmp_path / "file" / "zone"))
