@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import requests
 
+from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD
 from fhir_assets.warehouse.postgres.db.connections import connect, normalise_url
 from fhir_assets_tests.support.api import free_port
 from fhir_assets_tests.support.browser import Browser, find_missing_programs, open_browser
@@ -40,6 +41,11 @@ _NEWEST_RUN = """
 query ($job: String) {
     runsOrError(filter: {pipelineName: $job}, limit: 1) { ... on Runs { results { runId } } }
 }
+"""
+_ICONS_OF_REEXECUTE = """
+return [...document.querySelectorAll("button")]
+    .filter(button => button.innerText.startsWith("Re-execute all"))
+    .flatMap(button => [...button.querySelectorAll("[role=img]")].map(icon => icon.getAttribute("aria-label")))
 """
 MATERIALIZATION = "__ASSET_JOB"
 """The job of the runs that *Materialize* starts."""
@@ -148,6 +154,20 @@ def open_check_partitions(browser: Browser, demo: Demo, pattern: str, *, seconds
                 raise
 
 
+def execute_a_run_of_the_demo_again(browser: Browser, demo: Demo) -> None:
+    before = demo.find_newest_run(INCREMENTAL_LOAD)
+    [(run,)] = demo.query(f"SELECT run_id FROM runs WHERE pipeline_name = '{INCREMENTAL_LOAD}' ORDER BY id LIMIT 1")
+    browser.open(f"{demo.url}/runs/{run}")
+    browser.wait_for(r"Re-execute all")
+    # The icon is an error until the page has loaded the code location, and a warning for another version of the job.
+    end = datetime.now(UTC) + timedelta(seconds=30)
+    while (icons := set(browser.run(_ICONS_OF_REEXECUTE))) & {"error", "warning"}:
+        assert datetime.now(UTC) < end, icons
+        time.sleep(0.5)
+    browser.click("//button[starts-with(normalize-space(.), 'Re-execute all')]")
+    wait_for_run(browser, demo, INCREMENTAL_LOAD, after=before)
+
+
 def materialize_a_window(browser: Browser, demo: Demo) -> None:
     before = demo.find_newest_run(MATERIALIZATION)
     open_partitions(browser, demo, "normalized/patient")
@@ -229,6 +249,7 @@ def review_and_replay_a_failed_check(browser: Browser, demo: Demo) -> None:
 
 
 def test_the_four_uses_of_the_ui(demo: Demo, browser: Browser) -> None:
+    execute_a_run_of_the_demo_again(browser, demo)
     materialize_a_window(browser, demo)
     backfill_all_days(browser, demo)
     watch_a_scheduled_tick(browser, demo)
