@@ -127,14 +127,16 @@ def list_patients(
         withheld = patients.find_withheld(conn, consent_gate, result.ids)
         allowed = [patient_id for patient_id in result.ids if patient_id not in withheld]
         matches = _read_patients(conn, allowed, consent_gate)
-        audit_records = [_audit_record(conn, caller, patient["id"], page=page) for patient in matches]
+        by = {} if ssn is None else {"by": "ssn"}
+        audit_records = [_audit_record(conn, caller, patient["id"], page=page, **by) for patient in matches]
         empty_search = AuditRecord(
-            _action(conn), caller.actor, "Patient", request_id=caller.request_id, detail={"found": 0}
+            _action(conn), caller.actor, "Patient", request_id=caller.request_id, detail={"found": 0, **by}
         )
     context.record_audit(*(audit_records or [empty_search]))
     next_page = None
-    if len(result.ids) == page_size:
-        terms = {"mrn": mrn, "first_name": first_name, "last_name": last_name, "ssn": ssn}
+    # A number names one patient, and a URL that repeats a social security number would be one more place that has it.
+    if len(result.ids) == page_size and number is None and ssn is None:
+        terms = {"mrn": mrn, "first_name": first_name, "last_name": last_name}
         next_page = "/patients?" + urlencode(
             {
                 "page": min(page + 1, LAST_PAGE),
@@ -144,7 +146,7 @@ def list_patients(
             }
         )
     content = {
-        "total": result.total,
+        "total": result.total if number is None else len(matches),
         "page": page,
         "page_size": page_size,
         "patients": matches,
@@ -205,7 +207,7 @@ def _action(conn: Session) -> Action:
     return "decrypt" if cipher_of(conn).encrypts else "read"
 
 
-def _audit_record(conn: Session, caller: Caller, patient_id: str, **detail: int | bool) -> AuditRecord:
+def _audit_record(conn: Session, caller: Caller, patient_id: str, **detail: str | int | bool) -> AuditRecord:
     return AuditRecord(
         _action(conn),
         caller.actor,

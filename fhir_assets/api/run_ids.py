@@ -14,6 +14,9 @@ RunId = Annotated[
     str, Path(description="A run's number, its id, or the first characters of its id", pattern=r"^[A-Za-z0-9\-]{1,64}$")
 ]
 
+_SHORT_ID = 8
+"""The number of characters of an id that Dagster shows. Fewer digits are a number, never the beginning of an id."""
+
 _MAX_DIGITS = 18
 """Longer numbers do not fit into 64 bits, so that they can only be the beginning of an id."""
 
@@ -62,4 +65,6 @@ def list_matches(conn: Connection, text: str) -> Sequence[str]:
         run_id = numbers.find_id(conn, "run", int(text))
         if run_id is not None:
             return [run_id]
+        if len(text) < _SHORT_ID:
+            return []
     return runs.find_by_prefix(conn, text)

@@ -88,6 +88,15 @@ class Warehouse:
             runs.hold_liveness_lock(conn, run_id)
             yield self
 
+    @contextmanager
+    def take_run(self, run_id: str) -> Iterator[bool]:
+        """Yield whether this process may execute a run; no other process may during the ``with`` block.
+
+        Raises DatabaseUnavailable.
+        """
+        with connections.connect(self.url(), autocommit=True) as conn:
+            yield runs.take_execution(conn, run_id)
+
     def _connect_for_slots(self) -> connections.Connection:
         return connections.connect(self.url(), autocommit=True)
 

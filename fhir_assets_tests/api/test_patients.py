@@ -131,6 +131,9 @@ def test_a_social_security_number_is_searched_by_those_who_may(clinic: Clinic) -
     assert clinic.api.get("/patients?ssn=078-05-1121", role="registrar").json()["total"] == 0
     assert clinic.api.get("/patients?ssn=078-05-1120&last_name=Byron", role="admin").json()["total"] == 0
     assert clinic.api.get("/patients?ssn=1120", role="registrar").status_code == 422
+    page = clinic.api.get("/patients?ssn=078-05-1120&page_size=1", role="registrar").json()
+    assert (len(page["patients"]), page["next"]) == (1, None)
+    assert all(entry.audit_record.detail["by"] == "ssn" for entry in clinic.audit_entries()[:1])
     refused = clinic.api.get("/patients?ssn=078-05-1120", role="reader")
     assert refused.status_code == 403
     assert "1120" not in refused.text
@@ -162,6 +165,7 @@ def test_numbers_are_kept_and_find_the_patient(clinic: Clinic) -> None:
     assert clinic.search(f"?number={ada['number']}")["patients"] == [ada]
     assert clinic.search_ids(f"?number={ada['visits'][0]['number']}") == []
     assert clinic.search_ids("?number=987654321") == []
+    assert clinic.search(f"?number={ada['number']}&page_size=1")["next"] is None
     assert clinic.api.get("/patients?number=0").status_code == 422
     # The path takes FHIR ids only: those of many servers are integers too.
     assert clinic.api.get(f"/patients/{ada['number']}").status_code == 404

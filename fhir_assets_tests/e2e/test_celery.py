@@ -283,6 +283,31 @@ def test_a_run_whose_message_the_broker_lost_is_sent_again_once(
     assert lost_messages.keeps_messages(app)
 
 
+def test_a_run_that_was_sent_twice_is_executed_by_one_worker(slow_server: Deployment, tmp_path: Path) -> None:
+    run_id = launch(slow_server, "2024-01-01")
+    run = slow_server.instance.get_run_by_id(run_id)
+    assert run
+    slow_server.instance.run_launcher.launch_run(LaunchRunContext(run, workspace=None))
+    env = environment(slow_server, FHIR_EXECUTOR="celery")
+    with worker(slow_server, tmp_path / "one.log", env), worker(slow_server, tmp_path / "two.log", env):
+        wait_until(lambda: status(slow_server, run_id) is dg.DagsterRunStatus.SUCCESS, seconds=300)
+    started = slow_server.instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.RUN_START).records
+    assert len(started) == 1
+
+
+def test_a_run_that_no_worker_can_begin_fails_after_it_was_sent_again_three_times(
+    slow_server: Deployment, redis: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dead_runs, "GRACE", timedelta(0))
+    run_id = launch(slow_server, "2024-01-01")
+    client = Redis.from_url(redis)
+    for _ in range(4):
+        assert status(slow_server, run_id) is dg.DagsterRunStatus.STARTING
+        client.flushall()
+        dead_runs.resend_lost_runs(slow_server.instance)
+    assert status(slow_server, run_id) is dg.DagsterRunStatus.FAILURE
+
+
 def test_a_broker_that_is_down_is_asked_again_later(
     slow_server: Deployment, redis: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

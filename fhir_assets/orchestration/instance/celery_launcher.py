@@ -20,6 +20,7 @@ from celery import Celery
 from dagster_celery.config import TASK_EXECUTE_JOB_NAME
 from dagster_celery.launcher import CeleryRunLauncher
 from dagster_celery.make_app import make_app
+from dagster_celery.tags import DAGSTER_CELERY_QUEUE_TAG
 
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.orchestration.dagster_internals import (
@@ -42,6 +43,11 @@ REDELIVERY_SECONDS = 600
 The other worker ignores the message if the run has started.
 """
 
+SENT_AGAIN_TAG = "fhir_assets/sent_again"
+"""How often a run was sent again because its message was lost."""
+
+MAX_SENT_AGAIN = 3
+
 _CANCELLATION_CHECK_SECONDS = 5.0
 """The interval at which a worker checks whether its run is being cancelled."""
 
@@ -56,20 +62,37 @@ class Launcher(CeleryRunLauncher):
     """False: a new run loads what is missing, so there is no need to resume a run at its failed step."""
 
     def resend_lost_runs(self, waiting: Sequence[dg.DagsterRun]) -> None:
-        """Send runs again that wait for a worker but that no message of the broker names.
+        """Send runs again that wait for a worker but that no message of the broker names, at most MAX_SENT_AGAIN times.
 
-        If another process sends the same run at the same time, the worker that receives the second message ignores it.
+        If another process sends the same run at the same time, one of the two messages is ignored, because a worker
+        executes a run only if no other one does.
         """
-        lost = lost_messages.find_without_message(self.celery, QUEUE, [run.run_id for run in waiting])
+        by_queue: dict[str, list[dg.DagsterRun]] = {}
         for run in waiting:
-            if run.run_id in lost:
-                self._instance.report_engine_event(
-                    "The message of this run is no longer in the broker, which lost it in a restart, or gave it to a "
-                    "worker that could not execute it. It is sent again.",
-                    run,
-                    cls=type(self),
-                )
-                self.launch_run(LaunchRunContext(run, workspace=None))
+            by_queue.setdefault(run.tags.get(DAGSTER_CELERY_QUEUE_TAG, QUEUE), []).append(run)
+        for queue, runs_of_queue in by_queue.items():
+            lost = lost_messages.find_without_message(self.celery, queue, [run.run_id for run in runs_of_queue])
+            for run in runs_of_queue:
+                if run.run_id in lost:
+                    self._send_again(run)
+
+    def _send_again(self, run: dg.DagsterRun) -> None:
+        sent_before = int(run.tags.get(SENT_AGAIN_TAG, "0"))
+        if sent_before >= MAX_SENT_AGAIN:
+            self._instance.report_run_failed(
+                run,
+                "No worker began this run, although it was sent again: look at the logs of `fhir-assets worker`, then "
+                "execute the run again.",
+            )
+            return
+        self._instance.report_engine_event(
+            "The message of this run is no longer in the broker, which lost it in a restart, or gave it to a worker "
+            "that could not execute it. It is sent again.",
+            run,
+            cls=type(self),
+        )
+        self._instance.add_run_tags(run.run_id, {SENT_AGAIN_TAG: str(sent_before + 1)})
+        self.launch_run(LaunchRunContext(run, workspace=None))
 
     def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
         """Return whether the worker of a run is alive. Dagster's daemon calls this for every run that has started."""
@@ -117,7 +140,9 @@ def _execute_message(execute_job_args_packed: Any) -> int:
     Celery handles it: the worker finishes the run and exits. A process for each run would take about a second more.
     """
     run_id = read_run_id(execute_job_args_packed)
-    with dg.DagsterInstance.get() as instance:
+    with Warehouse(load_settings()).take_run(run_id) as is_taken, dg.DagsterInstance.get() as instance:
+        if not is_taken:
+            return 0
         run = instance.get_run_by_id(run_id)
         if run is None or run.status is dg.DagsterRunStatus.STARTED or run.is_finished:
             return 0

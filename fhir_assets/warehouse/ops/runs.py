@@ -312,6 +312,15 @@ def hold_liveness_lock(conn: Connection, run_id: str) -> None:
     conn.execute("SELECT pg_advisory_lock_shared(%s, hashtext(%s))", [advisory_locks.LIVE_RUN, run_id])
 
 
+def take_execution(conn: Connection, run_id: str) -> bool:
+    """Return whether this connection may execute the run: until it closes, no other connection may."""
+    row = conn.execute(
+        "SELECT pg_try_advisory_lock(%s, hashtext(%s))", [advisory_locks.EXECUTED_RUN, run_id]
+    ).fetchone()
+    assert row is not None
+    return bool(row[0])
+
+
 def find_alive(conn: Connection, run_ids: Sequence[str]) -> frozenset[str]:
     """Return the ids among ``run_ids`` whose liveness lock is held by a process."""
     rows = conn.execute(_FIND_ALIVE, {"key": advisory_locks.LIVE_RUN, "runs": list(run_ids)})

@@ -20,6 +20,9 @@ TABLE_LOADS: Final = 0x66686C31
 LIVE_RUN: Final = 0x6668726E
 """First key of a run that is alive; the second key is the hash of its id. "fhrn"."""
 
+EXECUTED_RUN: Final = 0x66686578
+"""First key of a run that a Celery worker executes; the second key is the hash of its id. "fhex"."""
+
 PARTITION_COMMIT: Final = 0x66686D66
 """First key of a partition whose manifest is being replaced; the second key is the hash of its folder. "fhmf"."""
 

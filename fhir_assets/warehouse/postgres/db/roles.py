@@ -36,6 +36,7 @@ _OPERATOR_RIGHTS = {
     "withheld": "",
     "consent_records": "",
     "idempotency": "",
+    "numbers": "",
 }
 """The operator's rights on tables of ``ops`` where they differ from SELECT."""
 
