@@ -23,6 +23,7 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError, ViewError
 from fhir_assets.fhir.source import Source
 from fhir_assets.fhir.views import View
+from fhir_assets.orchestration import replayable_windows
 from fhir_assets.orchestration.checks.unreconciled_windows import find_unreconciled_windows
 from fhir_assets.orchestration.command_runs import execute_command_run
 from fhir_assets.orchestration.dead_runs import fail_dead_runs
@@ -230,10 +231,13 @@ class Ingestion:
         return None if self._has_succeeded(run_id) else _describe_failure(events)
 
     def replay(self, selection: Selection, *, triggered_by: str) -> list[Outcome]:
-        """Replay the open dead letters of a selection, in one run for each range of consecutive windows."""
+        """Replay the open dead letters of a selection, in one run for each range of consecutive windows.
+
+        Dead letters of types and windows that the settings do not include stay open.
+        """
         with self._warehouse.connect() as conn:
             fail_dead_runs(self._instance, conn)
-            scope = replays.find_replayable(conn, selection)
+            scope = replayable_windows.find_replayable(conn, self._settings, selection)
         by_key: dict[str, set[str]] = {}
         for window in scope:
             by_key.setdefault(window.partition_key, set()).add(window.resource_type)

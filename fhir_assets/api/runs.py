@@ -21,6 +21,7 @@ from fhir_assets.catalog import LOAD_ORDER
 from fhir_assets.deployment.source import open_source
 from fhir_assets.deployment.sources import build_binding
 from fhir_assets.errors import DagsterUnavailable
+from fhir_assets.orchestration import replayable_windows
 from fhir_assets.orchestration.jobs import BACKFILL, INCREMENTAL_LOAD, MISSING_REFERENCES, REPLAY_DEAD_LETTERS
 from fhir_assets.orchestration.received_windows import AssetKeys, select_all_layers, select_assets, select_own_checks
 from fhir_assets.orchestration.run_requests import range_tags
@@ -168,8 +169,9 @@ def replay_run(
     stage: Annotated[Literal["fetch", "validate", "transform", "load"] | None, Query()] = None,
 ) -> Response:
     """Start the runs that replay the dead letters of a run. While Dagster is not available, and after the first ten
-    runs, the dead letters are marked, and the sensor `replay_dead_letters` starts runs for them. Rows of visit files
-    (stage `fetch`) are received again before the answer, and loaded as posts are.
+    runs, the dead letters are marked, and the sensor `replay_dead_letters` starts runs for them. Dead letters of
+    types or windows that the settings no longer include stay open. Rows of visit files (stage `fetch`) are received
+    again before the answer, and loaded as posts are.
     """
     with context.connection() as conn:
         selection = select_dead_letters(conn, run_id)
@@ -178,8 +180,8 @@ def replay_run(
     )
     full_run_id = selection.run_id or run_id
     with context.connection() as conn:
-        scope = replays.find_replayable(conn, replace(selection, stage=stage))
-        count = replays.request_replay(conn, replace(selection, stage=stage))
+        scope = replayable_windows.find_replayable(conn, context.settings, replace(selection, stage=stage))
+        count = replays.request_replay(conn, replace(selection, stage=stage), within=scope)
         audit_record = AuditRecord(
             "replay",
             caller.actor,

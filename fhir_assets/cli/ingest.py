@@ -213,11 +213,11 @@ def find_unreconciled_windows(ingestion: Ingestion) -> list[dict[str, object]]:
 
 
 def _find_held_windows(settings: Settings) -> list[dict[str, str]]:
-    """Return the windows that deliveries and exports hold back until they reconcile."""
+    """Return the windows that deliveries and exports hold back until they reconcile, not those that only wait."""
     with Warehouse(settings).connect() as conn:
         return [
             {"destination": destination, "type": name, "window": window}
-            for destination, name, window in held_windows.list_held(conn)
+            for destination, name, window in held_windows.list_unreconciled(conn)
         ]
 
 

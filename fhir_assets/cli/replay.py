@@ -34,6 +34,7 @@ from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.ingestion import Ingestion, Outcome, select_failed
+from fhir_assets.orchestration import replayable_windows
 from fhir_assets.orchestration.instance import config
 from fhir_assets.pipeline.correct.visit_rows import RowReplay, RowReplayStep
 from fhir_assets.privacy.audit import AuditRecord
@@ -80,7 +81,7 @@ def replay(
     elif selection == Selection() and not everything:
         raise ConfigurationError(f"select dead letters: {SELECTING_OPTIONS}, --outdated or --all")
     selection = with_full_run_id(warehouse, selection)
-    count = _mark(warehouse, selection, wait=wait)
+    count = _mark(settings, warehouse, selection, wait=wait)
     run_id = str(uuid4())
     rows = RowReplayStep(warehouse.connect, build_receiver(settings, warehouse)).run(selection, run_id=run_id)
     outcomes = _run_replay(settings, selection, rows) if wait and (count or rows.received) else []
@@ -132,12 +133,13 @@ def _select_outdated(settings: Settings, warehouse: Warehouse, selection: Select
     return replace(selection, ids=sorted(set(selection.ids).intersection(outdated)))
 
 
-def _mark(warehouse: Warehouse, selection: Selection, *, wait: bool) -> int:
+def _mark(settings: Settings, warehouse: Warehouse, selection: Selection, *, wait: bool) -> int:
     """Count the dead letters, write the audit record, and mark them for the sensor unless this process replays them."""
     with warehouse.connect() as conn:
-        count = sum(row.dead_letters for row in replays.find_replayable(conn, selection))
+        scope = replayable_windows.find_replayable(conn, settings, selection)
+        count = sum(row.dead_letters for row in scope)
         if not wait:
-            replays.request_replay(conn, selection)
+            replays.request_replay(conn, selection, within=scope)
         audit_record = AuditRecord(
             "replay", f"cli:{getpass.getuser()}", selection.resource_type, count=count, detail={"waited": wait}
         )

@@ -14,6 +14,7 @@ from fhir_assets.deployment.landing import build_receiver
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.source import Source
 from fhir_assets.fhir.views import View, ViewSet
+from fhir_assets.orchestration import replayable_windows
 from fhir_assets.orchestration.failures import sanitized_errors
 from fhir_assets.orchestration.jobs import APPLY_CONSENT, FETCH_MISSING_REFERENCES, REQUEST_REPLAY
 from fhir_assets.orchestration.received_windows import build_materializations
@@ -21,7 +22,6 @@ from fhir_assets.orchestration.tags import FHIR_SERVER_POOL
 from fhir_assets.pipeline.consent.step import ConsentStep
 from fhir_assets.pipeline.missing_references.step import MissingReferencesStep, ReadsById
 from fhir_assets.settings import Settings
-from fhir_assets.warehouse.ops import replays
 from fhir_assets.warehouse.ops.dead_letters import Selection
 
 
@@ -159,7 +159,7 @@ def build_request_replay(settings: Settings) -> dg.JobDefinition:
             partition_keys=chosen.get("windows"),
         )
         with sanitized_errors(), warehouse.connect() as conn:
-            marked = replays.request_replay(conn, selection)
+            marked = replayable_windows.request_replay(conn, settings, selection)
             conn.commit()
         context.add_output_metadata({"dead_letters_marked": marked})
 

@@ -52,7 +52,7 @@ def group_windows(settings: Settings, pending: Sequence[PendingWindow]) -> list[
     scheme = settings.window_scheme
     by_key: dict[str, list[PendingWindow]] = {}
     for entry in pending:
-        if entry.resource_type in settings.fhir_resource_types and _has_window(scheme, entry.partition_key):
+        if is_included(settings, entry.resource_type, entry.partition_key):
             by_key.setdefault(entry.partition_key, []).append(entry)
     return [
         ReceivedWindows(
@@ -60,6 +60,11 @@ def group_windows(settings: Settings, pending: Sequence[PendingWindow]) -> list[
         )
         for windows_of_run in group_consecutive_windows(scheme, by_key)
     ]
+
+
+def is_included(settings: Settings, resource_type: str, partition_key: str) -> bool:
+    """Return whether the settings include a resource type and a window, so that a run can load it."""
+    return resource_type in settings.fhir_resource_types and _has_window(settings.window_scheme, partition_key)
 
 
 def _has_window(scheme: WindowScheme, key: str) -> bool:

@@ -1,18 +1,22 @@
 """Rows of visit files that became dead letters are listed over HTTP, corrected, and replayed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from fhir_assets.api.dagster import DagsterClient
 from fhir_assets.cli.main import app
 from fhir_assets.deployment.landing import build_landing_step
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import CorrectionRefused
 from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.pipeline.correct.visit_rows import read_row
+from fhir_assets.warehouse.ops import dead_letters
+from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.api import Api, Serve
 from fhir_assets_tests.support.visits import visit
@@ -129,6 +133,36 @@ def test_an_open_row_is_replayed_and_fails_again_until_its_cause_is_gone(api: Ap
     assert json.loads(output)["resolved"] == 1
     assert list_statuses(api) == [("resolved", 2, "replayed")]
     assert list_visits(api) == 1
+
+
+def test_a_replay_leaves_dead_letters_of_other_windows_and_types_open(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The windows are daily here: the first two keys are of hourly and of monthly windows of earlier settings."""
+    launched: list[Any] = []
+
+    def launch(*_: Any, assets: Any, tags: Any, **__: Any) -> str:
+        launched.append((assets, tags))
+        return "r"
+
+    monkeypatch.setattr(DagsterClient, "launch", launch)
+    others = [
+        DeadLetter(name, None, "validate", "rule", "", "message", b"{}", key)
+        for name, key in (("Patient", "2024-01-05-03:00"), ("Patient", "no-window"), ("Device", "2024-01-05"))
+    ]
+    with Warehouse(api.settings).connect() as conn:
+        dead_letters.record(conn, RUN, others)
+    assert "Device" not in api.settings.fhir_resource_types
+    answer = api.post(f"/runs/{RUN}/replay", role="operator")
+    assert (answer.status_code, answer.json()["marked"], answer.json()["runs"]) == (202, 0, [])
+    assert (list_statuses(api), launched) == ([("open", 1, None)] * 3, [])
+    with Warehouse(api.settings).connect() as conn:
+        dead_letters.record(conn, RUN, [replace(others[0], partition_key="2024-01-05")])
+    answer = api.post(f"/runs/{RUN}/replay", role="operator").json()
+    assert (answer["marked"], answer["runs"]) == (1, ["r"])
+    (assets, tags) = launched.pop()
+    assert ["validated", "patient"] in [list(path) for path in assets]
+    assert tags["dagster/partition"] == "2024-01-05"
 
 
 def test_a_row_keeps_the_errors_of_the_file_format() -> None:

@@ -79,6 +79,26 @@ def test_the_sensor_requests_each_marked_dead_letter_once(deployment: Deployment
     assert reconcile(deployment, "2024-01-06")
 
 
+def test_marks_of_windows_and_types_that_the_settings_no_longer_include_are_cancelled(deployment: Deployment) -> None:
+    ids = [entry.id for entry in find_dead_letters(deployment)]
+    with connect(deployment.url, autocommit=True) as conn:
+        assert replays.request_replay(conn, Selection()) == len(ids)
+    deployment.query("UPDATE ops.dead_letters SET partition_key = '2024-01-05-03:00' WHERE id = %s RETURNING 1", ids[0])
+    deployment.query("UPDATE ops.dead_letters SET resource_type = 'Device' WHERE id = %s RETURNING 1", ids[1])
+    requests, _, _ = evaluate_sensor(deployment)
+    assert [next(iter(request.asset_selection or [])).path[-1] for request in requests] == ["patient"]
+    assert {entry.id for entry in find_dead_letters(deployment, status="open")} == set(ids[:2])
+    with connect(deployment.url, autocommit=True) as conn:
+        replays.cancel_requests(conn, ["Patient"], [KEY, "2024-01-06"])
+        replays.request_replay(conn, Selection(ids=ids[:2]))
+    requests, _, message = evaluate_sensor(deployment)
+    assert requests == []
+    assert message.startswith("2 replays are cancelled, because FHIR_RESOURCE_TYPES or FHIR_PARTITION")
+    marked = run_dead_letters("replay", "--window", "2024-01-05-03:00", "--no-wait")
+    assert (marked["dead_letters"], marked["runs"]) == (0, [])
+    assert deployment.ingestion().replay(Selection(ids=ids[:2]), triggered_by="test") == []
+
+
 @pytest.mark.slow
 def test_a_failed_replay_is_requested_again_a_limited_number_of_times(deployment: Deployment) -> None:
     run_dead_letters("replay", "--window", KEY, "--no-wait")

@@ -76,7 +76,6 @@ def build_delivered_assets(
         with record_step(run, warehouse, list(selected)), client:
             apply_consent(settings, warehouse, views, run)
             with warehouse.connect() as conn:
-                started_at = held_windows.read_clock(conn)
                 outbound = {
                     name: select_outbound_windows(
                         conn,
@@ -103,8 +102,8 @@ def build_delivered_assets(
             with warehouse.connect() as conn:
                 for name, windows in outbound.items():
                     incomplete = result.incomplete.get(name, ())
-                    delivered_keys = set(windows.ready).difference(incomplete)
-                    held_windows.release(conn, destination, name, delivered_keys, before=started_at)
+                    sent = {key: held_at for key, held_at in windows.recorded.items() if key not in incomplete}
+                    held_windows.release(conn, destination, name, sent)
                     held_windows.hold(conn, destination, name, incomplete, run_id=run.run_id)
                 refused = {name: dead_letters.count_unresolved(conn, name, "deliver") for name in selected}
             seconds = round(perf_counter() - started, 3)

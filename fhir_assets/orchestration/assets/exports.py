@@ -121,7 +121,6 @@ def _write_folder(
     with warehouse.connect() as conn:
         view_tables.ensure_tables(conn, views)
         conn.commit()
-        started_at = held_windows.read_clock(conn)
         outbound = select_outbound_windows(
             conn,
             store,
@@ -148,6 +147,6 @@ def _write_folder(
             if not withholding:
                 files += [files_of_type.write_raw(), files_of_type.write_dead_letters(of_windows=True)]
             path = export.finish(unreconciled={name: outbound.held})
-        held_windows.release(conn, destination, name, outbound.ready, before=started_at)
+        held_windows.release(conn, destination, name, outbound.recorded)
         conn.commit()
     return _Written(path, files, outbound)

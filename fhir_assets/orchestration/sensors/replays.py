@@ -8,6 +8,7 @@ import dagster as dg
 
 from fhir_assets.catalog import LOAD_ORDER
 from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.orchestration import replayable_windows
 from fhir_assets.orchestration.dagster_internals import AssetGraph, UnresolvedAssetJobDefinition
 from fhir_assets.orchestration.dead_runs import fail_dead_runs
 from fhir_assets.orchestration.jobs import REPLAY_DEAD_LETTERS
@@ -59,7 +60,13 @@ def build_replay_sensor(
             return dg.SensorResult(skip_reason=f"{unfinished} runs of {job.name} are not finished yet")
         with warehouse.connect() as conn:
             messages = _mark_outdated(conn, settings, rulesets)
+            excluded = replayable_windows.cancel_excluded(conn, settings, replays.find_requested(conn))
             marked = replays.find_requested(conn)
+        if excluded:
+            messages.append(
+                f"{excluded} replays are cancelled, because FHIR_RESOURCE_TYPES or FHIR_PARTITION no longer include "
+                "their types or windows"
+            )
         attempts: dict[str, int] = json.loads(context.cursor) if context.cursor else {}
         assert context.repository_def
         plan = _plan(settings, warehouse, context.repository_def.asset_graph, marked, attempts)
@@ -90,7 +97,7 @@ def _mark_outdated(conn: Connection, settings: Settings, rulesets: Rulesets) -> 
     if not outdated:
         return []
     if settings.replay_after_upgrade:
-        replays.request_replay(conn, Selection(ids=outdated))
+        replayable_windows.request_replay(conn, settings, Selection(ids=outdated))
         return []
     return [
         f"{len(outdated)} open dead letters failed under earlier rules or views: "

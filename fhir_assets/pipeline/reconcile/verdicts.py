@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.reconcile.window_counts import WindowCounts, reconcile
@@ -43,12 +44,13 @@ class OutboundWindows:
     """The windows of one type that may be written to a destination, and those that are held back.
 
     ``ready`` are in order and include ``released``: those that an earlier run held back. ``held`` has the reason for
-    each window that is held back.
+    each window that is held back. ``recorded`` has the records of ``ready`` windows to release once they are written.
     """
 
     ready: tuple[str, ...]
     released: tuple[str, ...]
     held: Mapping[str, str]
+    recorded: Mapping[str, datetime]
 
 
 def select_outbound_windows(
@@ -75,4 +77,5 @@ def select_outbound_windows(
         held_windows.hold(conn, destination, resource_type, held, run_id=run_id)
     wanted = frozenset(partition_keys)
     ready = [key for key in keys if key not in held]
-    return OutboundWindows(tuple(ready), tuple(key for key in ready if key not in wanted), held)
+    recorded = {key: held_at for key, held_at in before.items() if key not in held}
+    return OutboundWindows(tuple(ready), tuple(key for key in ready if key not in wanted), held, recorded)

@@ -3,7 +3,7 @@
 They were held back because they do not reconcile, or were loaded and are not written yet.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 
 from fhir_assets.warehouse.postgres.db.connections import Connection
@@ -26,42 +26,39 @@ def hold(conn: Connection, destination: str, resource_type: str, partition_keys:
     )
 
 
-def read_clock(conn: Connection) -> datetime:
-    """Return the database's time, for ``release``. Call it before the windows are read."""
-    [(now,)] = conn.execute("SELECT clock_timestamp()").fetchall()
-    assert isinstance(now, datetime)
-    return now
+def release(conn: Connection, destination: str, resource_type: str, held: Mapping[str, datetime]) -> None:
+    """Remove the records of windows that a run has included, except of those that were held again in the meantime.
 
-
-def release(
-    conn: Connection, destination: str, resource_type: str, partition_keys: Iterable[str], *, before: datetime
-) -> None:
-    """Remove the records of windows that a run has included, except of those that were held again since ``before``."""
+    ``held`` is from ``find_held``, called before the windows were read. A load that was not committed then is not in
+    the run, and has another ``held_at``, however early that is.
+    """
+    keys = sorted(held)
     conn.execute(
         """
-        DELETE FROM ops.held_windows
-        WHERE source = ops.current_source()
-            AND destination = %s
-            AND resource_type = %s
-            AND partition_key = ANY(%s)
-            AND held_at < %s
+        DELETE FROM ops.held_windows AS h
+        USING unnest(%(keys)s::text[], %(times)s::timestamptz[]) AS included (partition_key, held_at)
+        WHERE h.source = ops.current_source()
+            AND h.destination = %(destination)s
+            AND h.resource_type = %(type)s
+            AND h.partition_key = included.partition_key
+            AND h.held_at = included.held_at
         """,
-        [destination, resource_type, list(partition_keys), before],
+        {"destination": destination, "type": resource_type, "keys": keys, "times": [held[key] for key in keys]},
     )
 
 
-def find_held(conn: Connection, destination: str, resource_type: str) -> list[str]:
-    """Return the partition keys of the windows that are held back from a destination, in order."""
+def find_held(conn: Connection, destination: str, resource_type: str) -> dict[str, datetime]:
+    """Return the partition keys of the windows that are held back from a destination, in order, with ``held_at``."""
     rows = conn.execute(
         """
-        SELECT partition_key
+        SELECT partition_key, held_at
         FROM ops.held_windows
         WHERE source = ops.current_source() AND destination = %s AND resource_type = %s
         ORDER BY partition_key
         """,
         [destination, resource_type],
     )
-    return [key for (key,) in rows]
+    return dict(rows.fetchall())
 
 
 def list_held(conn: Connection) -> list[tuple[str, str, str]]:
@@ -71,6 +68,19 @@ def list_held(conn: Connection) -> list[tuple[str, str, str]]:
         SELECT destination, resource_type, partition_key
         FROM ops.held_windows
         WHERE source = ops.current_source()
+        ORDER BY 1, 2, 3
+        """
+    ).fetchall()
+
+
+def list_unreconciled(conn: Connection) -> list[tuple[str, str, str]]:
+    """Return those of ``list_held`` whose last evaluation failed. The others only wait for the next run of the type."""
+    return conn.execute(
+        """
+        SELECT h.destination, h.resource_type, h.partition_key
+        FROM ops.held_windows h
+        JOIN ops.window_verdicts v USING (source, resource_type, partition_key)
+        WHERE h.source = ops.current_source() AND v.reconciled IS FALSE
         ORDER BY 1, 2, 3
         """
     ).fetchall()

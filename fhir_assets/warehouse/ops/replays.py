@@ -94,18 +94,35 @@ def find_replayable(conn: Connection, selection: Selection) -> list[ReplayReques
     return [ReplayRequest(*row) for row in conn.execute(query, params)]
 
 
-def request_replay(conn: Connection, selection: Selection, *, claimed_by: str | None = None) -> int:
+def request_replay(
+    conn: Connection,
+    selection: Selection,
+    *,
+    claimed_by: str | None = None,
+    within: Sequence[ReplayRequest] | None = None,
+) -> int:
     """Request the replay of the replayable dead letters of a selection and return their number.
 
-    The sensor starts a run for them, unless ``claimed_by`` is the id of the run that replays them.
+    The sensor starts a run for them, unless ``claimed_by`` is the id of the run that replays them. ``within`` restricts
+    them to the types and windows of these requests.
     """
     where, params = _build_replayable_condition(selection)
     query = sql.SQL("""
         UPDATE ops.dead_letters
         SET status = 'replaying', replay_requested_at = now(), claimed_by = %(claimed_by)s
         WHERE {}
+            AND (
+                %(within_types)s::text[] IS NULL
+                OR (resource_type, partition_key) IN (
+                    SELECT * FROM unnest(%(within_types)s::text[], %(within_keys)s::text[])
+                )
+            )
     """).format(where)
-    return conn.execute(query, {**params, "claimed_by": claimed_by}).rowcount
+    scope = {
+        "within_types": None if within is None else [request.resource_type for request in within],
+        "within_keys": None if within is None else [request.partition_key for request in within],
+    }
+    return conn.execute(query, {**params, **scope, "claimed_by": claimed_by}).rowcount
 
 
 def find_requested(conn: Connection) -> list[ReplayRequest]:
