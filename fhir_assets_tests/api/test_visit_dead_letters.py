@@ -90,6 +90,23 @@ def test_a_task_lists_its_rows_and_the_run_and_the_batch_that_received_it_do_too
     assert api.get("/runs/ffff/deadletters", role="operator").status_code == 404
 
 
+def test_a_task_still_lists_a_row_that_later_files_have_too(api: Api) -> None:
+    tasks = [post_conflict(api)]
+    for number in range(2):
+        rows = [visit("1", "V1", reason="other"), visit("9", f"V9{number}")]
+        answer = api.post("/ingest", json=rows, role="ingester")
+        receive(api, f"4f9a1c2b-0000-4000-8000-00000000000{number}")
+        tasks.append(answer.json()["task_id"])
+    assert len(list_statuses(api)) == 1
+    for task in tasks:
+        answer = api.get(f"/ingest/tasks/{task}", role="ingester").json()
+        assert (answer["dead_letters"], len(answer["dead_letter_list"])) == (1, 1)
+    batches = query(api, "SELECT received_as FROM ops.visit_files WHERE rejected > 0")
+    assert len(batches) == len(tasks)
+    for (batch,) in batches:
+        assert len(api.get(f"/runs/{batch}/deadletters", role="operator").json()["dead_letters"]) == 1
+
+
 @pytest.mark.parametrize("form", ["json", "csv", "row"])
 def test_a_row_is_corrected_as_json_or_csv_and_received(api: Api, tmp_path: Path, form: str) -> None:
     post_conflict(api)

@@ -144,7 +144,7 @@ def restore_revision_0019(session: Session, *, encrypted: bool) -> None:
     session.execute("DROP SCHEMA marts CASCADE")
     session.execute("ALTER TABLE fhir.resource DROP COLUMN created_at")
     session.execute("DROP FUNCTION ops.current_source()")
-    session.execute("ALTER TABLE ops.dead_letters DROP COLUMN recorded")
+    session.execute("ALTER TABLE ops.dead_letters DROP COLUMN recorded, DROP COLUMN earlier_origins")
     session.execute("DROP SEQUENCE ops.dead_letter_records")
     session.execute("ALTER TABLE ops.loaded_parts DROP COLUMN views")
     for table, name in NEW_COLUMNS:

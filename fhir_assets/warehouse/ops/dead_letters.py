@@ -117,7 +117,8 @@ class Selection:
     """A filter of dead letters: every field that is not None must match.
 
     ``run_id`` is the run of the first or of the last failure. ``origins`` are received inputs, and select their parts
-    that could not be read. ``since`` (inclusive) and ``until`` (exclusive) bound the time of the last failure.
+    that could not be read, even if a later input had the same. ``since`` (inclusive) and ``until`` (exclusive) bound
+    the time of the last failure.
     """
 
     ids: Sequence[int] | None = None
@@ -148,7 +149,7 @@ class Selection:
             terms.append(sql.SQL("partition_key = ANY(%(partition_keys)s)"))
             params["partition_keys"] = list(self.partition_keys)
         if self.origins is not None:
-            terms.append(sql.SQL("stage = 'fetch' AND origin = ANY(%(origins)s)"))
+            terms.append(sql.SQL("stage = 'fetch' AND (origin = ANY(%(origins)s) OR earlier_origins && %(origins)s)"))
             params["origins"] = list(self.origins)
         if self.since is not None:
             terms.append(sql.SQL("last_failure >= %(since)s"))
@@ -359,6 +360,14 @@ _UPSERT = sql.SQL("""
         resource = excluded.resource,
         key_id = excluded.key_id,
         origin = excluded.origin,
+        earlier_origins = CASE
+            WHEN known.origin <> excluded.origin THEN
+                (
+                    known.origin
+                    || array_remove(array_remove(known.earlier_origins, known.origin), excluded.origin)
+                )[1:100]
+            ELSE known.earlier_origins
+        END,
         last_updated = excluded.last_updated,
         arrived = excluded.arrived,
         dated = excluded.dated,
