@@ -117,6 +117,7 @@ class Replay(BaseModel):
     marked: int
     received: int = Field(description="Rows of visit files that were received again; they are loaded as posts are")
     failed: int = Field(description="Rows of visit files that failed again")
+    remaining: int = Field(description="Rows of visit files that the next request receives")
     runs: list[str] = Field(description="The ids of the runs that replay them; empty if Dagster is not available")
     sensor: str = Field(examples=["replay_dead_letters"])
 

@@ -41,6 +41,9 @@ MAX_WAIT_SECONDS = 300
 MAX_REPLAYS = 10
 """The largest number of runs that a request for a replay starts."""
 
+MAX_ROWS = 1000
+"""The largest number of rows of visit files that a request for a replay receives again."""
+
 Wait = Annotated[
     float | None,
     Query(
@@ -171,34 +174,29 @@ def replay_run(
     """Start the runs that replay the dead letters of a run. While Dagster is not available, and after the first ten
     runs, the dead letters are marked, and the sensor `replay_dead_letters` starts runs for them. Dead letters of
     types or windows that the settings no longer include stay open. Rows of visit files (stage `fetch`) are received
-    again before the answer, and loaded as posts are.
+    again before the answer, at most 1,000 of them, and loaded as posts are: repeat the request while `remaining` is
+    not 0.
     """
     with context.connection() as conn:
-        selection = select_dead_letters(conn, run_id)
-    rows = RowReplayStep(context.warehouse.connect, context.receiver).run(
-        replace(selection, stage=stage), run_id=str(uuid4())
-    )
+        selection = replace(select_dead_letters(conn, run_id), stage=stage)
     full_run_id = selection.run_id or run_id
+    audit_record = AuditRecord(
+        "replay", caller.actor, run_id=full_run_id, request_id=caller.request_id, detail={"stage": stage}
+    )
+    rows = RowReplayStep(context.warehouse.connect, context.receiver).run(
+        selection, audit_record, run_id=str(uuid4()), limit=MAX_ROWS, posted=True
+    )
     with context.connection() as conn:
-        scope = replayable_windows.find_replayable(conn, context.settings, replace(selection, stage=stage))
-        count = replays.request_replay(conn, replace(selection, stage=stage), within=scope)
-        audit_record = AuditRecord(
-            "replay",
-            caller.actor,
-            None,
-            None,
-            count + rows.received + rows.failed,
-            full_run_id,
-            caller.request_id,
-            {"stage": stage},
-        )
-        audit_log.record(conn, audit_record)
+        scope = replayable_windows.find_replayable(conn, context.settings, selection)
+        count = replays.request_replay(conn, selection, within=scope)
+        audit_log.record(conn, replace(audit_record, count=count))
     return _json(
         {
             "run_id": full_run_id,
             "marked": count,
             "received": rows.received,
             "failed": rows.failed,
+            "remaining": rows.remaining,
             "runs": _start_replay(context, caller, scope),
             "sensor": "replay_dead_letters",
         },

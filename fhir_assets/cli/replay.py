@@ -81,9 +81,11 @@ def replay(
     elif selection == Selection() and not everything:
         raise ConfigurationError(f"select dead letters: {SELECTING_OPTIONS}, --outdated or --all")
     selection = with_full_run_id(warehouse, selection)
-    count = _mark(settings, warehouse, selection, wait=wait)
-    run_id = str(uuid4())
-    rows = RowReplayStep(warehouse.connect, build_receiver(settings, warehouse)).run(selection, run_id=run_id)
+    audit_record = AuditRecord("replay", f"cli:{getpass.getuser()}", selection.resource_type, detail={"waited": wait})
+    count = marked = _mark(settings, warehouse, selection, audit_record, wait=wait)
+    rows = RowReplayStep(warehouse.connect, build_receiver(settings, warehouse)).run(
+        selection, audit_record, run_id=str(uuid4())
+    )
     outcomes = _run_replay(settings, selection, rows) if wait and (count or rows.received) else []
     with warehouse.connect() as conn:
         replayed = replays.count_outcome(conn, [outcome.run_id for outcome in outcomes])
@@ -107,7 +109,7 @@ def replay(
     elif not count:
         console.print("No open dead letter matches: there is nothing to replay.")
     elif not wait:
-        console.print(f"{count:,} dead letters are marked: the sensor replay_dead_letters replays them.")
+        _print_requested(marked, rows)
     else:
         console.print(
             f"Of {count:,} dead letters {replayed.resolved + rows.received:,} are resolved and "
@@ -133,17 +135,28 @@ def _select_outdated(settings: Settings, warehouse: Warehouse, selection: Select
     return replace(selection, ids=sorted(set(selection.ids).intersection(outdated)))
 
 
-def _mark(settings: Settings, warehouse: Warehouse, selection: Selection, *, wait: bool) -> int:
+def _print_requested(marked: int, rows: RowReplay) -> None:
+    if marked:
+        console.print(f"{marked:,} dead letters are marked: the sensor replay_dead_letters replays them.")
+    if rows.received:
+        console.print(
+            f"{rows.received:,} rows of visit files are received: the sensor load_received or the next "
+            "`fhir-assets ingest` loads them."
+        )
+    if rows.failed:
+        console.print(f"{rows.failed:,} rows of visit files failed again.")
+
+
+def _mark(
+    settings: Settings, warehouse: Warehouse, selection: Selection, audit_record: AuditRecord, *, wait: bool
+) -> int:
     """Count the dead letters, write the audit record, and mark them for the sensor unless this process replays them."""
     with warehouse.connect() as conn:
         scope = replayable_windows.find_replayable(conn, settings, selection)
         count = sum(row.dead_letters for row in scope)
         if not wait:
             replays.request_replay(conn, selection, within=scope)
-        audit_record = AuditRecord(
-            "replay", f"cli:{getpass.getuser()}", selection.resource_type, count=count, detail={"waited": wait}
-        )
-        audit_log.record(conn, audit_record)
+        audit_log.record(conn, replace(audit_record, count=count))
     return count
 
 

@@ -11,13 +11,15 @@ from typer.testing import CliRunner
 from fhir_assets.api.dagster import DagsterClient
 from fhir_assets.cli.main import app
 from fhir_assets.deployment.landing import build_landing_step
+from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import CorrectionRefused
 from fhir_assets.fhir.intake import visits_csv
+from fhir_assets.pipeline.correct import visit_rows
 from fhir_assets.pipeline.correct.visit_rows import read_row
-from fhir_assets.warehouse.ops import dead_letters
-from fhir_assets.warehouse.ops.dead_letters import DeadLetter
-from fhir_assets.warehouse.postgres.db.connections import connect
+from fhir_assets.warehouse.ops import dead_letters, rejected_rows
+from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Selection
+from fhir_assets.warehouse.postgres.db.connections import Connection, connect
 from fhir_assets_tests.support.api import Api, Serve
 from fhir_assets_tests.support.visits import visit
 
@@ -180,6 +182,147 @@ def test_a_replay_leaves_dead_letters_of_other_windows_and_types_open(
     (assets, tags) = launched.pop()
     assert ["validated", "patient"] in [list(path) for path in assets]
     assert tags["dagster/partition"] == "2024-01-05"
+
+
+def post_conflicts(api: Api, count: int) -> None:
+    """Post visits, and others with their account numbers; then forget the first ones."""
+    for reason in ("first", "other"):
+        api.post("/ingest", json=[visit("1", f"V{n}", reason=reason) for n in range(count)], role="ingester")
+        receive(api)
+    query(api, "DELETE FROM ops.visits RETURNING 1")
+
+
+def replay_rows(api: Api) -> dict[str, Any]:
+    answer: dict[str, Any] = api.post(f"/runs/{RUN}/replay?stage=fetch", role="operator").json()
+    return {name: answer[name] for name in ("received", "failed", "remaining")}
+
+
+def list_family_names(api: Api) -> list[str]:
+    """Return the family names of the Patients in raw, in the order of their times."""
+    store = build_store(api.settings)
+    lines = [
+        json.loads(line)
+        for key in store.partition_keys("raw", "Patient")
+        if (manifest := store.manifest("raw", "Patient", key))
+        for batch in store.batches(manifest.parts)
+        for line in batch
+    ]
+    return [line["name"][0]["family"] for line in sorted(lines, key=lambda line: str(line["meta"]["lastUpdated"]))]
+
+
+@pytest.mark.parametrize("known_arrival", ["dead letter", "file", "first failure"])
+def test_a_replayed_row_of_an_old_file_does_not_replace_newer_data(api: Api, known_arrival: str) -> None:
+    for last, account, reason in (("Lovelace", "V1", "first"), ("Byron", "V1", "other"), ("King", "V2", "")):
+        api.post("/ingest", json=[visit("1", account, last, reason=reason)], role="ingester")
+        receive(api)
+    query(api, "DELETE FROM ops.visits RETURNING 1")
+    if known_arrival != "dead letter":
+        query(api, "UPDATE ops.dead_letters SET arrived = NULL RETURNING 1")
+    if known_arrival == "file":
+        query(api, "UPDATE ops.dead_letters SET first_failure = now() + interval '1 day' RETURNING 1")
+    elif known_arrival == "first failure":
+        query(api, "DELETE FROM ops.landing_files RETURNING 1")
+    assert replay_rows(api) == {"received": 1, "failed": 0, "remaining": 0}
+    assert list_family_names(api) == ["Lovelace", "King"]
+    assert list_visits(api) == 1
+
+
+def test_a_correction_by_a_person_counts_as_of_now(api: Api, tmp_path: Path) -> None:
+    post_conflict(api)
+    api.post("/ingest", json=[visit("1", "V4", "King")], role="ingester")
+    receive(api)
+    file = tmp_path / "corrected"
+    file.write_text(json.dumps(visit("1", "V3", "Byron")))
+    ((number,),) = query(api, "SELECT id FROM ops.dead_letters")
+    assert edit(number, file)["received"]
+    assert list_family_names(api)[-1] == "Byron"
+
+
+def test_rows_that_were_discarded_or_corrected_during_a_replay_stay_so(
+    api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    post_conflicts(api, 3)
+    file = tmp_path / "corrected"
+    file.write_text(json.dumps(visit("1", "V9")))
+    find_open = rejected_rows.find_open
+
+    def find_before_others(conn: Connection, selection: Selection, rules: Any) -> list[int]:
+        found = find_open(conn, selection, rules)
+        words = ["dead-letters", "discard", str(found[0]), "--reason", "no"]
+        assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
+        assert edit(found[1], file)["received"]
+        return found
+
+    monkeypatch.setattr(rejected_rows, "find_open", find_before_others)
+    assert replay_rows(api) == {"received": 1, "failed": 0, "remaining": 0}
+    statuses = [(status, (resolution or "").split(" ")[0]) for status, _, resolution in list_statuses(api)]
+    assert sorted(statuses) == [("discarded", "discarded"), ("resolved", "corrected"), ("resolved", "replayed")]
+    assert list_visits(api) == 2
+
+
+def test_a_row_that_was_resolved_meanwhile_is_not_corrected(
+    api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    post_conflict(api)
+    file = tmp_path / "corrected"
+    file.write_text(json.dumps(visit("1", "V9")))
+    ((number,),) = query(api, "SELECT id FROM ops.dead_letters")
+    receive_correction = visit_rows.receive_correction
+
+    def receive_after_replay(*arguments: Any) -> Any:
+        query(api, "UPDATE ops.dead_letters SET status = 'resolved', resolution = 'replayed' RETURNING 1")
+        return receive_correction(*arguments)
+
+    monkeypatch.setattr(visit_rows, "receive_correction", receive_after_replay)
+    with pytest.raises(CorrectionRefused, match="resolved meanwhile"):
+        edit(number, file)
+    assert list_statuses(api) == [("resolved", 1, "replayed")]
+    assert (list_visits(api), query(api, "SELECT count(*) FROM ops.corrections")) == (2, [(0,)])
+
+
+def test_a_request_receives_a_limited_number_of_rows_in_few_transactions(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fhir_assets.api.runs.MAX_ROWS", 4)
+    monkeypatch.setattr(visit_rows, "ROWS_PER_RECEIPT", 3)
+    post_conflicts(api, 6)
+    before = query(api, "SELECT count(*) FROM ops.received WHERE resource_type = 'Encounter'")[0][0]
+    assert replay_rows(api) == {"received": 4, "failed": 0, "remaining": 2}
+    assert query(api, "SELECT count(*) FROM ops.received WHERE resource_type = 'Encounter'") == [(before + 2,)]
+    assert replay_rows(api) == {"received": 2, "failed": 0, "remaining": 0}
+    assert {status for status, *_ in list_statuses(api)} == {"resolved"}
+    assert list_visits(api) == 6
+
+
+def test_rows_that_failed_again_do_not_keep_others_from_their_turn(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fhir_assets.api.runs.MAX_ROWS", 1)
+    post_conflicts(api, 2)
+    api.post("/ingest", json=[visit("1", "V0", reason="third")], role="ingester")
+    receive(api, "3f9a1c2b-0000-4000-8000-000000000002")
+    answers = [replay_rows(api) for _ in range(2)]
+    assert sum(answer["received"] for answer in answers) == sum(answer["failed"] for answer in answers) == 1
+
+
+def test_replayed_rows_are_audited_with_their_receipt_and_loaded_as_posts_are(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audited = "SELECT count, detail FROM ops.audit_log WHERE action = 'replay' ORDER BY seq"
+    posted = "SELECT DISTINCT posted FROM ops.received WHERE channel = 'replay'"
+    post_conflicts(api, 1)
+    replay_rows(api)
+    assert (query(api, audited), query(api, posted)) == ([(1, {"stage": "fetch"})], [(True,)])
+    query(api, "UPDATE ops.dead_letters SET status = 'open' RETURNING 1")
+    query(api, "DELETE FROM ops.visits RETURNING 1")
+    output = CliRunner().invoke(app, ["dead-letters", "replay", "--stage", "fetch", "--no-wait"]).output
+    assert "1 rows of visit files are received" in output
+    assert "marked" not in output
+    assert query(api, audited)[1:] == [(1, {"waited": False})]
+    query(api, "UPDATE ops.dead_letters SET status = 'open' RETURNING 1")
+    query(api, "DELETE FROM ops.visits RETURNING 1")
+    # The record is written with the rows, not after them.
+    monkeypatch.setattr("fhir_assets.api.runs.replayable_windows.find_replayable", lambda *_: 1 / 0)
+    assert api.post(f"/runs/{RUN}/replay?stage=fetch", role="operator").status_code == 500
+    assert len(query(api, audited)) == 3
 
 
 def test_a_row_keeps_the_errors_of_the_file_format() -> None:

@@ -65,19 +65,25 @@ class CorrectionStep:
                     f"or discarded dead letters of the stages {', '.join(CORRECTABLE)} can be corrected"
                 )
             body = self._build_corrected(conn, dead_letter, correction)
-            corrections.record(conn, dead_letter_id, body, by=correction.by)
-            if dead_letter.stage == "fetch":
-                self._receive(dead_letter, body)
-                replays.resolve_received(conn, dead_letter_id, resolution="corrected")
-            identity = _identify(conn, dead_letter, body)
-            subject = audit_log.hash_subject(conn, dead_letter.resource_type, identity)
-            audit_log.record(
-                conn,
-                AuditRecord(
-                    "edit", correction.by, dead_letter.resource_type, subject, detail={"dead_letter": dead_letter_id}
-                ),
-            )
+            is_row = visit_rows.is_visit_row(dead_letter)
+            if not is_row:
+                if dead_letter.stage == "fetch":
+                    records = [build_record(body, read_header(body), datetime.now(UTC))]
+                    self._receiver.receive(records, _build_origin(dead_letter, body))
+                _record(conn, dead_letter, body, correction)
+        if is_row:
+            self._receive_row(dead_letter, body, correction)
         return dead_letter
+
+    def _receive_row(self, dead_letter: StoredDeadLetter, body: bytes, correction: Correction) -> None:
+        def record(conn: Session) -> None:
+            _record(conn, dead_letter, body, correction)
+
+        origin = _build_origin(dead_letter, body)
+        result = visit_rows.receive_correction(self._receiver, dead_letter.id, orjson.loads(body), origin, record)
+        if result.already_received:
+            with self._connect() as conn:
+                record(conn)
 
     def _build_corrected(self, conn: Session, dead_letter: StoredDeadLetter, correction: Correction) -> bytes:
         if correction.resource is not None:
@@ -109,12 +115,19 @@ class CorrectionStep:
             raise CorrectionRefused(f"the corrected resource is invalid: {details}{more}. It was not stored")
         return body
 
-    def _receive(self, dead_letter: StoredDeadLetter, body: bytes) -> None:
-        origin = f"correction:{dead_letter.id}-{blake2b(body, digest_size=8).hexdigest()}"
-        if visit_rows.is_visit_row(dead_letter):
-            visit_rows.receive_row(self._receiver, dead_letter, orjson.loads(body), origin)
-        else:
-            self._receiver.receive([build_record(body, read_header(body), datetime.now(UTC))], origin)
+
+def _build_origin(dead_letter: StoredDeadLetter, body: bytes) -> str:
+    return f"correction:{dead_letter.id}-{blake2b(body, digest_size=8).hexdigest()}"
+
+
+def _record(conn: Session, dead_letter: StoredDeadLetter, body: bytes, correction: Correction) -> None:
+    """Record the correction and its audit record. A dead letter of stage ``fetch`` is received, and resolved."""
+    corrections.record(conn, dead_letter.id, body, by=correction.by)
+    if dead_letter.stage == "fetch":
+        replays.resolve_received(conn, [dead_letter.id], resolution="corrected")
+    subject = audit_log.hash_subject(conn, dead_letter.resource_type, _identify(conn, dead_letter, body))
+    detail: dict[str, str | int | bool | None] = {"dead_letter": dead_letter.id}
+    audit_log.record(conn, AuditRecord("edit", correction.by, dead_letter.resource_type, subject, detail=detail))
 
 
 def _identify(conn: Session, dead_letter: StoredDeadLetter, body: bytes) -> str:

@@ -252,6 +252,8 @@ class _OriginWriter:
             partition_key=partition_key,
             issues=[dict(issue) for issue in item.issues],
             origin=item.origin or self._origin,
+            # A row of a visit file can be received again; then it counts as of this time.
+            arrived=item.arrived if item.origin else None,
         )
 
 

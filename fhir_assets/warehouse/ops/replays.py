@@ -361,7 +361,8 @@ def resolve_superseded(conn: Connection, run_id: str, resource_type: str, partit
     """Resolve dead letters whose resource has a newer version in the tables or among the withheld resources.
 
     Return their partition keys. A dead letter is considered if its own partition, or the partition of the newer
-    version, is in ``partition_keys``.
+    version, is in ``partition_keys``. Input that was rejected on arrival and has no ``lastUpdated`` is not: a row of a
+    visit file has no newer version, because visits cannot be changed.
     """
     row = conn.execute(
         """
@@ -391,6 +392,7 @@ def resolve_superseded(conn: Connection, run_id: str, resource_type: str, partit
             AND d.resource_type = %(type)s
             AND d.status IN ('open', 'replaying')
             AND d.stage = ANY(%(stages)s)
+            AND (d.stage <> 'fetch' OR d.last_updated IS NOT NULL)
             AND r.source = d.source
             AND r.resource_type = %(type)s
             AND r.id = d.resource_id
@@ -416,18 +418,22 @@ def resolve_superseded(conn: Connection, run_id: str, resource_type: str, partit
     }
 
 
-def resolve_received(conn: Connection, dead_letter_id: int, *, resolution: str) -> None:
-    """Resolve a dead letter of stage ``fetch`` that was received: ``corrected`` by a person, or ``replayed``.
+def resolve_received(conn: Connection, ids: Sequence[int], *, resolution: str) -> None:
+    """Resolve dead letters of stage ``fetch`` that were received: ``corrected`` by a person, or ``replayed``.
 
-    The dead letter stays resolved when its window is fetched again.
+    Corrected ones stay resolved when their window is fetched again. A discarded one is resolved by a correction only.
     """
     conn.execute(
         """
         UPDATE ops.dead_letters
-        SET status = 'resolved', resolution = %s, resolved_at = now()
-        WHERE id = %s
+        SET status = 'resolved', resolution = %(resolution)s, resolved_at = now()
+        WHERE id = ANY(%(ids)s)
+            AND (
+                status IN ('open', 'replaying')
+                OR status = 'discarded' AND %(resolution)s::text = 'corrected'
+            )
         """,
-        [resolution, dead_letter_id],
+        {"resolution": resolution, "ids": list(ids)},
     )
 
 
