@@ -17,7 +17,8 @@ from fhir_assets.errors import CorrectionRefused
 from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.pipeline.correct import visit_rows
 from fhir_assets.pipeline.correct.visit_rows import read_row
-from fhir_assets.warehouse.ops import dead_letters, rejected_rows
+from fhir_assets.privacy.encryption import NO_ENCRYPTION
+from fhir_assets.warehouse.ops import dead_letters, rejected_rows, replays
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Selection
 from fhir_assets.warehouse.postgres.db.connections import Connection, connect
 from fhir_assets_tests.support.api import Api, Serve
@@ -323,6 +324,23 @@ def test_replayed_rows_are_audited_with_their_receipt_and_loaded_as_posts_are(
     monkeypatch.setattr("fhir_assets.api.runs.replayable_windows.find_replayable", lambda *_: 1 / 0)
     assert api.post(f"/runs/{RUN}/replay?stage=fetch", role="operator").status_code == 500
     assert len(query(api, audited)) == 3
+
+
+def test_a_row_is_not_superseded_by_the_visit_that_it_contradicts(api: Api) -> None:
+    post_conflict(api)
+    ((key,),) = query(
+        api,
+        """
+        INSERT INTO fhir.resource (resource_type, id, as_of, arrived, partition_key, run_id, resource)
+        SELECT 'Encounter', resource_id, now(), now(), partition_key, 'run', '{}'
+        FROM ops.dead_letters
+        RETURNING partition_key
+        """,
+    )
+    assert api.settings.db_url
+    with connect(api.settings.db_url.get_secret_value(), cipher=NO_ENCRYPTION) as conn:
+        assert replays.resolve_superseded(conn, "run", "Encounter", [key]) == set()
+    assert list_statuses(api) == [("open", 1, None)]
 
 
 def test_a_row_keeps_the_errors_of_the_file_format() -> None:
