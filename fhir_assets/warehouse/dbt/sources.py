@@ -103,7 +103,7 @@ def _build_table(view: View, names: set[str], *, encrypted: bool) -> dict[str, A
 def _build_relationship(table: str) -> dict[str, Any]:
     """Return a test of a key. It warns, because a resource may refer to one that the tables do not have."""
     return {
-        "relationships": {
+        "reference_key": {
             "arguments": {"to": f"source('{SOURCE}', '{table}')", "field": "id"},
             "config": {"severity": "warn"},
         }

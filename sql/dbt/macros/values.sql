@@ -9,6 +9,21 @@
   {%- endif -%}
 {%- endmacro %}
 
+{#- The key of a resource in Tuva's tables, where the sources of a deployment are together: its id, which only within its
+    source is unique, after the name of the source, unless this is the default one; null if the id is null. -#}
+{% macro source_key(source, id) -%}
+  case when {{ source }} = 'default' then {{ id }} else {{ source }} || '/' || {{ id }} end
+{%- endmacro %}
+
+{#- A number whose column is text in a deployment with encryption keys: null if it is encrypted. -#}
+{% macro number_or_null(number) -%}
+  {%- if target.type == 'duckdb' -%}
+    try_cast({{ number }} as decimal(38, 18))
+  {%- else -%}
+    case when cast({{ number }} as text) ~ '^-?[0-9]+([.][0-9]+)?$' then cast(cast({{ number }} as text) as numeric) end
+  {%- endif -%}
+{%- endmacro %}
+
 {#- A time as it was written at the source, without its offset; midnight for a date without time. -#}
 {% macro local_time(time) -%}
   case

@@ -9,8 +9,8 @@ with addresses as (
         p.address_district as district,
         'Patient/' || p.id as reference,
         p.address_country as country,
-        a.latitude,
-        a.longitude
+        {{ number_or_null('a.latitude') }} as latitude,
+        {{ number_or_null('a.longitude') }} as longitude
     from {{ ref('stg_patient') }} p
     left join {{ ref('stg_patient_address') }} a
         on a.patient_key = p.id

@@ -10,10 +10,10 @@ with ranks as (
 )
 
 select
-    c.id as condition_id,
-    c.patient_key as person_id,
-    c.patient_key as patient_id,
-    c.encounter_key as encounter_id,
+    {{ source_key('c._source', 'c.id') }} as condition_id,
+    {{ source_key('c._source', 'c.patient_key') }} as person_id,
+    {{ source_key('c._source', 'c.patient_key') }} as patient_id,
+    {{ source_key('c._source', 'c.encounter_key') }} as encounter_id,
     cast(null as text) as claim_id,
     coalesce(c.recorded_date_date, c.onset_start_date) as recorded_date,
     c.onset_start_date as onset_date,

@@ -1,8 +1,8 @@
 -- A row for each Coverage that was neither cancelled nor entered in error.
 select
-    c.patient_key as person_id,
+    {{ source_key('c._source', 'c.patient_key') }} as person_id,
     coalesce(c.member_id, c.subscriber_id, c.identifier_value) as member_id,
-    coalesce(c.subscriber_id, c.subscriber_key) as subscriber_id,
+    coalesce(c.subscriber_id, {{ source_key('c._source', 'c.subscriber_key') }}) as subscriber_id,
     coalesce(p.gender, 'unknown') as gender,
     lower(coalesce(p.race_display, p.race_text, 'unknown')) as race,
     p.birth_date as birth_date,

@@ -3,19 +3,20 @@ with diagnoses as (
     select
         d._source,
         d.encounter_key,
-        s.code_type,
+        coalesce(s.code_type, c.code_system) as code_type,
         c.code,
         coalesce(c.code_display, c.code_text) as description,
         row_number() over (partition by d._source, d.encounter_key order by d.rank nulls last, d."index") as position
     from {{ ref('stg_encounter_diagnosis') }} d
     join {{ ref('stg_condition') }} c on c.id = d.condition_key and c._source = d._source
     left join {{ ref('code_systems') }} s on s.system = c.code_system
+    where coalesce(c.verification_status, '') not in ('refuted', 'entered-in-error')
 )
 
 select
-    e.id as encounter_id,
-    e.patient_key as person_id,
-    e.patient_key as patient_id,
+    {{ source_key('e._source', 'e.id') }} as encounter_id,
+    {{ source_key('e._source', 'e.patient_key') }} as person_id,
+    {{ source_key('e._source', 'e.patient_key') }} as patient_id,
     case e.class_code when 'IMP' then 'acute inpatient' when 'ACUTE' then 'acute inpatient' when 'EMER' then 'emergency department' when 'HH' then 'home health' when 'VR' then 'telehealth' when 'AMB' then 'office visit' else 'other' end as encounter_type,
     e.period_start_date as encounter_start_date,
     e.period_end_date as encounter_end_date,
@@ -26,13 +27,13 @@ select
     e.priority_display as admit_type_description,
     e.discharge_disposition_code as discharge_disposition_code,
     e.discharge_disposition_display as discharge_disposition_description,
-    e.practitioner_key as attending_provider_id,
+    {{ source_key('e._source', 'e.practitioner_key') }} as attending_provider_id,
     nullif(trim(coalesce(w.given, '') || ' ' || coalesce(w.family, '')), '') as attending_provider_name,
-    e.service_provider_key as facility_id,
+    {{ source_key('e._source', 'e.service_provider_key') }} as facility_id,
     coalesce(o.name, e.service_provider_display) as facility_name,
-    coalesce(d.code_type, case when e.reason_code is not null then s.code_type end) as primary_diagnosis_code_type,
+    case when d.code is not null then d.code_type when e.reason_code is not null then coalesce(s.code_type, e.reason_system) end as primary_diagnosis_code_type,
     coalesce(d.code, e.reason_code) as primary_diagnosis_code,
-    coalesce(d.description, e.reason_display, e.reason_text) as primary_diagnosis_description,
+    case when d.code is not null then d.description when e.reason_code is not null then coalesce(e.reason_display, e.reason_text) else coalesce(d.description, e.reason_display, e.reason_text) end as primary_diagnosis_description,
     cast(null as text) as drg_code_type,
     cast(null as text) as drg_code,
     cast(null as text) as drg_description,

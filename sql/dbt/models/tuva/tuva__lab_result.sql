@@ -1,13 +1,13 @@
 -- A row for each value of laboratory results, with the first order that it is based on.
 select
-    v.id as lab_result_id,
-    v.patient_key as person_id,
-    v.patient_key as patient_id,
-    v.encounter_key as encounter_id,
+    {{ source_key('v._source', 'v.id') }} as lab_result_id,
+    {{ source_key('v._source', 'v.patient_key') }} as person_id,
+    {{ source_key('v._source', 'v.patient_key') }} as patient_id,
+    {{ source_key('v._source', 'v.encounter_key') }} as encounter_id,
     n.accession_identifier as accession_number,
-    coalesce(t.code_type, q.code_system, y.code_type, v.panel_system) as source_order_type,
+    case when q.code is not null then coalesce(t.code_type, q.code_system) else coalesce(y.code_type, v.panel_system) end as source_order_type,
     coalesce(q.code, v.panel_code) as source_order_code,
-    coalesce(q.code_display, q.code_text, v.panel_text) as source_order_description,
+    case when q.code is not null then coalesce(q.code_display, q.code_text) when v.panel_code is not null then v.panel_text else coalesce(q.code_display, q.code_text, v.panel_text) end as source_order_description,
     coalesce(s.code_type, v.code_system) as source_component_type,
     v.code as source_component_code,
     v.code_text as source_component_description,
@@ -30,7 +30,7 @@ select
     v.interpretation_code as source_abnormal_flag,
     cast(null as text) as normalized_abnormal_flag,
     coalesce(n.type_display, n.type_text, n.type_code) as specimen,
-    q.requester_key as ordering_practitioner_id,
+    {{ source_key('v._source', 'q.requester_key') }} as ordering_practitioner_id,
     v._source as data_source,
     cast(null as text) as file_name,
     cast(v.loaded_at as timestamp) as ingest_datetime

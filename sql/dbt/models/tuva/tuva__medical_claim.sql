@@ -208,10 +208,10 @@ procedures as (
 )
 
 select
-    e.id as claim_id,
+    {{ source_key('e._source', 'e.id') }} as claim_id,
     coalesce(i.sequence, i."index" + 1) as claim_line_number,
     case e.type_code when 'institutional' then 'institutional' when 'professional' then 'professional' else 'undetermined' end as claim_type,
-    e.patient_key as person_id,
+    {{ source_key('e._source', 'e.patient_key') }} as person_id,
     coalesce(v.member_id, v.subscriber_id, v.identifier_value) as member_id,
     coalesce(e.insurer_display, o.name, e.coverage_payor_display) as payer,
     coalesce(v.plan_name, v.plan_value, e.coverage_type_text, e.coverage_display) as plan,

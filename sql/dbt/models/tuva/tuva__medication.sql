@@ -58,10 +58,10 @@ with medications as (
 )
 
 select
-    m.id as medication_id,
-    m.patient_key as person_id,
-    m.patient_key as patient_id,
-    m.encounter_key as encounter_id,
+    {{ source_key('m._source', 'm.id') }} as medication_id,
+    {{ source_key('m._source', 'm.patient_key') }} as person_id,
+    {{ source_key('m._source', 'm.patient_key') }} as patient_id,
+    {{ source_key('m._source', 'm.encounter_key') }} as encounter_id,
     m.dispensing_date as dispensing_date,
     m.prescribing_date as prescribing_date,
     coalesce(s.code_type, m.system) as source_code_type,
@@ -78,7 +78,7 @@ select
     m.quantity as quantity,
     m.quantity_unit as quantity_unit,
     m.days as days_supply,
-    m.practitioner_key as practitioner_id,
+    {{ source_key('m._source', 'm.practitioner_key') }} as practitioner_id,
     m._source as data_source,
     cast(null as text) as file_name,
     cast(m.loaded_at as timestamp) as ingest_datetime

@@ -1,10 +1,10 @@
 -- A row for each value of Observations that are not laboratory results.
 select
-    v.id as observation_id,
-    v.patient_key as person_id,
-    v.patient_key as patient_id,
-    v.encounter_key as encounter_id,
-    v.panel_id as panel_id,
+    {{ source_key('v._source', 'v.id') }} as observation_id,
+    {{ source_key('v._source', 'v.patient_key') }} as person_id,
+    {{ source_key('v._source', 'v.patient_key') }} as patient_id,
+    {{ source_key('v._source', 'v.encounter_key') }} as encounter_id,
+    {{ source_key('v._source', 'v.panel_id') }} as panel_id,
     v.day as observation_date,
     v.category as observation_type,
     coalesce(s.code_type, v.code_system) as source_code_type,

@@ -1,7 +1,7 @@
 -- A row for each Patient.
 select
-    p.id as person_id,
-    p.id as patient_id,
+    {{ source_key('p._source', 'p.id') }} as person_id,
+    {{ source_key('p._source', 'p.id') }} as patient_id,
     p.given as first_name,
     p.family as last_name,
     coalesce(p.gender, 'unknown') as sex,
@@ -15,8 +15,8 @@ select
     p.address_state as state,
     p.address_postal_code as zip_code,
     p.address_district as county,
-    a.latitude as latitude,
-    a.longitude as longitude,
+    {{ number_or_null('a.latitude') }} as latitude,
+    {{ number_or_null('a.longitude') }} as longitude,
     p.phone as phone,
     p._source as data_source,
     cast(null as text) as file_name,

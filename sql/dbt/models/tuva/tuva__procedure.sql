@@ -1,9 +1,9 @@
 -- A row for each Procedure that was done.
 select
-    p.id as procedure_id,
-    p.patient_key as person_id,
-    p.patient_key as patient_id,
-    p.encounter_key as encounter_id,
+    {{ source_key('p._source', 'p.id') }} as procedure_id,
+    {{ source_key('p._source', 'p.patient_key') }} as person_id,
+    {{ source_key('p._source', 'p.patient_key') }} as patient_id,
+    {{ source_key('p._source', 'p.encounter_key') }} as encounter_id,
     cast(null as text) as claim_id,
     p.performed_start_date as procedure_date,
     coalesce(s.code_type, p.code_system) as source_code_type,
@@ -17,7 +17,7 @@ select
     cast(null as text) as modifier_3,
     cast(null as text) as modifier_4,
     cast(null as text) as modifier_5,
-    p.practitioner_key as practitioner_id,
+    {{ source_key('p._source', 'p.practitioner_key') }} as practitioner_id,
     p._source as data_source,
     cast(null as text) as file_name,
     cast(p.loaded_at as timestamp) as ingest_datetime
