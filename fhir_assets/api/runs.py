@@ -22,8 +22,14 @@ from fhir_assets.deployment.source import open_source
 from fhir_assets.deployment.sources import build_binding
 from fhir_assets.errors import DagsterUnavailable
 from fhir_assets.orchestration import replayable_windows
-from fhir_assets.orchestration.jobs import BACKFILL, INCREMENTAL_LOAD, MISSING_REFERENCES, REPLAY_DEAD_LETTERS
-from fhir_assets.orchestration.received_windows import AssetKeys, select_all_layers, select_assets, select_own_checks
+from fhir_assets.orchestration.jobs import BACKFILL, INCREMENTAL_LOAD, REPLAY_DEAD_LETTERS
+from fhir_assets.orchestration.received_windows import (
+    AssetKeys,
+    select_all_layers,
+    select_assets,
+    select_backfill,
+    select_own_checks,
+)
 from fhir_assets.orchestration.run_requests import range_tags
 from fhir_assets.orchestration.tags import PARTITION_TAG, REFRESH_TAG, REPLAY_TAG, USER_TAG
 from fhir_assets.pipeline.correct.visit_rows import RowReplayStep
@@ -218,9 +224,10 @@ def _start_load(context: AppContext, caller: Caller, name: str, *, job: str = IN
             overlap=settings.overlap,
         )
         begin_checkpoints(conn, due)
-    selected = select_all_layers(context.asset_graph, [name])
     if job == BACKFILL:
-        selected.append(MISSING_REFERENCES)
+        selected = select_backfill(context.asset_graph, [name], settings.fhir_resource_types)
+    else:
+        selected = select_all_layers(context.asset_graph, [name])
     return [_launch(context, caller, job, windows, selected, {}) for windows in due]
 
 

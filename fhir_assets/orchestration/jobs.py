@@ -52,7 +52,10 @@ def build_backfill(
     table_checks: Sequence[dg.AssetChecksDefinition],
     written: Sequence[dg.AssetKey] = (),
 ) -> UnresolvedAssetJobDefinition:
-    """Return the job that does what ``incremental_load`` does, and then materializes ``missing_references``."""
+    """Return the job that does what ``incremental_load`` does, with ``missing_references`` after the layers.
+
+    The ``written`` assets are last. They depend on ``missing_references``.
+    """
     return dg.define_asset_job(
         BACKFILL,
         selection=_select_layers(LAYERS, table_checks, [MISSING_REFERENCES, *written]),

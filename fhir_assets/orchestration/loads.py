@@ -5,8 +5,10 @@ The assets ``normalized/<view>``, the asset ``missing_references`` and the post 
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from threading import Event
 
 from fhir_assets.deployment.consent import build_consent_gate
+from fhir_assets.deployment.targets import build_delivery_client
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.validation.validator import Validator
 from fhir_assets.fhir.views import View
@@ -48,6 +50,26 @@ def validate_windows(
         runs.record_counts(conn, run.run_id, resource_type, counts)
 
 
+def name_delivery_destination(settings: Settings) -> str:
+    """Return the destination of deliveries in ``ops.held_windows``; empty if nothing is delivered."""
+    if not settings.fhir_delivery_url:
+        return ""
+    with build_delivery_client(settings, workers=1, stop=Event()) as client:
+        return f"delivered {client.base_url}"
+
+
+def hold_for_delivery(
+    warehouse: Warehouse, destination: str, run: RunContext, resource_type: str, partition_keys: Sequence[str]
+) -> None:
+    """Record windows for the next delivery, whatever its windows are: see ``assets/delivered.py``.
+
+    Call it before ``load_windows``. Nothing is recorded if ``destination`` is empty.
+    """
+    if destination and partition_keys:
+        with warehouse.connect() as conn:
+            held_windows.hold(conn, destination, resource_type, partition_keys, run_id=run.run_id)
+
+
 def load_windows(
     settings: Settings,
     store: Store,
@@ -83,6 +105,8 @@ def load_windows(
     apply_consent(settings, warehouse, all_views, run)
     with warehouse.table_loads.slot() if waits_for_slot else nullcontext():
         loaded = step.run(resource_type, run.windows.windows)
+    if written_to:
+        _hold_dead_letters(warehouse, written_to, run, resource_type)
     if run.replay and complete:
         replay = ReplayLoadStep(
             warehouse.connect,
@@ -98,3 +122,11 @@ def load_windows(
     if loaded.resources or run.replay or released:
         ConditionalReferenceStep(warehouse.connect, all_views, run_id=run.run_id, consent_gate=gate).run()
     return loaded
+
+
+def _hold_dead_letters(warehouse: Warehouse, destination: str, run: RunContext, resource_type: str) -> None:
+    """Record the windows in which a run has dead letters: they are exported, even if it loaded nothing there."""
+    with warehouse.connect() as conn:
+        counts = runs.find_counts(conn, run.run_id, resource_type, run.partition_keys)
+        dead = [key for key, results in counts.items() if results["dead"]]
+        held_windows.hold(conn, destination, resource_type, dead, run_id=run.run_id)

@@ -13,6 +13,7 @@ import dagster as dg
 from fhir_assets.catalog import BY_NAME, LOAD_ORDER
 from fhir_assets.orchestration.check_names import TABLE_CHECKS
 from fhir_assets.orchestration.dagster_internals import AssetGraph
+from fhir_assets.orchestration.jobs import MISSING_REFERENCES
 from fhir_assets.pipeline.due_windows import group_consecutive_windows
 from fhir_assets.pipeline.receive.receiver import Received
 from fhir_assets.settings import Settings
@@ -95,6 +96,17 @@ def select_all_layers(graph: AssetGraph, resource_types: Sequence[str]) -> list[
     """Return the assets that a run of ``incremental_load`` materializes: raw and those of ``select_assets``."""
     raw = [dg.AssetKey(["raw", BY_NAME[name].key]) for name in resource_types]
     return [*(key for key in raw if graph.has(key)), *select_assets(graph, resource_types)]
+
+
+def select_backfill(graph: AssetGraph, resource_types: Sequence[str], all_types: Sequence[str]) -> list[dg.AssetKey]:
+    """Return the assets that a run of the job ``backfill`` for ``resource_types`` materializes.
+
+    ``all_types`` are those of the deployment. Their deliveries and exports are selected too, because missing references
+    may have any of these types.
+    """
+    selected = [*select_all_layers(graph, resource_types), MISSING_REFERENCES]
+    written = (dg.AssetKey([layer, BY_NAME[name].key]) for layer in ("delivered", "exports") for name in all_types)
+    return [*selected, *(key for key in written if graph.has(key) and key not in selected)]
 
 
 def select_own_checks(graph: AssetGraph, assets: Sequence[dg.AssetKey]) -> list[dg.AssetCheckKey]:

@@ -3,23 +3,27 @@
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
 
 from fhir_assets.definitions import build_definitions
-from fhir_assets.errors import FhirAssetsError, ServerUnavailable
+from fhir_assets.errors import ServerRefused, ServerUnavailable
 from fhir_assets.orchestration.assets import missing_references
-from fhir_assets.orchestration.jobs import BACKFILL, MISSING_REFERENCES
-from fhir_assets.orchestration.received_windows import select_all_layers
+from fhir_assets.orchestration.jobs import BACKFILL
+from fhir_assets.orchestration.received_windows import select_backfill
 from fhir_assets.orchestration.run_requests import range_tags
+from fhir_assets.orchestration.tags import RETRY_TAG
+from fhir_assets.pipeline.missing_references.step import MissingReferencesStep
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.ops import run_history
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.alerts import AlertsSensor
 from fhir_assets_tests.support.content import encounter, instant, patient
 from fhir_assets_tests.support.deployment import Deploy, Deployment
+from fhir_assets_tests.support.uploads import read_back
 
 DAY = datetime(2024, 1, 5, tzinfo=UTC)
 TYPES = "Patient,Practitioner,Encounter"
@@ -48,7 +52,8 @@ def server() -> Iterator[SandboxServer]:
 def run_backfill(deployment: Deployment, name: str) -> dg.ExecuteInProcessResult:
     """Execute the run that `POST /ingest/{type}/backfill` starts."""
     definitions = build_definitions(deployment.settings)
-    assets = [*select_all_layers(definitions.resolve_asset_graph(), [name]), MISSING_REFERENCES]
+    graph = definitions.resolve_asset_graph()
+    assets = select_backfill(graph, [name], deployment.settings.fhir_resource_types)
     job = definitions.resolve_job_def(BACKFILL).get_subset(asset_selection=set(assets))
     windows = deployment.ingestion().find_due(first=DAY - timedelta(hours=1), last=DAY).ranges[0]
     return job.execute_in_process(instance=deployment.instance, tags=range_tags(windows), raise_on_error=False)
@@ -110,8 +115,11 @@ def test_the_incident_of_references_that_could_not_be_fetched_ends_with_the_next
     )
     sensor = AlertsSensor(deployment)
     with monkeypatch.context() as patched:
-        refused: tuple[missing_references.Windows, FhirAssetsError] = ({}, ServerUnavailable("the server is down"))
-        patched.setattr(missing_references, "_fetch", lambda *_: refused)
+
+        def refuse(*_: Any) -> Any:
+            raise ServerRefused("the server refused the search")
+
+        patched.setattr(missing_references, "_fetch", refuse)
         assert not run_backfill(deployment, "Encounter").success
     sensor.tick()
     open_incidents = "SELECT name FROM ops.incidents WHERE kind = 'run' AND closed_at IS NULL"
@@ -120,3 +128,46 @@ def test_the_incident_of_references_that_could_not_be_fetched_ends_with_the_next
     sensor.tick()
     assert deployment.query(open_incidents) == []
     assert deployment.count_loaded()["Patient"] == 2
+
+
+@pytest.mark.slow
+def test_a_backfill_delivers_and_exports_the_missing_references_that_it_loads(
+    deploy: Deploy, server: SandboxServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """First the server fails after the Patients. What is loaded by then leaves with the next run."""
+    types = ("Patient", "Practitioner", "Encounter")
+    loaded_before_fetch: list[dict[str, int]] = []
+    with SandboxServer([]) as target:
+        deployment = deploy(
+            fhir_base_url=server.url,
+            fhir_resource_types=TYPES,
+            fhir_last_updated_gte="2024-01-01",
+            fhir_delivery_url=target.url,
+            fhir_export_url=str(tmp_path),
+        )
+        fetch = MissingReferencesStep._fetch
+
+        def fail_at_practitioners(step: Any, name: str, ids: Any) -> Any:
+            loaded_before_fetch.append(deployment.count_loaded())
+            if name == "Practitioner":
+                raise ServerUnavailable("the server is down")
+            return fetch(step, name, ids)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(MissingReferencesStep, "_fetch", fail_at_practitioners)
+            failed = run_backfill(deployment, "Encounter")
+        assert not failed.success
+        run = deployment.instance.get_run_by_id(failed.run_id)
+        assert run
+        assert run.tags[RETRY_TAG] == "true"
+        assert loaded_before_fetch[1]["Patient"] == 2, "each batch is loaded before the next is fetched"
+        assert read_back(target.url, types) == {}
+        second = run_backfill(deployment, "Encounter")
+        assert second.success
+        expected = {"Encounter/e0", "Encounter/e1", "Encounter/e2", "Patient/near", "Patient/old", "Practitioner/d"}
+        assert set(read_back(target.url, types)) == expected
+        (folder,) = tmp_path.glob("exports/*")
+        assert folder.name.startswith(f"run_{second.run_id}_")
+        written = {path.name for path in folder.glob("*.manifest.json")}
+        assert written == {"Encounter.manifest.json", "Patient.manifest.json", "Practitioner.manifest.json"}
+        assert deployment.query("SELECT * FROM ops.held_windows") == []

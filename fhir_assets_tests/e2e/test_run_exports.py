@@ -130,6 +130,22 @@ def test_a_failed_export_fails_its_run_and_the_next_run_includes_the_window(
 
 
 @pytest.mark.slow
+def test_a_window_with_dead_letters_only_is_in_the_folder_of_the_next_run_if_its_export_fails(
+    deployment: Deployment, server: SandboxServer, tmp_path: Path
+) -> None:
+    add(server, patient("a", DAY, **BAD))
+    (tmp_path / "out").write_text("not a folder")
+    assert not ingest(deployment).success
+    assert deployment.count_loaded() == {}
+    assert list_waiting(deployment) == [("Patient", "2024-01-05")]
+    (tmp_path / "out").unlink()
+    folder = find_folder(deployment, ingest(deployment, Refresh.MISSING).run_id)
+    dead_letters = map(json.loads, (folder / "Patient.deadletters.ndjson").read_text().splitlines())
+    assert sorted(dead_letter["resource"]["id"] for dead_letter in dead_letters) == ["a", "b"]
+    assert list_waiting(deployment) == []
+
+
+@pytest.mark.slow
 def test_a_load_from_the_asset_graph_without_its_exports_is_in_the_folder_of_the_next_run(
     deployment: Deployment,
 ) -> None:

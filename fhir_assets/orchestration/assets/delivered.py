@@ -19,6 +19,7 @@ from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.assets.outbound import emit_outbound_results
 from fhir_assets.orchestration.consent import apply_consent
 from fhir_assets.orchestration.failures import record_step
+from fhir_assets.orchestration.jobs import MISSING_REFERENCES
 from fhir_assets.orchestration.run_context import RunContext
 from fhir_assets.pipeline.reconcile.verdicts import select_outbound_windows
 from fhir_assets.pipeline.reconcile.window_counts import find_main_view
@@ -49,7 +50,8 @@ def build_delivered_assets(
         specs=[
             dg.AssetSpec(
                 [LAYER, key],
-                deps=[["validated", key], *([["normalized", key]] if key in tables else [])],
+                # In the job backfill, missing references are loaded first, so that the same run delivers them.
+                deps=[["validated", key], *([["normalized", key]] if key in tables else []), MISSING_REFERENCES],
                 partitions_def=partitions,
                 skippable=True,
                 group_name=LAYER,

@@ -20,6 +20,7 @@ from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.assets.outbound import emit_outbound_results
 from fhir_assets.orchestration.consent import apply_consent
 from fhir_assets.orchestration.failures import record_step, sanitized_errors
+from fhir_assets.orchestration.jobs import MISSING_REFERENCES
 from fhir_assets.orchestration.run_context import RunContext
 from fhir_assets.pipeline.reconcile.verdicts import OutboundWindows, select_outbound_windows
 from fhir_assets.pipeline.reconcile.window_counts import find_main_view
@@ -50,7 +51,7 @@ def _build_export_asset(
     @dg.asset(
         key=key,
         group_name="exports",
-        deps=[dg.AssetKey(["normalized", view.name]) for view in views],
+        deps=[*(dg.AssetKey(["normalized", view.name]) for view in views), MISSING_REFERENCES],
         partitions_def=partitions,
         output_required=False,
         backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
@@ -64,6 +65,9 @@ def _build_export_asset(
         with sanitized_errors(), warehouse.connect() as conn:
             loaded = runs.find_loaded_windows(conn, run.run_id, name, run.partition_keys)
             waiting = held_windows.find_held(conn, destination, name)
+        if loaded is None and MISSING_REFERENCES in context.job_def.asset_layer.selected_asset_keys:
+            # A run that loads missing references writes the types that it loaded, and selects all types.
+            loaded = []
         if loaded is not None and not loaded and not waiting:
             # The run found nothing new for the type. The materialization states that its windows need no export, and
             # ends the incident of an earlier run that failed.

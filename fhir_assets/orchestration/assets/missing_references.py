@@ -13,13 +13,18 @@ import dagster as dg
 from fhir_assets.catalog import BY_NAME, LOAD_ORDER
 from fhir_assets.deployment.landing import build_receiver
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.errors import FhirAssetsError
+from fhir_assets.errors import ServerUnavailable
 from fhir_assets.fhir.source import Source
 from fhir_assets.fhir.validation.validator import Validator
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.failures import record_step, sanitized_errors
 from fhir_assets.orchestration.jobs import MISSING_REFERENCES
-from fhir_assets.orchestration.loads import load_windows, validate_windows
+from fhir_assets.orchestration.loads import (
+    hold_for_delivery,
+    load_windows,
+    name_delivery_destination,
+    validate_windows,
+)
 from fhir_assets.orchestration.posts.loads import PostLoad
 from fhir_assets.orchestration.posts.reports import PostReports
 from fhir_assets.orchestration.run_context import RunContext
@@ -65,9 +70,13 @@ def build_missing_references(
     def missing_references(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
         source: Source = context.resources.source
         warehouse: Warehouse = context.resources.warehouse
+        run = RunContext.from_context(context, settings.window_scheme)
+        with sanitized_errors():
+            destination = name_delivery_destination(settings)
+            # The delivery of this run follows. If this step fails, the next delivery includes the windows.
+            _hold_loaded_windows(settings, warehouse, destination, run)
         if not isinstance(source, ReadsById):
             return dg.MaterializeResult(metadata={"skipped": f"{source.name} cannot read resources by id"})
-        run = RunContext.from_context(context, settings.window_scheme)
         offered = source.list_types()
         types = [name for name in settings.fhir_resource_types if offered is None or name in offered]
         receiver = build_receiver(settings, warehouse)
@@ -82,51 +91,43 @@ def build_missing_references(
             context.resources.validator,
             views,
             replace(run, refresh=Refresh.MISSING, replay=None),
+            destination,
         )
         reports = PostReports(settings, warehouse, views, lambda: context.instance, description=_DESCRIPTION)
         asked, found = Counter[str](), Counter[str]()
-        error: FhirAssetsError | None = None
-        for _ in range(_MAX_ROUNDS):
-            with sanitized_errors():
-                received, error = _fetch(step, asked, found)
-            for load in loads.run(received):
-                reports.add(load)
-            if error or not received:
-                break  # No resource was received: the ids are unknown to the server, or nothing is missing.
-        reports.flush()
         with sanitized_errors():
-            if error:
-                raise error
+            try:
+                for _ in range(_MAX_ROUNDS):
+                    types = [name for received in _fetch(step, asked, found) for name in loads.run(received, reports)]
+                    if not types:
+                        break  # No resource was received: the ids are unknown to the server, or nothing is missing.
+            except ServerUnavailable:
+                run.request_retry()
+                raise
+            finally:
+                reports.flush()
         return dg.MaterializeResult(metadata={"asked": dict(asked), "found": dict(found)})
 
     return missing_references
 
 
-def _fetch(
-    step: MissingReferencesStep, asked: Counter[str], found: Counter[str]
-) -> tuple[Windows, FhirAssetsError | None]:
-    """Fetch what is missing, and return the windows that were received, and the error that ended the fetch."""
-    received: Windows = {}
-    try:
-        for batch in step.run():
-            asked[batch.resource_type] += batch.requested
-            found[batch.resource_type] += batch.found
-            for window in batch.received.windows:
-                by_key = received.setdefault(window.resource_type, {})
-                known = by_key.get(window.partition_key)
-                by_key[window.partition_key] = _add(known, window) if known else window
-    except FhirAssetsError as error:
-        return received, error
-    return received, None
+def _hold_loaded_windows(settings: Settings, warehouse: Warehouse, destination: str, run: RunContext) -> None:
+    """Record the windows that the run has loaded for the next delivery."""
+    for name in settings.fhir_resource_types if destination else ():
+        with warehouse.connect() as conn:
+            keys = runs.find_loaded_windows(conn, run.run_id, name, run.partition_keys)
+        hold_for_delivery(warehouse, destination, run, name, keys or ())
 
 
-def _add(known: ReceivedWindow, other: ReceivedWindow) -> ReceivedWindow:
-    return replace(
-        known,
-        parts=known.parts + other.parts,
-        rows=known.rows + other.rows,
-        rejected=known.rejected + other.rejected,
-    )
+def _fetch(step: MissingReferencesStep, asked: Counter[str], found: Counter[str]) -> Iterator[Windows]:
+    """Fetch what is missing, and yield the windows of each batch that was received."""
+    for batch in step.run():
+        asked[batch.resource_type] += batch.requested
+        found[batch.resource_type] += batch.found
+        received: Windows = {}
+        for window in batch.received.windows:
+            received.setdefault(window.resource_type, {})[window.partition_key] = window
+        yield received
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +141,15 @@ class _Loads:
     validator: Validator
     views: Sequence[View]
     run_context: RunContext
+    destination: str
+    """The destination of deliveries in ``ops.held_windows``, or empty."""
 
-    def run(self, received: Windows) -> Iterator[PostLoad]:
-        """Load the windows, those of Consents first. Raises ``dagster.Failure``."""
-        for name in sorted(received, key=lambda name: (name != "Consent", LOAD_ORDER[name])):
-            yield self._load(name, received[name])
+    def run(self, received: Windows, reports: PostReports) -> list[str]:
+        """Load the windows, those of Consents first. Return the types. Raises ``dagster.Failure``."""
+        names = sorted(received, key=lambda name: (name != "Consent", LOAD_ORDER[name]))
+        for name in names:
+            reports.add(self._load(name, received[name]))
+        return names
 
     def _load(self, name: str, received: Mapping[str, ReceivedWindow]) -> PostLoad:
         keys = sorted(received)
@@ -154,6 +159,8 @@ class _Loads:
             before = runs.find_counts(conn, run.run_id, name, keys)
         with record_step(run, self.warehouse, [name]):
             validate_windows(self.store, self.warehouse, self.workers, self.validator, run, name)
+            # The windows are no windows of the run, so its delivery includes them only if they are recorded.
+            hold_for_delivery(self.warehouse, self.destination, run, name, keys)
             loaded = load_windows(
                 self.settings,
                 self.store,

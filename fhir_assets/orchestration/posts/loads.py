@@ -13,7 +13,6 @@ from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from itertools import groupby
 from math import inf
-from threading import Event
 from time import monotonic
 from uuid import uuid4
 
@@ -24,18 +23,22 @@ from fhir_assets.catalog import LOAD_ORDER
 from fhir_assets.deployment.landing import build_landing_step
 from fhir_assets.deployment.sources import build_binding
 from fhir_assets.deployment.store import build_store
-from fhir_assets.deployment.targets import build_delivery_client
 from fhir_assets.deployment.validation import build_validator
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError, ViewError
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.failures import record_step
-from fhir_assets.orchestration.loads import load_windows, validate_windows
+from fhir_assets.orchestration.loads import (
+    hold_for_delivery,
+    load_windows,
+    name_delivery_destination,
+    validate_windows,
+)
 from fhir_assets.orchestration.run_context import RunContext
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.settings import Settings
-from fhir_assets.warehouse.ops import checkpoints, held_windows, received, runs
+from fhir_assets.warehouse.ops import checkpoints, received, runs
 from fhir_assets.warehouse.ops.received import PostedWindow
 from fhir_assets.warehouse.postgres.tables import view_tables
 from fhir_assets.windows import Window, WindowRange
@@ -222,10 +225,7 @@ class PostLoads:
         """Validate and load the windows of a run. Return other windows whose dead letters were resolved."""
         warehouse, store = self._warehouse, self._store
         validate_windows(store, warehouse, self._workers, self._validator, run, name)
-        if self._destination:
-            with warehouse.connect() as conn:
-                # The next delivery includes the windows that are recorded here: see assets/delivered.py.
-                held_windows.hold(conn, self._destination, name, run.partition_keys, run_id=run.run_id)
+        hold_for_delivery(warehouse, self._destination, run, name, run.partition_keys)
         loaded = load_windows(
             self._settings,
             store,
@@ -241,11 +241,7 @@ class PostLoads:
 
     @cached_property
     def _destination(self) -> str:
-        """The destination of deliveries in ``ops.held_windows``; empty if nothing is delivered."""
-        if not self._settings.fhir_delivery_url:
-            return ""
-        with build_delivery_client(self._settings, workers=1, stop=Event()) as client:
-            return f"delivered {client.base_url}"
+        return name_delivery_destination(self._settings)
 
     def _record_failure(self, name: str, partition_keys: Sequence[str], reason: str) -> None:
         """Postpone the windows of a load that failed. After the last attempt, leave them to Dagster's job."""

@@ -21,8 +21,10 @@ IDS_PER_BATCH = 5000
 MAX_READS_PER_BATCH = 500
 """The maximum number of ids that are read one by one, because a search did not return them and they may be deleted."""
 
-FIRST_TYPE = "Patient"
-"""The type whose missing resources are fetched first, because most other types refer to it."""
+FIRST_TYPES = ("Consent", "Patient")
+"""The types whose missing resources are fetched first, in this order: Consents have to be loaded before the resources
+that they may withhold, and most other types refer to Patients.
+"""
 
 
 @runtime_checkable
@@ -72,14 +74,16 @@ class MissingReferencesStep:
     ) -> None:
         self._connect = connect
         self._views = views
-        self._types = sorted(resource_types, key=lambda name: (name != FIRST_TYPE, LOAD_ORDER[name]))
+        self._types = sorted(
+            resource_types, key=lambda name: (*(name != first for first in FIRST_TYPES), LOAD_ORDER[name])
+        )
         self._source = source
         self._receiver = receiver
         self._run_id = run_id
         self._batches = Counter[str]()
 
     def run(self) -> Iterator[MissingReferencesBatch]:
-        """Fetch all missing resources, Patients first, and yield the result of each batch once it is in raw.
+        """Fetch all missing resources, FIRST_TYPES first, and yield the result of each batch once it is in raw.
 
         An id is requested at most once a day. Raises the errors of the receiver immediately, and those of the source
         after the other types are fetched. Another call fetches what the resources that were loaded in the meantime
