@@ -279,6 +279,6 @@ def test_a_post_of_which_every_record_is_rejected_is_422_with_the_reasons(api: A
 def test_an_unknown_query_parameter_is_422_and_not_repeated(api: Api) -> None:
     answer = api.get("/patients?SECRETNAME=1", role="reader")
     assert (answer.status_code, answer.headers["Content-Type"]) == (422, "application/problem+json")
-    assert "it supports after, first_name, last_name, mrn, page, page_size" in answer.json()["detail"]
+    assert "it supports after, first_name, last_name, mrn, number, page, page_size, ssn" in answer.json()["detail"]
     assert "SECRETNAME" not in answer.text
     assert "it supports none" in api.get("/health/live?x=1", role=None).json()["detail"]
