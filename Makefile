@@ -26,7 +26,9 @@ check: lint types ## Lint, types and the fast tests: under five minutes
 # The tests of single components, without those that take the longest. The others start servers, daemons and whole loads.
 FAST := fhir_assets_tests/fhir fhir_assets_tests/privacy fhir_assets_tests/storage fhir_assets_tests/warehouse \
   fhir_assets_tests/pipeline fhir_assets_tests/sandbox $(wildcard fhir_assets_tests/test_*.py) \
-  $(patsubst %,--ignore=fhir_assets_tests/%.py,warehouse/test_exports pipeline/test_consent_references pipeline/test_visit_files)
+  $(patsubst %,--ignore=fhir_assets_tests/%.py,warehouse/test_exports warehouse/test_dbt_models \
+  pipeline/test_consent_references pipeline/test_visit_files pipeline/test_workers pipeline/test_reencrypt_online \
+  privacy/test_unencrypted_data sandbox/test_population test_psql)
 
 coverage: $(VENV)/.installed-dev ## `make test` with a coverage report in htmlcov/
 	$(PYTEST) --dist loadfile --cov --cov-report=html --cov-report=term
