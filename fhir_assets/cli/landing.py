@@ -1,7 +1,6 @@
 """`fhir-assets landing`: list and load the files of the landing zone."""
 
 import getpass
-import hashlib
 import shutil
 import sys
 from typing import Annotated
@@ -21,7 +20,7 @@ from fhir_assets.ingestion import Ingestion, select_failed
 from fhir_assets.orchestration.instance import config
 from fhir_assets.privacy.audit import Action, AuditRecord
 from fhir_assets.settings import load_settings
-from fhir_assets.storage.landing_zone import ENCRYPTED
+from fhir_assets.storage.landing_zone import ENCRYPTED, hash_content
 from fhir_assets.warehouse.ops import audit_log, landing_files
 
 app = typer.Typer(help="List and load the files of the landing zone (FHIR_LANDING_URL).", no_args_is_help=True)
@@ -72,8 +71,7 @@ def print_file(
     zone = build_landing_zone(settings)
     if not any(file.name == name for file in zone.files()):
         raise ConfigurationError("the landing zone has no file of this name: `fhir-assets landing list` prints them")
-    with zone.open(name) as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+    sha256 = hash_content(zone, name)
     with Warehouse(settings).connect() as conn:
         action: Action = "decrypt" if name.endswith(ENCRYPTED) else "read"
         detail: dict[str, str | int | bool | None] = {"landing_file": sha256[:12]}

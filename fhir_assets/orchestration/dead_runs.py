@@ -47,7 +47,7 @@ def resend_lost_runs(instance: dg.DagsterInstance) -> None:
         return
     try:
         launcher.resend_lost_runs(waiting)
-    except Exception as error:
+    except Exception as error:  # Each broker's client has errors of its own.
         _log.warning("the broker could not be asked for the messages of waiting runs (%s)", type(error).__name__)
 
 

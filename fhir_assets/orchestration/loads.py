@@ -25,6 +25,21 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import held_windows, runs
 
 
+def build_validate_step(
+    store: Store, warehouse: Warehouse, workers: WorkerPool, validator: Validator, run: RunContext
+) -> ValidateStep:
+    """Return the step that validates the windows of a run."""
+    return ValidateStep(
+        store,
+        validator,
+        warehouse.connect,
+        run_id=run.run_id,
+        now=run.now,
+        refresh=run.refresh,
+        workers=workers,
+    )
+
+
 def validate_windows(
     store: Store,
     warehouse: Warehouse,
@@ -34,15 +49,7 @@ def validate_windows(
     resource_type: str,
 ) -> None:
     """Validate and commit the windows of a run, and record the counts. Raises as ``ValidateStep.run``."""
-    step = ValidateStep(
-        store,
-        validator,
-        warehouse.connect,
-        run_id=run.run_id,
-        now=run.now,
-        refresh=run.refresh,
-        workers=workers,
-    )
+    step = build_validate_step(store, warehouse, workers, validator, run)
     update = step.run(resource_type, run.partition_keys)
     commit_update(warehouse.connect, store, update)
     counts = {key: {"valid": count.valid, "dead": count.dead} for key, count in update.counts.items()}

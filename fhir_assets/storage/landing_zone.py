@@ -1,5 +1,6 @@
 """The landing zone: a folder or a bucket that others put files into. Files in it are never moved or deleted."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -171,6 +172,15 @@ def _describe_object(entry: Mapping[str, Any]) -> LandingFile:
     """
     written = entry["LastModified"].astimezone(UTC).replace(microsecond=999_999)
     return LandingFile(entry["Name"], entry["Size"], entry["ETag"].strip('"'), written)
+
+
+def hash_content(zone: Zone, name: str) -> str:
+    """Return the SHA-256 of a file's content, decrypted, in hexadecimal. Raises StoreError."""
+    with zone.open(name) as stream:
+        try:
+            return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+        except EOFError:
+            raise StoreError("an encrypted file of the landing zone is truncated: post its content again") from None
 
 
 def open_zone(url: str, *, bucket: Callable[[str], Bucket]) -> Zone:

@@ -99,7 +99,7 @@ def api() -> Iterator[Api]:
 
 def test_the_task_of_airflow_succeeds_and_fails_with_the_run(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     decorators = ModuleType("airflow.decorators")
-    decorators.task = lambda **_: lambda function: function  # type: ignore[attr-defined]
+    monkeypatch.setattr(decorators, "task", lambda **_: lambda function: function, raising=False)
     monkeypatch.setitem(sys.modules, "airflow", ModuleType("airflow"))
     monkeypatch.setitem(sys.modules, "airflow.decorators", decorators)
     monkeypatch.setenv("FHIR_ASSETS_API", f"http://127.0.0.1:{api.server_address[1]}")

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from fhir_assets.cli.main import app
 from fhir_assets.deployment.landing import build_landing_step
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.errors import ConfigurationError
+from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.api import Api, Serve
@@ -206,3 +206,6 @@ def test_with_keys_the_name_of_a_posted_file_says_that_it_is_encrypted_and_landi
     landing.run("run")
     task = api.get(f"/ingest/tasks/{answer.json()['task_id']}", role="ingester").json()
     assert (task["status"], task["counts"]["visits"]) == ("received", 1)
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(StoreError, match="is truncated"):
+        CliRunner().invoke(app, ["landing", "cat", name], catch_exceptions=False)

@@ -15,6 +15,7 @@ from fhir_assets.errors import ServerRefused
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.orchestration.asset_attributes import build_asset_attributes, build_documentation, build_place
 from fhir_assets.orchestration.failures import record_step
+from fhir_assets.orchestration.loads import build_validate_step
 from fhir_assets.orchestration.run_context import RunContext, step_tags
 from fhir_assets.orchestration.step_log import describe_counts, describe_rules, log_line
 from fhir_assets.orchestration.window_metadata import add_window_metadata
@@ -75,15 +76,7 @@ def _build_validated_asset(
                 raise ServerRefused(refusal)
             with warehouse.connect() as conn:
                 require_manifests(conn, store, run.run_id, "raw", name, run.partition_keys, raw)
-            step = ValidateStep(
-                store,
-                validator,
-                warehouse.connect,
-                run_id=run.run_id,
-                now=run.now,
-                refresh=run.refresh,
-                workers=workers,
-            )
+            step = build_validate_step(store, warehouse, workers, validator, run)
             if run.replay:
                 update, counts = _replay(run, store, validator, warehouse, step, name, raw)
             else:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import BinaryIO
 from uuid import uuid4
 
-from fhir_assets.errors import FhirAssetsError, StoreError, TransientError
+from fhir_assets.errors import FhirAssetsError, TransientError
 from fhir_assets.fhir.files import formats
 from fhir_assets.fhir.files.formats import FileItem, LandedContent
 from fhir_assets.fhir.intake.visits_csv import Visit
@@ -16,7 +16,7 @@ from fhir_assets.fhir.lines import decompress
 from fhir_assets.fhir.record import Deletion, Record, RejectedInput
 from fhir_assets.pipeline.landing import visit_resources
 from fhir_assets.pipeline.receive.receiver import Received, Receiver
-from fhir_assets.storage.landing_zone import DONE, ENCRYPTED, LandingFile, Zone
+from fhir_assets.storage.landing_zone import DONE, ENCRYPTED, LandingFile, Zone, hash_content
 from fhir_assets.warehouse.ops import landing_files, post_loader
 from fhir_assets.warehouse.ops import visits as ledger
 from fhir_assets.warehouse.ops.landing_files import ReadyFile
@@ -166,7 +166,7 @@ class LandingStep:
 
     def _receive(self, file: ReadyFile, run_id: str, totals: _Totals) -> Received:
         deleted = 0
-        sha256 = self._sha256(file)
+        sha256 = hash_content(self._zone, file.name)
         origin = f"{CHANNEL}:{sha256}"
 
         def resources() -> Iterator[Record | RejectedInput]:
@@ -214,7 +214,7 @@ class LandingStep:
         hashes: dict[str, str] = {}
         for file in files:
             with self._record_failures(file, run_id, totals):
-                hashes[file.name] = self._sha256(file)
+                hashes[file.name] = hash_content(self._zone, file.name)
         remaining = [file for file in files if file.name in hashes]
         received_as = f"{CHANNEL}:batch-{batch}"
         current: ReadyFile | None = None
@@ -258,13 +258,6 @@ class LandingStep:
                 counts = {"rows": file_counts.rows, "rejected": file_counts.rejected, "deleted": 0}
                 self._record_loaded(file, sha256, counts, known_before, run_id, totals, {})
         return received
-
-    def _sha256(self, file: ReadyFile) -> str:
-        with self._zone.open(file.name) as stream:
-            try:
-                return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
-            except EOFError:
-                raise StoreError("an encrypted file of the landing zone is truncated: post its content again") from None
 
     def _read(self, file: ReadyFile, sha256: str) -> Iterator[FileItem]:
         """Yield the items of a file. Raises StoreError, or _FileChanged if its content does not have the hash."""
