@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -165,14 +166,17 @@ class SandboxProcess(_ServerControls):
         ]
 
     def __enter__(self) -> Self:
-        self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line.startswith(_READY):
-            _, errors = self._process.communicate()
-            raise ServerUnavailable(f"The sandbox server did not start: {errors.strip()[-500:]}")
+        # Errors go to a file: a pipe that nobody reads stops the server when it is full.
+        with tempfile.TemporaryFile("w+") as log:
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+            assert self._process.stdout is not None
+            line = self._process.stdout.readline()
+            if not line.startswith(_READY):
+                self._process.communicate()
+                log.seek(0)
+                raise ServerUnavailable(f"The sandbox server did not start: {log.read().strip()[-500:]}")
         self.url = line.removeprefix(_READY).strip()
         return self
 

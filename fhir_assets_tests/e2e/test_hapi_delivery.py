@@ -83,10 +83,10 @@ class Story:
         process = self.start()
         begin = self.relay.sent
         while self.hospital.waiting() and self.relay.sent < begin + requests:
-            assert process.poll() is None, process.communicate()[1].decode()
+            assert process.poll() is None, self.hospital.log.read_text()[-2000:]
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.wait()
         # The server may still execute the last requests of the connector.
         before = -1
         while before != self.relay.sent:
@@ -97,11 +97,10 @@ class Story:
         """Deliver everything, and end the connector as a service manager does."""
         process = self.start()
         while self.hospital.waiting():
-            assert process.poll() is None, process.communicate()[1].decode()
+            assert process.poll() is None, self.hospital.log.read_text()[-2000:]
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors.decode()
+        assert process.wait() == 0, self.hospital.log.read_text()[-2000:]
 
     def start(self) -> "subprocess.Popen[bytes]":
         return self.hospital.process(

@@ -68,21 +68,27 @@ class Hospital:
                 thread.join()
 
     def process(self, **environment: str) -> "subprocess.Popen[bytes]":
-        """Start ``fhir-assets connector run`` in a process of its own."""
-        return subprocess.Popen(
-            [sys.executable, "-c", "from fhir_assets.cli.connector import app; app()", "run"],
-            env={
-                **os.environ,
-                "DB_URL": self.url,
-                "FHIR_BASE_URL": self.server.url,
-                "METRICS_PORT": "0",
-                "CONNECTOR_FIRST_WAIT_SECONDS": "0.05",
-                **environment,
-            },
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            cwd=self.settings.home,
-        )
+        """Start ``fhir-assets connector run`` in a process of its own. It logs to ``log``."""
+        with self.log.open("ab") as log:  # Not a pipe, which nobody reads: a full one stops the connector.
+            return subprocess.Popen(
+                [sys.executable, "-c", "from fhir_assets.cli.connector import app; app()", "run"],
+                env={
+                    **os.environ,
+                    "DB_URL": self.url,
+                    "FHIR_BASE_URL": self.server.url,
+                    "METRICS_PORT": "0",
+                    "CONNECTOR_FIRST_WAIT_SECONDS": "0.05",
+                    **environment,
+                },
+                stdin=subprocess.DEVNULL,
+                stderr=log,
+                cwd=self.settings.home,
+            )
+
+    @property
+    def log(self) -> Path:
+        """The file with the log lines of the processes of :meth:`process`."""
+        return self.settings.home / "connector.log"
 
     def patients(self) -> dict[str, dict[str, Any]]:
         """Return the server's patients by MRN. Fail if two patients have the same MRN."""

@@ -99,7 +99,7 @@ def assert_changes_are_delivered(hospital: Hospital, *, changes: int, writers: i
             assert connector.poll() is None, "the connector ended by itself"
             time.sleep(0.01)
         connector.send_signal(signal.SIGKILL)
-        connector.communicate()
+        connector.wait()
         connector = hospital.process(CONNECTOR_MAX_WAIT_SECONDS="0.5")
     for writer in writers_running:
         writer.join()
@@ -108,8 +108,7 @@ def assert_changes_are_delivered(hospital: Hospital, *, changes: int, writers: i
         assert connector.poll() is None, "the connector ended by itself"
         time.sleep(0.1)
     connector.send_signal(signal.SIGTERM)
-    _, errors = connector.communicate()
-    assert connector.returncode == 0, errors.decode()
+    assert connector.wait() == 0, hospital.log.read_text()[-2000:]
     assert hospital.dead() == []
     hospital.server.set_faults()
     check_equal(hospital)
