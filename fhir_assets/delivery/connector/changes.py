@@ -94,7 +94,7 @@ class Change:
             change that removed it from the other record is not delivered yet.
         sent: What was sent for the record without an answer.
         holders: The other records whose resources were delivered with an identifier of this record.
-        sent_by_others: The hashes of what was sent without an answer for other records with the current identifier.
+        sent_by_others: What was sent without an answer for other records with an identifier of this record.
         locks: The keys of the advisory locks on the record's identifiers.
         outgoing: The resource to send, or the error that prevents it; None if the row was deleted.
 
@@ -111,13 +111,17 @@ class Change:
     contested: bool
     sent: tuple[Sent, ...] = ()
     holders: tuple[Holder, ...] = ()
-    sent_by_others: frozenset[str] = frozenset()
+    sent_by_others: tuple[Sent, ...] = ()
     locks: frozenset[int] = field(default_factory=frozenset)
     outgoing: Outgoing | Exception | None = None
 
     def hashes_sent_with(self, identifier: Identifier) -> set[str]:
         """Return the hashes of what was sent for the record with this identifier, without an answer."""
         return {sent.content_hash for sent in self.sent if sent.identifier == identifier}
+
+    def hashes_sent_by_others(self, identifier: Identifier) -> set[str]:
+        """Return the hashes of what was sent for other records with this identifier, without an answer."""
+        return {sent.content_hash for sent in self.sent_by_others if sent.identifier == identifier}
 
 
 def read_changes(conn: Connection, source: Source, claims: Sequence[Claim]) -> dict[str, tuple[Change, int | None]]:
@@ -164,9 +168,9 @@ def read_changes(conn: Connection, source: Source, claims: Sequence[Claim]) -> d
                 delivered=_read_delivered(delivered) if delivered is not None else None,
                 former_identifiers=tuple(Identifier(*identifier) for identifier in former),
                 contested=contested,
-                sent=tuple(Sent(Identifier(system, value), content_hash) for system, value, content_hash in sent),
+                sent=_read_sent(sent),
                 holders=tuple(_read_holder(holder) for holder in holders),
-                sent_by_others=frozenset(others),
+                sent_by_others=_read_sent(others),
             ),
             lock,
         )
@@ -177,6 +181,10 @@ def _read_delivered(row: dict[str, Any]) -> Delivered:
     identifier = Identifier(row["identifier_system"], row["identifier_value"])
     names = ("resource_id", "server", "version_id", "sent_hash", "stored_hash")
     return Delivered(identifier=identifier, **{name: row[name] for name in names})
+
+
+def _read_sent(rows: Sequence[tuple[str, str, str]]) -> tuple[Sent, ...]:
+    return tuple(Sent(Identifier(system, value), content_hash) for system, value, content_hash in rows)
 
 
 def _read_holder(row: dict[str, Any]) -> Holder:
@@ -212,6 +220,15 @@ _READ = sql.SQL("""
         FROM waiting
         LEFT JOIN {table} t ON t.{key} = waiting.record_id::{type}
         LEFT JOIN health.fhir_delivered d ON d.source = %(source)s AND d.record_id = waiting.record_id
+    ),
+    own AS MATERIALIZED (
+        SELECT record_id, system, value FROM record
+        UNION
+        SELECT record_id, delivered_system, delivered_value FROM record
+        UNION
+        SELECT record.record_id, sent.identifier_system, sent.identifier_value
+        FROM record
+        JOIN health.fhir_sent sent ON sent.source = %(source)s AND sent.record_id = record.record_id
     )
     SELECT
         record.record_id,
@@ -250,27 +267,24 @@ _READ = sql.SQL("""
                     false
                 )
             )), '[]')
-            FROM (
-                VALUES (record.system, record.value), (record.delivered_system, record.delivered_value)
-                UNION
-                SELECT identifier_system, identifier_value
-                FROM health.fhir_sent sent
-                WHERE sent.source = %(source)s AND sent.record_id = record.record_id
-            ) AS own (system, value)
+            FROM own
             JOIN health.fhir_delivered holder
                 ON holder.source = %(source)s
                 AND holder.identifier_system = own.system
                 AND holder.identifier_value = own.value
                 AND holder.record_id <> record.record_id
             LEFT JOIN {table} row_of_holder ON row_of_holder.{key} = holder.record_id::{type}
+            WHERE own.record_id = record.record_id
         ),
         (
-            SELECT coalesce(jsonb_agg(content_hash), '[]')
-            FROM health.fhir_sent sent
-            WHERE sent.source = %(source)s
-            AND sent.identifier_system = record.system
-            AND sent.identifier_value = record.value
-            AND sent.record_id <> record.record_id
+            SELECT coalesce(jsonb_agg(jsonb_build_array(own.system, own.value, sent.content_hash)), '[]')
+            FROM own
+            JOIN health.fhir_sent sent
+                ON sent.source = %(source)s
+                AND sent.identifier_system = own.system
+                AND sent.identifier_value = own.value
+                AND sent.record_id <> record.record_id
+            WHERE own.record_id = record.record_id
         ),
         hashtext(record.system || '|' || record.value)
     FROM record

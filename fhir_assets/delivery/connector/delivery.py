@@ -131,7 +131,8 @@ class Delivery:
     def _create(self, source: Source, change: Change, outgoing: Outgoing) -> Acknowledged:
         """Create the record's resource, or update the one that an earlier delivery has created."""
         # With take_over and without an earlier delivery, the conditional update itself finds a single foreign match.
-        has_earlier = change.claim.attempts > 1 or change.sent or change.sent_by_others or change.delivered
+        sent_by_others = change.hashes_sent_by_others(outgoing.identifier)
+        has_earlier = change.claim.attempts > 1 or change.sent or sent_by_others or change.delivered
         if not self._take_over or has_earlier or change.holders:
             held = self._find(source, change, outgoing.identifier)
             if held is not None:
@@ -287,7 +288,9 @@ def _is_own(change: Change, identifier: Identifier, held: Held, *, alone: bool) 
         if holder.resource_id == held.id:
             return not holder.current and held.content_hash in holder.hashes
     sent = change.hashes_sent_with(identifier)
-    if held.content_hash in sent | (change.sent_by_others if _is_current(change, identifier) else frozenset()):
+    if _is_current(change, identifier):
+        sent |= change.hashes_sent_by_others(identifier)
+    if held.content_hash in sent:
         return True
     # An earlier release delivered to a server that returned no id: its conditional update matched only this resource.
     return alone and known is not None and known.resource_id is None and known.identifier == identifier

@@ -31,6 +31,8 @@ class Removal:
         known = change.delivered
         if known is not None and known.resource_id is not None:
             held = self._lookup.read(source, known.resource_id)
+            if held is not None and _is_of_another_row(held, known.identifier, known.hashes, change):
+                return Acknowledged(change, "nothing", None)
             if held is not None:
                 _require_unchanged(held, known, change)
                 self._delete(source, held)
@@ -61,6 +63,8 @@ class Removal:
         hashes = change.hashes_sent_with(identifier)
         if change.delivered is not None and change.delivered.identifier == identifier:
             hashes |= change.delivered.hashes
+        if _is_of_another_row(matches[0], identifier, hashes, change):
+            return None
         if matches[0].content_hash not in hashes:
             raise PermanentFailure(
                 "not-ours",
@@ -75,6 +79,14 @@ class Removal:
             "DELETE", f"{source.resource_type}/{held.id}", if_match=held.version_id, absent=ABSENT
         )
         self._confirmation.confirm_deletion(source, reply, held.id)
+
+
+def _is_of_another_row(held: Held, identifier: Identifier, hashes: set[str], change: Change) -> bool:
+    """Return whether another row with this identifier has taken the resource over since.
+
+    Its request had no answer yet. It is delivered again or, if that row is deleted too, deleted with it.
+    """
+    return held.content_hash not in hashes and held.content_hash in change.hashes_sent_by_others(identifier)
 
 
 def _require_unchanged(held: Held, known: Delivered, change: Change) -> None:

@@ -393,6 +393,34 @@ def test_a_new_row_takes_over_what_a_deleted_row_has_left(ward: Ward) -> None:
     assert ward.server.families() == {ours: "New"}
 
 
+@pytest.mark.parametrize("confirmed", [False, True])
+def test_the_deletion_of_a_row_leaves_what_another_row_has_made_of_its_resource(ward: Ward, confirmed: bool) -> None:
+    deleted = ward.admit("1", "Old")
+    ward.server.lose = 0 if confirmed else 1
+    ward.deliver(connector_max_attempts=1)
+    [ours] = ward.server.patients
+    ward.discharge()
+    ward.execute("DELETE FROM health.fhir_outbox WHERE processed_at IS NULL")
+    ward.admit("1", "New")
+    ward.server.lose = 1
+    ward.deliver(connector_max_attempts=1)
+    assert ward.server.families() == {ours: "New"}
+    ward.execute(
+        "INSERT INTO health.fhir_outbox (source, record_id, table_name, operation)"
+        " VALUES ('patient', %s, 'patient', 'DELETE')", str(deleted),
+    )  # fmt: skip
+    ward.deliver()
+    assert ward.server.families() == {ours: "New"}
+    assert ward.reasons() == ["attempts-used-up"]
+    ward.rename()
+    ward.deliver()
+    assert ward.server.families() == {ours: "Changed"}
+    assert ward.reasons() == []
+    ward.discharge()
+    ward.deliver()
+    assert ward.server.families() == {}
+
+
 @pytest.mark.parametrize("mrn", ["7 ", " 7", "7\u00a0", "\u3000 7\t", "a,b|c$d\\e ", "\u00a0a\\", "7\ufeff"])
 def test_what_is_asked_and_what_is_sent_are_one_value(ward: Ward, mrn: str) -> None:
     ward.admit(mrn)
