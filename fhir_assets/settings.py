@@ -167,6 +167,13 @@ class Settings(BaseSettings):
     fhir_assets_home: Path = Field(
         Path(".fhir_assets"), description="The folder of the embedded Postgres, the store and Dagster"
     )
+    fhir_postgres_port: int | None = Field(
+        None,
+        ge=1024,
+        le=65535,
+        description="The port of 127.0.0.1 that the embedded Postgres also listens on, for BI tools (`fhir-assets "
+        "reader`); unset: none",
+    )
     validation_warn_rules: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Comma-separated validation rules that only warn, for example `invariant:obs-6`"
     )

@@ -39,6 +39,11 @@ COMMANDS = {
         "psql",
         "Open psql on the database of DB_URL, or on the embedded one.",
     ),
+    "reader": CommandSource(
+        "fhir_assets.cli.reader",
+        "reader",
+        "Print the host, port, login and password that BI tools connect with to the embedded Postgres.",
+    ),
     "sources": CommandSource(
         "fhir_assets.cli.sources",
         "app",

@@ -116,7 +116,7 @@ def _keep_postgres(settings: Settings) -> None:
     """Restart the embedded Postgres if it has exited."""
     if not (embedded.is_running(settings.home) or embedded.is_running(settings.home)):
         _report("The embedded Postgres does not answer: restarting it")
-        embedded.ensure(settings.home)
+        embedded.ensure(settings.home, port=settings.fhir_postgres_port)
 
 
 def _report(message: str) -> None:

@@ -33,7 +33,10 @@ def psql(
     """
     settings = load_settings()
     started = settings.db_url is None and not embedded.is_running(settings.home)
-    url = settings.db_url.get_secret_value() if settings.db_url else embedded.ensure(settings.home)
+    if settings.db_url:
+        url = settings.db_url.get_secret_value()
+    else:
+        url = embedded.ensure(settings.home, port=settings.fhir_postgres_port)
     try:
         code = _run(_find_program(settings), url, arguments or [])
     finally:

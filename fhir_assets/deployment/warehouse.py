@@ -26,6 +26,7 @@ class Warehouse:
     def __init__(self, settings: Settings) -> None:
         self._db_url = settings.db_url.get_secret_value() if settings.db_url else None
         self._home: Path = settings.home
+        self._port = settings.fhir_postgres_port
         self.source = settings.source
         """The key of the source that all sessions belong to."""
         self._cipher = build_cipher(settings)
@@ -50,7 +51,7 @@ class Warehouse:
                     url = self._db_url
                     schema_state.require_current(url)
                 else:
-                    url = embedded.ensure(self._home)
+                    url = embedded.ensure(self._home, port=self._port)
                     _upgrade(url)
                 with connections.connect(url) as conn:
                     self._cipher = encryption_secret.unlock(conn, self._cipher)
@@ -71,7 +72,7 @@ class Warehouse:
 
         Raises DatabaseUnavailable, and ConfigurationError if the schema is not at the revision of this version.
         """
-        url = self._db_url or embedded.ensure(self._home)
+        url = self._db_url or embedded.ensure(self._home, port=self._port)
         schema_state.require_current(url)
         conn = connections.connect(url, source=self.source)
         conn.read_only = True
@@ -79,7 +80,7 @@ class Warehouse:
 
     def migrate(self) -> None:
         """Create or upgrade the schema. Raises as ``migrations.upgrade`` does."""
-        _upgrade(self._db_url or embedded.ensure(self._home))
+        _upgrade(self._db_url or embedded.ensure(self._home, port=self._port))
 
     @contextmanager
     def hold_run(self, run_id: str) -> Iterator["Warehouse"]:

@@ -290,7 +290,7 @@ def dagster_url(settings: Settings) -> str:
     if url := os.environ.get("DAGSTER_POSTGRES_URL"):
         return connections.normalise_url(url)
     if settings.db_url is None:
-        return embedded.ensure(settings.home, embedded.DAGSTER_DATABASE)
+        return embedded.ensure(settings.home, embedded.DAGSTER_DATABASE, port=settings.fhir_postgres_port)
     return connections.with_database(settings.db_url.get_secret_value(), embedded.DAGSTER_DATABASE)
 
 

@@ -112,7 +112,7 @@ def ensure_dagster_database(settings: Settings) -> str:
     Raises DatabaseUnavailable.
     """
     if settings.db_url is None:
-        return embedded.ensure(settings.home, embedded.DAGSTER_DATABASE)
+        return embedded.ensure(settings.home, embedded.DAGSTER_DATABASE, port=settings.fhir_postgres_port)
     url = settings.db_url.get_secret_value()
     connections.ensure_database(url, embedded.DAGSTER_DATABASE)
     return connections.with_database(url, embedded.DAGSTER_DATABASE)

