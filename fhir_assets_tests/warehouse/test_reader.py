@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import polars
 import psutil
 import psycopg
 import pytest
@@ -120,6 +121,14 @@ def test_other_connections_are_refused(port: int, user: str, password: str | Non
         password = facts["password"]
     with pytest.raises(psycopg.OperationalError, match=r"password|pg_hba\.conf|no entry"):
         psycopg.connect(host="127.0.0.1", port=port, user=user, password=password, dbname=database, passfile="/none")
+
+
+def test_polars_reads_a_mart_by_the_lines_of_the_documentation(port: int) -> None:
+    facts = call_reader()
+    with closing(psycopg.connect(facts["url"])) as conn:
+        found = polars.read_database("SELECT * FROM marts.patient_current", conn, infer_schema_length=None)
+    assert found.height == 0
+    assert {"id", "birth_date", "age"} <= set(found.columns)
 
 
 def test_it_listens_on_loopback_only(home: Path, port: int) -> None:
