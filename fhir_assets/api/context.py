@@ -19,15 +19,16 @@ from psycopg_pool import ConnectionPool, PoolTimeout
 from fhir_assets.api.access import Token
 from fhir_assets.api.bodies import read_json_body
 from fhir_assets.api.dagster import DagsterClient
+from fhir_assets.api.submissions import Submission, build_audit_records
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.landing import build_landing_zone, build_receiver
 from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.validation import build_validator
-from fhir_assets.deployment.views import build_views
+from fhir_assets.deployment.views import build_views, find_reference_bases
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import DatabaseUnavailable
-from fhir_assets.fhir.record import Record
+from fhir_assets.fhir.references import Bases
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.metrics.exposition import render_metrics
 from fhir_assets.metrics.pipeline import DatabaseCollector, build_collector
@@ -38,7 +39,7 @@ from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.settings import Settings
 from fhir_assets.storage.landing_zone import Zone
 from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.ops import audit_log, visits
+from fhir_assets.warehouse.ops import audit_log, record_posts, visits
 from fhir_assets.warehouse.postgres.db.connections import Session, connection_pool
 from fhir_assets.warehouse.postgres.db.group_commit import GroupCommit
 from fhir_assets.warehouse.postgres.queries.patient_directory import PatientDirectory
@@ -50,15 +51,6 @@ CONNECTION_TIMEOUT_SECONDS = 5
 MAX_WAITING_REQUESTS = 8
 """Number of requests that may wait for runs to end. Each occupies one of the 40 threads that answer requests."""
 _DATABASE_UNAVAILABLE = "Postgres cannot be reached: start it, or correct DB_URL, then try again"
-
-
-@dataclass(frozen=True, slots=True)
-class Submission:
-    """The accepted records of one request, and the audit records to write with them."""
-
-    records: Sequence[Record]
-    audit_records: Sequence[AuditRecord]
-    actor: str
 
 
 class AppContext:
@@ -95,6 +87,11 @@ class AppContext:
         return PostedDecisions(
             lambda: build_views(self.settings).views, build_consent_gate(self.settings), self.settings.window_scheme
         )
+
+    @cached_property
+    def reference_bases(self) -> Bases:
+        """The base URLs below which an absolute reference is one to the source."""
+        return find_reference_bases(self.settings)
 
     @cached_property
     def zone(self) -> Zone:
@@ -152,7 +149,7 @@ class AppContext:
         return [None] * len(submissions)
 
     def receive(self, submissions: Sequence[Submission], origin: str) -> None:
-        """Write the records of all submissions to ``raw`` and their audit records to the log, or write nothing.
+        """Write the records of all submissions to ``raw``, with their audit records and posts, or write nothing.
 
         The consents among the records take effect immediately. Raises StoreError or DatabaseUnavailable.
         """
@@ -163,17 +160,20 @@ class AppContext:
                     conn, [patient.id for patient in patients], max(patient.as_of for patient in patients)
                 )
 
-        def decide(conn: Session) -> None:
+        audit_records: list[AuditRecord] = []
+
+        def record_posts_and_decide(conn: Session) -> None:
+            known = record_posts.find_known(conn, [key for submission in submissions for key in submission.keys])
+            audit_records.extend(build_audit_records(conn, submissions, known))
             for submission in submissions:
+                record_posts.record(conn, submission.build_post(origin), submission.keys)
                 self._decisions.record(conn, submission.records, actor=submission.actor, now=datetime.now(UTC))
 
         self.receiver.receive(
             records,
             origin,
-            audit_records=lambda _: (
-                audit_record for submission in submissions for audit_record in submission.audit_records
-            ),
-            before_commit=decide,
+            audit_records=lambda _: audit_records,
+            before_commit=record_posts_and_decide,
             posted=True,
         )
 

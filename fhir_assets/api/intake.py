@@ -1,16 +1,16 @@
 """Routes that take patient records and FHIR resources. Accepted records are stored in ``raw`` before the answer."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 import orjson
 from fastapi import APIRouter, Response
 
-from fhir_assets.api.context import AppContext, Caller, Context, CurrentCaller, RawBody, Submission
+from fhir_assets.api.context import AppContext, Caller, Context, CurrentCaller, RawBody
 from fhir_assets.api.idempotency import IdempotencyKey, answer_once
 from fhir_assets.api.intake_models import FHIR_BODY, FHIR_JSON, OPERATION_OUTCOME, RECORDS_BODY, IntakeResult
 from fhir_assets.api.problems import Problem, problem_responses
+from fhir_assets.api.submissions import Submission, build_task_id, find_subjects
 from fhir_assets.fhir.validation.issues import Issue, build_operation_outcome
 from fhir_assets.pipeline.receive.intake import (
     IntakeValidator,
@@ -20,7 +20,6 @@ from fhir_assets.pipeline.receive.intake import (
     read_submission,
     request_time,
 )
-from fhir_assets.privacy.audit import AuditRecord
 
 router = APIRouter(tags=["intake"])
 
@@ -39,6 +38,7 @@ router = APIRouter(tags=["intake"])
                     "schema": {"$ref": "#/components/schemas/IntakeResult"},
                     "example": {
                         "request_id": "4a9d0c3c1b6f1f7d11",
+                        "task_id": None,
                         "accepted": 0,
                         "rejected": 1,
                         "results": [
@@ -70,7 +70,8 @@ def ingest_records(context: Context, caller: CurrentCaller, body: RawBody, key: 
     issues of each record. If every record is rejected, the status is 422.
 
     Accepted records are stored in `raw` before the answer. A post loader loads them into the tables within seconds;
-    without one, the sensor `load_received` starts the run that loads them.
+    without one, the sensor `load_received` starts the run that loads them. `/ingest/tasks/{task_id}` says when they are
+    loaded, and how many of them consent withholds.
     """
 
     def work(origin: str) -> Response:
@@ -80,7 +81,7 @@ def ingest_records(context: Context, caller: CurrentCaller, body: RawBody, key: 
             raise Problem(400, str(error)) from None
         require_record_limit(context, len(bodies))
         validated = _build_validator(context, origin).validate_bodies(bodies)
-        _receive(context, caller, origin, validated, key)
+        task_id = _receive(context, caller, origin, validated, key)
         results = [
             {
                 "index": index,
@@ -97,6 +98,7 @@ def ingest_records(context: Context, caller: CurrentCaller, body: RawBody, key: 
         accepted = sum(record.accepted for record in validated)
         content = {
             "request_id": caller.request_id,
+            "task_id": task_id,
             "accepted": accepted,
             "rejected": len(validated) - accepted,
             "results": results,
@@ -183,19 +185,24 @@ def _build_validator(context: AppContext, origin: str) -> IntakeValidator:
 
 def _receive(
     context: AppContext, caller: Caller, origin: str, validated: Sequence[ValidatedRecord], key: str | None
-) -> None:
-    """Store the accepted records in ``raw``, with an audit record for each resource type."""
+) -> str | None:
+    """Store the accepted records in ``raw``, and return the id of the task, None if there are none."""
     records = [record for validated_record in validated for record in validated_record.records]
     if not records:
-        return
-    by_type = Counter(record.resource_type for record in records)
-    audit_records = [
-        AuditRecord("create", caller.actor, name, count=count, request_id=caller.request_id)
-        for name, count in sorted(by_type.items())
-    ]
-    submission = Submission(records, audit_records, caller.actor)
+        return None
+    submission = Submission(
+        task_id=build_task_id(origin),
+        records=records,
+        subjects=[find_subjects(record, context.reference_bases) for record in records],
+        count=len(validated),
+        rejected=sum(not validated_record.accepted for validated_record in validated),
+        actor=caller.actor,
+        token=caller.token.name,
+        request_id=caller.request_id,
+    )
     if key is None:
         context.receive_grouped(submission)
     else:
         # A repeated request is recognized by its origin, which a group of submissions would hide.
         context.receive([submission], origin)
+    return submission.task_id

@@ -38,9 +38,27 @@ class IntakeResult(BaseModel):
     """The answer to a submission. Accepted records are stored in `raw`, and a later run loads them into the tables."""
 
     request_id: str
+    task_id: str | None = Field(
+        description="The id of the task; its status is at /ingest/tasks/{task_id}. Null if nothing was accepted",
+        examples=["records-3f9a1c2b7d604e583f9a1c2b7d604e58"],
+    )
     accepted: int
     rejected: int
     results: list[RecordResult]
+
+
+class RecordsTask(BaseModel):
+    """The progress of a post to /api/v1/ingest. What is not known until all of it is loaded is null before."""
+
+    task_id: str = Field(examples=["records-3f9a1c2b7d604e583f9a1c2b7d604e58"])
+    status: Literal["received", "loaded"] = Field(description="`received`: in raw; `loaded`: the load has ended")
+    records_received: int
+    records_rejected: int
+    resources: int = Field(description="The resources of the accepted records")
+    loaded: int | None = Field(description="Those that are in the tables")
+    withheld: int | None = Field(description="Those that consent keeps out of the tables now")
+    dead_letters: int | None = Field(description="Those that became dead letters")
+    run_ids: list[str] = Field(description="The runs that loaded them")
 
 
 RECORDS_BODY: dict[str, Any] = {

@@ -3,6 +3,8 @@
 The post loader loads the file, or Dagster if no post loader runs.
 """
 
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -15,16 +17,18 @@ from pydantic import BaseModel, Field
 from fhir_assets.api.context import AppContext, Caller, Context, CurrentCaller, RawBody
 from fhir_assets.api.idempotency import IdempotencyKey, answer_once
 from fhir_assets.api.intake import require_record_limit
-from fhir_assets.api.intake_models import without_keywords
+from fhir_assets.api.intake_models import RecordsTask, without_keywords
 from fhir_assets.api.problems import FieldError, Problem, problem_responses
 from fhir_assets.api.run_models import DeadLetter
 from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.fhir.intake.schemas import load_schema
-from fhir_assets.privacy.audit import AuditRecord
-from fhir_assets.warehouse.ops import dead_letters, landing_files, visits
+from fhir_assets.privacy.audit import Action, AuditRecord
+from fhir_assets.warehouse.ops import audit_log, dead_letters, landing_files, record_posts, visits
 from fhir_assets.warehouse.ops.dead_letters import Selection
+from fhir_assets.warehouse.ops.record_posts import ResourceKey
 from fhir_assets.warehouse.ops.visits import VisitFileState, VisitPost
+from fhir_assets.warehouse.postgres.db.connections import Session
 
 router = APIRouter(tags=["visits"])
 
@@ -156,19 +160,21 @@ def ingest_visits(context: Context, caller: CurrentCaller, body: RawBody, key: I
 
 @router.get(
     "/ingest/tasks/{task_id}",
-    response_model=VisitsTask,
+    response_model=VisitsTask | RecordsTask,
     responses=problem_responses(404),
-    summary="The progress of a posted list of visits",
+    summary="The progress of a post",
 )
-def visits_task(
+def show_task(
     context: Context,
     task_id: Annotated[str, Path(pattern=r"^[A-Za-z0-9.-]{1,64}$", examples=[_TASK_EXAMPLE])],
 ) -> Response:
-    """The status of the file, the number of its records of each kind, and the rows that became dead letters."""
+    """For visits: the status of the file, the number of its records of each kind, and its dead letters.
+    For records of `/api/v1/ingest`: how many resources are in the tables, withheld by consent, or dead letters.
+    """
     with context.connection() as conn:
         post = visits.get_post(conn, task_id)
         if post is None:
-            raise Problem(404, "there is no task with this id")
+            return _show_records_task(conn, task_id)
         state = visits.get_file_state(conn, post.zone, post.csv_filename)
         selection = Selection(origins=[state.origin] if state.origin else [])
         failed = dead_letters.find(conn, selection, limit=_MAX_LISTED) if state.dead_letters else []
@@ -188,22 +194,81 @@ def visits_task(
     return Response(orjson.dumps(content, default=str), media_type="application/json")
 
 
+def _show_records_task(conn: Session, task_id: str) -> Response:
+    post = record_posts.get(conn, task_id)
+    if post is None:
+        raise Problem(404, "there is no task with this id")
+    state = record_posts.get_state(conn, post)
+    content = {
+        "task_id": post.task_id,
+        "status": "received" if state.waits else "loaded",
+        "records_received": post.records,
+        "records_rejected": post.rejected,
+        "resources": state.resources,
+        "loaded": state.loaded,
+        "withheld": state.withheld,
+        "dead_letters": state.dead_letters,
+        "run_ids": state.run_ids,
+    }
+    return Response(orjson.dumps(content), media_type="application/json")
+
+
 def _write_file(context: AppContext, caller: Caller, valid: list[dict[str, str]], count: int) -> VisitPost:
     """Write the valid visits of a list of ``count`` records to the landing zone, and record the post."""
     # The id begins with the time, because the landing zone is read in the order of file names.
     task_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{uuid4().hex[:16]}"
     name = f"visits-{task_id}.csv{context.zone.suffix}"
     post = VisitPost(task_id, context.zone.url, name, count, count - len(valid), caller.token.name)
-    audit_record = AuditRecord("create", caller.actor, "Encounter", count=len(valid), request_id=caller.request_id)
     with context.connection() as conn:
+        audit_records = _build_audit_records(context, conn, caller, valid)
         visits.record_post(conn, post)
         try:
             file = context.zone.put(post.csv_filename, visits_csv.write(valid))
         except (StoreError, ConfigurationError) as error:
             raise Problem(503, str(error), headers={"Retry-After": "5"}) from None
         landing_files.record_posted(conn, post.zone, file)
-    context.record_audit(audit_record)
+    context.record_audit(*audit_records)
     return post
+
+
+def _build_audit_records(
+    context: AppContext, conn: Session, caller: Caller, valid: Sequence[Mapping[str, str]]
+) -> list[AuditRecord]:
+    """Return the audit records of valid visits: for each patient, those of the Patient and of the Encounters.
+
+    What the ledger of visits or the tables know is updated, even if the visit has nothing new.
+    """
+    keys = [
+        (context.derive_id("Patient", visit["mrn"]), context.derive_id("Encounter", visit["visit_account_number"]))
+        for visit in valid
+    ]
+    patient_ids = list(dict.fromkeys(patient_id for patient_id, _ in keys))
+    visit_ids = list(dict.fromkeys(visit_id for _, visit_id in keys))
+    known = record_posts.find_known(
+        conn, [*(("Patient", key) for key in patient_ids), *(("Encounter", key) for key in visit_ids)]
+    )
+    known |= {("Patient", key) for key in visits.find_persons(conn, patient_ids)}
+    known |= {("Encounter", key) for key in visits.find_visits(conn, visit_ids)}
+    counts = Counter[tuple[str, Action, str]]()
+    for patient_id, visit_id in keys:
+        patient: tuple[str, Action, str] = ("Patient", _action(("Patient", patient_id), known), patient_id)
+        counts[patient] = 1
+        counts["Encounter", _action(("Encounter", visit_id), known), patient_id] += 1
+    return [
+        AuditRecord(
+            action,
+            caller.actor,
+            name,
+            audit_log.hash_subject(conn, "Patient", patient_id),
+            count,
+            request_id=caller.request_id,
+        )
+        for (name, action, patient_id), count in sorted(counts.items())
+    ]
+
+
+def _action(key: ResourceKey, known: Set[ResourceKey]) -> Action:
+    return "update" if key in known else "create"
 
 
 def _parse_records(body: bytes) -> list[Any]:

@@ -101,5 +101,11 @@ def list_prunable(
             lambda: (retention.count_expired_rows(conn, "incidents", before), None),
             lambda: retention.delete_expired_rows(conn, "incidents", before),
         ),
+        Prunable(
+            "posts",
+            "tasks of posted records",
+            lambda: (retention.count_expired_rows(conn, "record_posts", before), None),
+            lambda: retention.delete_expired_rows(conn, "record_posts", before),
+        ),
         Prunable("store", "parts in the store that no manifest names", count_orphans, remove_orphans),
     ]

@@ -222,7 +222,7 @@ class Case:
     do: Callable[[Hospital], object]
     records: tuple[AuditRecord, ...]
     before: Callable[[Hospital], object] = lambda _: None
-    about: str | None = None
+    about: str | Callable[["Hospital"], str] | None = None
     keys: bool = True
 
 
@@ -265,6 +265,12 @@ CASES = {
     "create by the API": Case(
         lambda hospital: ingest_fhir(hospital.parts, CALLER, json.dumps(patient("posted")).encode()),
         (AuditRecord("create", ANNA, "Patient", request_id="request-1"),),
+        about="Patient/posted",
+    ),
+    "update by the API": Case(
+        lambda hospital: ingest_fhir(hospital.parts, CALLER, json.dumps(patient("a", active=True)).encode()),
+        (AuditRecord("update", ANNA, "Patient", request_id="request-1"),),
+        about="Patient/a",
     ),
     "create patient records by the API": Case(
         lambda hospital: ingest_records(
@@ -275,6 +281,7 @@ CASES = {
         ),
         (AuditRecord("create", ANNA, "Consent", request_id="request-1"),
          AuditRecord("create", ANNA, "Patient", request_id="request-1")),
+        about=lambda hospital: f"Patient/{hospital.cipher.identity('Patient', '1')}",
     ),
     "export": Case(
         export,
@@ -364,7 +371,8 @@ def test_an_action_and_its_audit_records_are_committed_in_one_transaction(
 
     case.do(hospital)
     new_records = sorted((_without_user(audit_record) for audit_record in hospital.records()[len(known) :]), key=_order)
-    subject = hospital.cipher.subject(*case.about.split("/")) if case.about else None
+    about = case.about(hospital) if callable(case.about) else case.about
+    subject = hospital.cipher.subject(*about.split("/")) if about else None
     assert new_records == [replace(audit_record, subject=subject) for audit_record in case.records]
     assert subject is None or subject not in ("Patient/a", "a")
     hospital.parts.close()

@@ -140,7 +140,7 @@ def restore_revision_0019(session: Session, *, encrypted: bool) -> None:
     session.execute("ALTER TABLE ops.consent_policy DROP COLUMN source")
     session.execute("ALTER TABLE ops.consent_policy ADD COLUMN one boolean PRIMARY KEY DEFAULT true")
     session.execute("DROP TABLE ops.identifier_types, ops.window_verdicts, ops.held_windows, ops.alert_cursor")
-    session.execute("DROP TABLE ops.partition_rows, ops.marts, ops.numbers")
+    session.execute("DROP TABLE ops.partition_rows, ops.marts, ops.numbers, ops.posted_resources, ops.record_posts")
     session.execute("DROP SCHEMA marts CASCADE")
     session.execute("ALTER TABLE fhir.resource DROP COLUMN created_at")
     session.execute("DROP FUNCTION ops.current_source()")

@@ -50,11 +50,9 @@ def record(conn: Session, *audit_records: AuditRecord) -> None:
                     previous,
                 ]
             )
-        with conn.cursor() as cursor:
-            cursor.executemany(
-                f"INSERT INTO ops.audit_log ({_COLUMNS}) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",  # noqa: S608
-                rows,
-            )
+        with conn.cursor() as cursor, cursor.copy(f"COPY ops.audit_log ({_COLUMNS}) FROM STDIN") as copy:
+            for row in rows:
+                copy.write_row(row)
         conn.execute("UPDATE ops.audit_head SET seq = %s, link = %s", [seq, previous])
 
 

@@ -14,13 +14,16 @@ _EXPIRED = {
     # Discarded dead letters are kept: reconciliation counts them.
     "dead_letters": sql.SQL("status = 'resolved' AND resolved_at < %(before)s"),
     "incidents": sql.SQL("closed_at < %(before)s"),
+    "record_posts": sql.SQL("posted_at < %(before)s"),
 }
+_KEYS = {"record_posts": sql.SQL("source, task_id")}
+"""The primary keys of the tables whose key is not ``id``."""
 
 
 def count_expired_rows(conn: Connection, table: str, before: datetime) -> int:
-    """Count the dead letters resolved, or the incidents closed, before a time.
+    """Count the dead letters resolved, the incidents closed, or the records posted, before a time.
 
-    ``table`` is ``dead_letters`` or ``incidents``.
+    ``table`` is ``dead_letters``, ``incidents`` or ``record_posts``.
     """
     query = sql.SQL("SELECT count(*) FROM {} WHERE {}").format(sql.Identifier("ops", table), _EXPIRED[table])
     row = conn.execute(query, {"before": before}).fetchone()
@@ -29,8 +32,13 @@ def count_expired_rows(conn: Connection, table: str, before: datetime) -> int:
 
 def delete_expired_rows(conn: Connection, table: str, before: datetime) -> int:
     """Delete the rows that ``count_expired_rows`` counts, in batches, and return their number."""
-    query = sql.SQL("DELETE FROM {table} WHERE id IN (SELECT id FROM {table} WHERE {expired} LIMIT {batch})").format(
-        table=sql.Identifier("ops", table), expired=_EXPIRED[table], batch=sql.Literal(BATCH)
+    query = sql.SQL(
+        "DELETE FROM {table} WHERE ({key}) IN (SELECT {key} FROM {table} WHERE {expired} LIMIT {batch})"
+    ).format(
+        table=sql.Identifier("ops", table),
+        key=_KEYS.get(table, sql.SQL("id")),
+        expired=_EXPIRED[table],
+        batch=sql.Literal(BATCH),
     )
     total = 0
     while True:

@@ -37,6 +37,7 @@ _OPERATOR_RIGHTS = {
     "consent_records": "",
     "idempotency": "",
     "numbers": "",
+    "posted_resources": "",
 }
 """The operator's rights on tables of ``ops`` where they differ from SELECT."""
 
