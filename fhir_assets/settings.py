@@ -305,7 +305,7 @@ class Settings(BaseSettings):
     )
     api_host: str = Field("127.0.0.1", description="The address that the HTTP API listens on")
     api_port: int = Field(8080, ge=0, le=65535, description="Port of the HTTP API")
-    api_docs: bool = Field(True, description="Serve /docs and /openapi.json to callers with a token")
+    api_docs: bool = Field(True, description="Serve /docs, /redoc and /openapi.json to callers with a token")
     api_rate_limit: float = Field(100, gt=0, description="Requests per second of one token, over all workers")
     api_max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Size limit of one request, in bytes")
     api_max_records: int = Field(10_000, ge=1, description="Maximum number of records in one request")

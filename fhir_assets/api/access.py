@@ -60,12 +60,22 @@ ROUTE_ROLES: Mapping[tuple[str, str], frozenset[Role]] = {
     ("GET", "/audit"): _AUDIT,
     ("GET", "/metrics"): _OPERATE,
     ("GET", "/docs"): _ALL,
+    ("GET", "/docs/files/{name}"): _ALL,
+    ("GET", "/redoc"): _ALL,
     ("GET", "/openapi.json"): _ALL,
 }
 """The roles that may call each route. The application does not start with a route that is missing here."""
 
 PUBLIC_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 """The paths that need no token."""
+
+DOCS_PATHS = frozenset({"/docs", "/redoc"})
+"""The pages that show the OpenAPI document. A browser asks for the token: the password of Basic authentication."""
+
+
+def is_read_by_browsers(path: str) -> bool:
+    """Return whether a path is one of ``DOCS_PATHS`` or of what they load, for which a browser sends the token."""
+    return path in DOCS_PATHS or path == "/openapi.json" or path.startswith("/docs/files/")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,10 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import APIRoute
 
 from fhir_assets import logs
-from fhir_assets.api import WORKERS_VARIABLE, audit, exports, health, intake, patients, problems, runs, visits
+from fhir_assets.api import WORKERS_VARIABLE, audit, docs, exports, health, intake, patients, problems, runs, visits
 from fhir_assets.api.access import PUBLIC_PATHS, ROUTE_ROLES, Authenticator, RateLimiter, parse_tokens
 from fhir_assets.api.context import AppContext
 from fhir_assets.api.middleware import RequestMiddleware
@@ -48,7 +46,7 @@ def create_app(settings: Settings, *, workers: int = 1) -> FastAPI:
     for module in (visits, intake, patients, runs, exports, health, audit):
         app.include_router(module.router)
     if settings.api_docs:
-        _add_docs_routes(app)
+        app.include_router(docs.build_router(lambda: build_openapi(app)))
     problems.install_handlers(app)
     _require_roles_of_all_routes(app)
     app.add_middleware(
@@ -113,16 +111,6 @@ def list_routes(app: FastAPI) -> list[APIRoute]:
         else:
             raise AssertionError(f"api.access does not check the roles of a route of type {type(route).__name__}")
     return routes
-
-
-def _add_docs_routes(app: FastAPI) -> None:
-    @app.get("/openapi.json", include_in_schema=False)
-    def openapi() -> JSONResponse:
-        return JSONResponse(build_openapi(app))
-
-    @app.get("/docs", include_in_schema=False)
-    def docs() -> HTMLResponse:
-        return get_swagger_ui_html(openapi_url="/openapi.json", title="fhir_assets")
 
 
 def build_openapi(app: FastAPI) -> dict[str, Any]:

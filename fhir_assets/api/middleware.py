@@ -12,7 +12,7 @@ from traceback import extract_tb
 from typing import Any
 from uuid import uuid4
 
-from fhir_assets.api.access import PUBLIC_PATHS, Authenticator, RateLimiter, Token
+from fhir_assets.api.access import DOCS_PATHS, PUBLIC_PATHS, Authenticator, RateLimiter, Token, is_read_by_browsers
 from fhir_assets.api.problems import Problem
 
 Scope = MutableMapping[str, Any]
@@ -33,9 +33,8 @@ _HEADERS = [
 _CSP = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
 _CSP_DOCS = (
     b"content-security-policy",
-    b"default-src 'none'; connect-src 'self'; img-src 'self' data: https://fastapi.tiangolo.com;"
-    b" script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src 'unsafe-inline' https://cdn.jsdelivr.net;"
-    b" frame-ancestors 'none'",
+    b"default-src 'none'; connect-src 'self'; img-src 'self' data:; script-src 'self' 'unsafe-inline';"
+    b" style-src 'self' 'unsafe-inline'; worker-src blob:; frame-ancestors 'none'",
 )
 
 
@@ -63,7 +62,7 @@ class RequestMiddleware:
         sent_id = headers.get(b"x-request-id", b"")
         request_id = sent_id.decode() if _is_request_id(sent_id) else uuid4().hex
         scope["fhir_assets.request_id"] = request_id
-        responder = _Responder(send, request_id, docs=scope["path"] == "/docs")
+        responder = _Responder(send, request_id, docs=scope["path"] in DOCS_PATHS)
         started = perf_counter()
         token: Token | None = None
         try:
@@ -105,7 +104,7 @@ class RequestMiddleware:
             return None
         token = self._authenticator.authenticate(headers.get(b"authorization", b"").decode("latin-1"))
         if token is None:
-            scheme = "Basic" if scope["path"] in ("/docs", "/openapi.json") else "Bearer"
+            scheme = "Basic" if is_read_by_browsers(scope["path"]) else "Bearer"
             raise Problem(
                 401,
                 "a bearer token is required: Authorization: Bearer <token>",

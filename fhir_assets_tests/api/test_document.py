@@ -38,7 +38,8 @@ def test_the_document_contains_all_routes_except_its_own(described: dict[str, An
     app = create_app(load_settings(api_tokens=TOKENS))
     existing = {(m.lower(), r.path) for r in list_routes(app) for m in r.methods or ()}
     documented = {(method, path) for path, operations in described["paths"].items() for method in operations}
-    assert existing - documented == {("get", "/docs"), ("get", "/openapi.json")}
+    undocumented = ("/docs", "/redoc", "/docs/files/{name}", "/openapi.json")
+    assert existing - documented == {("get", path) for path in undocumented}
 
 
 def test_every_operation_has_a_description_and_examples_of_its_problems(described: dict[str, Any]) -> None:
