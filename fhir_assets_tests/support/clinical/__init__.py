@@ -1,0 +1,1 @@
+"""Clinical questions: their SQL, their answers computed from the resources, and resources that they are asked of."""
