@@ -84,6 +84,8 @@ def print_file(
 def load(json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON")] = False) -> None:
     """Load all files of the landing zone now, without the Dagster sensors. Every file counts as complete.
 
+    Files that could not be read before are tried again after a waiting time, which is doubled with each attempt.
+
     The exit code is 0 only if all files could be read, all received resources were loaded, and every ViewDefinition is
     valid. Dead letters are not a failure: `dead-letters list` prints them, and `landing list --status bad` prints their
     files.
@@ -99,6 +101,8 @@ def load(json: Annotated[bool, typer.Option("--json", help="Print the summary as
             totals[name] += getattr(landed, name)
         if not landed.files:
             break
+    with warehouse.connect() as conn:
+        retries = landing_files.find_retries(conn, build_landing_zone(settings).url)
     instance = config.open_instance(settings)
     ingestion = Ingestion(settings, build_definitions(settings), instance)
     with hide_library_output():
@@ -110,6 +114,8 @@ def load(json: Annotated[bool, typer.Option("--json", help="Print the summary as
         print_json(
             {
                 **totals,
+                "retries": retries.files if retries else 0,
+                "retry_at": retries.next_at if retries else None,
                 "runs": run_ids,
                 "success": not failures,
                 "types": rows,
@@ -120,11 +126,9 @@ def load(json: Annotated[bool, typer.Option("--json", help="Print the summary as
         if rows:
             print_summary("Loaded", rows)
     report_failures(settings, failures)
-    if totals["failed"]:
-        errors.print(
-            "Some files could not be read: `fhir-assets landing list --status failed` prints them with the reasons"
-        )
+    if retries:
+        errors.print(f"{retries}: `fhir-assets landing list --status failed` prints the reasons", soft_wrap=True)
     broken = build_views(settings).broken
     report_broken_views(broken)
-    if failures or totals["failed"] or broken:
+    if failures or totals["failed"] or retries or broken:
         raise typer.Exit(1)

@@ -80,13 +80,16 @@ def build_landing(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
         with sanitized_errors():
             waiting = build_landing_step(settings, warehouse).scan()
         with sanitized_errors(), warehouse.connect() as conn:
-            state = landing_files.get_zone_state(conn, build_landing_zone(settings).url, sample=_SAMPLE_SIZE)
+            zone = build_landing_zone(settings).url
+            state = landing_files.get_zone_state(conn, zone, sample=_SAMPLE_SIZE)
+            retries = landing_files.find_retries(conn, zone)
         # The result of the check can change without a run, for example when dead letters of the files are resolved.
         cursor = f"{state.bad} bad files"
         events = [] if context.cursor in (None, cursor) else [_evaluation_event(state)]
         unfinished = context.instance.get_runs_count(dg.RunsFilter(job_name=LOAD_LANDING, statuses=UNFINISHED))
         if unfinished or not waiting:
-            reason = f"a run of {LOAD_LANDING} is not finished yet" if unfinished else "no complete file is waiting"
+            idle = f"no complete file is waiting; {retries}" if retries else "no complete file is waiting"
+            reason = f"a run of {LOAD_LANDING} is not finished yet" if unfinished else idle
             return dg.SensorResult(skip_reason=reason, asset_events=events, cursor=cursor)
         return dg.SensorResult(run_requests=[dg.RunRequest()], asset_events=events, cursor=cursor)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from psycopg import sql
@@ -176,6 +176,36 @@ def find_ready(
         },
     )
     return [ReadyFile(*row) for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Retries:
+    """The ``files`` that could not be read and are tried again, the first of them from the time ``next_at`` on."""
+
+    files: int
+    next_at: datetime
+
+    def __str__(self) -> str:
+        subject = f"{self.files:,} files that could not be read wait for their" if self.files > 1 else _ONE_FILE
+        return f"{subject} next attempt, from {self.next_at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC on"
+
+
+_ONE_FILE = "1 file that could not be read waits for its"
+
+
+def find_retries(conn: Connection, zone: str) -> Retries | None:
+    """Return the failed files of a zone, None if there are none."""
+    row = conn.execute(
+        """
+        SELECT
+            count(*),
+            min(tried_at + least(%(first)s * power(2, least(attempts, 20) - 1), %(longest)s) * interval '1 second')
+        FROM ops.landing_files
+        WHERE source = ops.current_source() AND zone = %(zone)s AND status = 'failed'
+        """,
+        {"zone": zone, "first": FIRST_WAIT_SECONDS, "longest": LONGEST_WAIT_SECONDS},
+    ).fetchone()
+    return Retries(*row) if row and row[0] else None
 
 
 def assign_batch(conn: Connection, zone: str, files: Sequence[ReadyFile], batch: str) -> list[ReadyFile]:
