@@ -2,7 +2,6 @@
 
 import logging
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from fhir_assets.cli.output import console, print_json, print_table
 from fhir_assets.delivery.connector import dead_letters, outbox
 from fhir_assets.delivery.connector.setup import build_connector, load_sources
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.errors import ConfigurationError, DatabaseUnavailable
+from fhir_assets.errors import ConfigurationError
 from fhir_assets.metrics.exposition import serve_metrics
 from fhir_assets.metrics.pipeline import register_database_metrics
 from fhir_assets.retries import RetryPolicy
@@ -75,7 +74,7 @@ def run(
     settings = load_settings()
     logs.configure("connector", settings.log_level)
     warehouse = Warehouse(settings)
-    _wait_for_database(warehouse)
+    warehouse.wait(DATABASE_WAIT, _log)
     with _connect_to_outbox(warehouse):
         pass
     with closing(build_connector(settings, warehouse.connect, workers=workers)) as connector:
@@ -152,23 +151,6 @@ def _connect_to_outbox(warehouse: Warehouse) -> Iterator[Connection]:
                 "the outbox is not installed, or an earlier release installed it: run `fhir-assets connector install`"
             )
         yield conn
-
-
-def _wait_for_database(warehouse: Warehouse) -> None:
-    """Wait until the database can be reached. Raises DatabaseUnavailable after ``DATABASE_WAIT.budget`` seconds."""
-    until = time.monotonic() + DATABASE_WAIT.budget
-    failures = 0
-    while True:
-        try:
-            with warehouse.connect():
-                return
-        except DatabaseUnavailable as error:
-            failures += 1
-            wait = DATABASE_WAIT.wait_seconds(failures)
-            if time.monotonic() + wait > until:
-                raise
-            _log.warning("waiting for the database", extra={"seconds": round(wait, 1), "reason": str(error)})
-            time.sleep(wait)
 
 
 def _require_selection(ids: list[int] | None, everything: bool, reason: str | None) -> None:

@@ -1,12 +1,16 @@
 """The database of a deployment: at DB_URL, or embedded."""
 
+import logging
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from threading import Lock
 
 from fhir_assets.deployment.encryption import build_cipher
+from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.privacy.encryption import Cipher
+from fhir_assets.retries import RetryPolicy
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import encryption_secret, runs
 from fhir_assets.warehouse.postgres.db import advisory_locks, connections, embedded, schema_state
@@ -66,6 +70,25 @@ class Warehouse:
     def connect(self) -> AbstractContextManager[connections.Session]:
         """Return a session for a ``with`` block; see ``connections.borrow_session``. Raises as ``url`` does."""
         return connections.borrow_session(self.url(), cipher=self.cipher(), source=self.source)
+
+    def wait(self, policy: RetryPolicy, log: logging.Logger) -> None:
+        """Wait until the database can be reached, and log a warning before each further attempt.
+
+        Raises DatabaseUnavailable after ``policy.budget`` seconds, and ConfigurationError as ``url`` does.
+        """
+        until = time.monotonic() + policy.budget
+        failures = 0
+        while True:
+            try:
+                with self.connect():
+                    return
+            except DatabaseUnavailable as error:
+                failures += 1
+                wait = policy.wait_seconds(failures)
+                if time.monotonic() + wait > until:
+                    raise
+                log.warning("waiting for the database", extra={"seconds": round(wait, 1), "reason": str(error)})
+                time.sleep(wait)
 
     def connect_read_only(self) -> connections.Connection:
         """Open a read-only connection without a cipher, for listing runs and dead letters. It changes no schema.

@@ -1,17 +1,18 @@
 """Responses of the API while the database or the store is unavailable, and after it is available again."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlsplit
 
+import psutil
 import pytest
-from psycopg import sql
+import requests
 
 from fhir_assets.api import context
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets_tests.support.api import TOKENS, Api, api_in_threads, free_port
+from fhir_assets_tests.support.api import TOKENS, Api, api_in_threads, api_process, api_settings, free_port
+from fhir_assets_tests.support.daemon import wait_until
+from fhir_assets_tests.support.databases import database_unavailable
 
 RECORD = {"records": [{"resourceType": "Patient", "mrn": "SECRET-MRN", "name": "Ada SECRET"}]}
 
@@ -27,20 +28,6 @@ def api(database: str, tmp_path: Path) -> Iterator[Api]:
     )
     with api_in_threads(settings) as running:
         yield running
-
-
-@contextmanager
-def database_unavailable(postgres: str, database: str) -> Iterator[None]:
-    """Refuse new connections to the database and end the existing ones."""
-    name = urlsplit(database).path.lstrip("/")
-    admit = sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS {}")
-    with connect(postgres, autocommit=True) as conn:
-        conn.execute(admit.format(sql.Identifier(name), sql.SQL("false")))
-        conn.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
-        try:
-            yield
-        finally:
-            conn.execute(admit.format(sql.Identifier(name), sql.SQL("true")))
 
 
 def test_without_the_database_responses_are_problems_without_data_and_the_api_recovers(
@@ -103,6 +90,38 @@ def test_a_missing_landing_zone_is_not_ready(database: str, tmp_path: Path) -> N
         zone.rmdir()
         answer = api.get("/health/ready", role=None)
         assert (answer.status_code, answer.json()["landing"]) == (503, False)
+
+
+@pytest.mark.slow
+def test_the_processes_of_the_api_outlive_an_outage_and_a_kill(database: str, postgres: str, tmp_path: Path) -> None:
+    values = api_settings(database, tmp_path, {"fhir_resource_types": "Patient"})
+    with api_process(values, tmp_path, workers=2) as api:
+        assert api.process is not None
+        supervisor = psutil.Process(api.process.pid)
+        with database_unavailable(postgres, database):
+            assert api.get("/patients").status_code == 503
+        assert api.post("/api/v1/ingest", json=RECORD).status_code == 202
+        killed = find_workers(supervisor)
+        assert len(killed) == 2
+        for worker in killed:
+            worker.kill()
+        wait_until(lambda: len(set(find_workers(supervisor)) - set(killed)) == 2, seconds=120)
+        wait_until(lambda: answers(api), seconds=120)
+        assert api.post("/api/v1/ingest", json=RECORD).status_code == 202
+        api.process.terminate()
+        assert api.process.wait(60) == 0
+
+
+def find_workers(supervisor: psutil.Process) -> list[psutil.Process]:
+    """Return the living processes that answer requests."""
+    living = [child for child in supervisor.children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in living if "spawn_main" in str(child.cmdline())]
+
+
+def answers(api: Api) -> bool:
+    with suppress(requests.ConnectionError):
+        return api.get("/health/live", role=None).ok
+    return False
 
 
 def test_metrics_are_for_operators(api: Api) -> None:

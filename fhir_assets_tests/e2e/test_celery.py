@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,8 +17,10 @@ import dagster as dg
 import pytest
 import requests
 from redis import Redis, RedisError
+from sqlalchemy.exc import OperationalError
 
 from fhir_assets.definitions import build_definitions
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.orchestration import dead_runs
 from fhir_assets.orchestration.dagster_internals import LaunchRunContext
 from fhir_assets.orchestration.instance import lost_messages
@@ -32,6 +34,7 @@ from fhir_assets.sandbox.process import SandboxProcess, SandboxServer
 from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.support.daemon import wait_until
 from fhir_assets_tests.support.dagster_internals import ReconstructableRepository, add_backfill
+from fhir_assets_tests.support.databases import database_unavailable
 from fhir_assets_tests.support.deployment import SHARED, Deploy, Deployment
 from fhir_assets_tests.support.deployment_daemon import END, NEVER, START, daemon, environment
 
@@ -238,6 +241,48 @@ def test_a_terminated_worker_finishes_its_run_and_leaves_the_next_run_to_others(
     with worker(slow_server, tmp_path / "two.log", env):
         wait_until(lambda: status(slow_server, second) is dg.DagsterRunStatus.SUCCESS, seconds=300)
     assert slow_server.count_loaded() == {"Patient": 2}
+
+
+def test_a_worker_outlives_an_outage_of_postgres_during_a_run_and_takes_the_next(
+    slow_server: Deployment, tmp_path: Path, postgres: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dead_runs, "GRACE", timedelta(0))
+    env = environment(slow_server, FHIR_EXECUTOR="celery")
+    first, second = launch(slow_server, "2024-01-01"), launch(slow_server, "2024-01-02")
+    with worker(slow_server, tmp_path / "one.log", env) as process:
+        wait_until(lambda: has_rows_of_run(slow_server, first), seconds=300)
+        with database_unavailable(postgres, slow_server.url):
+            time.sleep(8)  # Longer than the interval of the worker's check for a cancellation.
+            assert process.poll() is None
+        wait_until(lambda: is_over(slow_server, first), seconds=300)
+        wait_until(lambda: status(slow_server, second) is dg.DagsterRunStatus.SUCCESS, seconds=300)
+        assert process.poll() is None
+    log = (tmp_path / "one.log").read_text()
+    assert "raised unexpected" not in log
+    assert log.count("received") == 2
+
+
+def test_a_message_that_arrives_during_an_outage_of_postgres_waits_for_its_end(
+    slow_server: Deployment, tmp_path: Path, postgres: str
+) -> None:
+    run_id = launch(slow_server, "2024-01-01")
+    log, env = tmp_path / "one.log", environment(slow_server, FHIR_EXECUTOR="celery")
+    with ExitStack() as running:
+        with database_unavailable(postgres, slow_server.url):
+            running.enter_context(worker(slow_server, log, env))
+            wait_until(lambda: "waiting for the database" in log.read_text(), seconds=120)
+        wait_until(lambda: is_over(slow_server, run_id), seconds=300)
+    assert status(slow_server, run_id) is dg.DagsterRunStatus.SUCCESS
+
+
+def is_over(deployment: Deployment, run_id: str) -> bool:
+    """Look for dead runs as the daemon does, and return whether a run is finished."""
+    # The connections that the outage has ended fail once.
+    with suppress(OperationalError), Warehouse(deployment.settings).connect() as conn:
+        dead_runs.fail_dead_runs(deployment.instance, conn)
+        run = deployment.instance.get_run_by_id(run_id)
+        return run is not None and run.is_finished
+    return False
 
 
 def test_a_worker_ends_a_cancelled_run_and_takes_the_next(slow_server: Deployment, tmp_path: Path) -> None:

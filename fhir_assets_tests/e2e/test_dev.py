@@ -5,8 +5,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import psutil
 import pytest
 import requests
 
+from fhir_assets.warehouse.postgres.db.connections import connect, normalise_url
 from fhir_assets_tests.support.api import TOKENS
+from fhir_assets_tests.support.databases import database_unavailable
 
 QUERY = """
 {
@@ -70,21 +73,34 @@ def says_more_often(read: Callable[[], str], words: str, times: int) -> bool:
     return read().count(words) > times
 
 
-@pytest.mark.slow
-def test_each_process_of_dev_comes_back_after_sigkill(tmp_path: Path) -> None:
+@contextmanager
+def running_dev(folder: Path, **more: str) -> Iterator[tuple["subprocess.Popen[bytes]", Callable[[], str]]]:
+    """Run `fhir-assets dev` during the block. Yield its process and a function that returns what it has printed."""
     environment = {
         name: value
         for name, value in os.environ.items()
         if name not in ("DAGSTER_HOME", "DAGSTER_POSTGRES_URL", "DB_URL")
     }
-    environment |= {"FHIR_ASSETS_HOME": str(tmp_path / "home"), "FHIR_RESOURCE_TYPES": "Patient", "API_TOKENS": TOKENS}
+    environment |= {"FHIR_ASSETS_HOME": str(folder / "home"), "FHIR_RESOURCE_TYPES": "Patient", "API_TOKENS": TOKENS}
     command = [sys.executable, "-c", "from fhir_assets.cli import main; main()", "dev"]
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    text = (tmp_path / "log").read_text
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment | more, stdout=log, stderr=log)
     try:
-        wait_until(lambda: "Dagster UI: " in text(), text())
-        url = re.findall(r"http://127\.0\.0\.1:\d+", text())[0]
+        yield process, (folder / "log").read_text
+    finally:
+        process.terminate()
+        assert process.wait(90) == 0
+
+
+def find_url(text: Callable[[], str]) -> str:
+    wait_until(lambda: "Dagster UI: " in text(), text())
+    return str(re.findall(r"http://127\.0\.0\.1:\d+", text())[0])
+
+
+@pytest.mark.slow
+def test_each_process_of_dev_comes_back_after_sigkill(tmp_path: Path) -> None:
+    with running_dev(tmp_path) as (process, text):
+        url = find_url(text)
         wait_until(lambda: is_up(url), text())
         dev = psutil.Process(process.pid)
         for name, pattern in PARTS.items():
@@ -96,6 +112,25 @@ def test_each_process_of_dev_comes_back_after_sigkill(tmp_path: Path) -> None:
             wait_until(partial(says_more_often, text, "restarting it", told), f"{name}: {text()}")
             wait_until(lambda: is_up(url), f"{name}: {text()}")
             assert process.poll() is None, name
-    finally:
-        process.terminate()
-        assert process.wait(90) == 0
+
+
+@pytest.mark.slow
+def test_dev_goes_on_after_an_outage_of_postgres(tmp_path: Path, postgres: str, database: str) -> None:
+    dagster_url = normalise_url(database, "psycopg2")
+    with running_dev(tmp_path, DB_URL=database, DAGSTER_POSTGRES_URL=dagster_url) as (process, text):
+        url = find_url(text)
+        wait_until(lambda: is_up(url), text())
+        with database_unavailable(postgres, database):
+            time.sleep(10)
+        with connect(database) as conn:
+            (ended,) = conn.execute("SELECT now()").fetchone() or (None,)
+        wait_until(lambda: is_up(url), text())
+        wait_until(partial(has_ticked, database, ended), text())
+        assert process.poll() is None
+
+
+def has_ticked(database: str, since: datetime) -> bool:
+    """Return whether the daemon has evaluated a sensor since then."""
+    with connect(database) as conn:
+        row = conn.execute("SELECT max(update_timestamp) FROM job_ticks").fetchone()
+    return bool(row and row[0] and row[0].replace(tzinfo=UTC) > since)

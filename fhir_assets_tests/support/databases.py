@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import dagster as dg
 import pytest
@@ -36,6 +37,20 @@ def fresh_database(url: str, template: str = TEMPLATE) -> Iterator[str]:
     finally:
         with connect(url, autocommit=True) as conn:
             conn.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@contextmanager
+def database_unavailable(postgres: str, database: str) -> Iterator[None]:
+    """Refuse new connections to the database and end the existing ones."""
+    name = urlsplit(database).path.lstrip("/")
+    admit = sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS {}")
+    with connect(postgres, autocommit=True) as conn:
+        conn.execute(admit.format(sql.Identifier(name), sql.SQL("false")))
+        conn.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
+        try:
+            yield
+        finally:
+            conn.execute(admit.format(sql.Identifier(name), sql.SQL("true")))
 
 
 def ensure_template(url: str, dagster_home: Path) -> None:

@@ -10,6 +10,7 @@ a message and an execution plan for each of the 90 steps of a window, many of wh
 """
 
 import ctypes
+import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from threading import Thread
@@ -31,6 +32,7 @@ from fhir_assets.orchestration.dagster_internals import (
     read_run_id,
 )
 from fhir_assets.orchestration.instance import lost_messages
+from fhir_assets.retries import RetryPolicy
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.ops import runs
 
@@ -51,8 +53,13 @@ MAX_SENT_AGAIN = 3
 _CANCELLATION_CHECK_SECONDS = 5.0
 """The interval at which a worker checks whether its run is being cancelled."""
 
+_DATABASE_WAIT = RetryPolicy(first_wait=0.5, max_wait=10, budget=300)
+"""How long a worker waits for the database before it begins a run. Then the run's message is lost, and sent again."""
+
 _GRACE = timedelta(minutes=1)
 """The time that a run may take from its start until it holds its lock."""
+
+_log = logging.getLogger(__name__)
 
 
 class Launcher(CeleryRunLauncher):
@@ -140,7 +147,9 @@ def _execute_message(execute_job_args_packed: Any) -> int:
     Celery handles it: the worker finishes the run and exits. A process for each run would take about a second more.
     """
     run_id = read_run_id(execute_job_args_packed)
-    with Warehouse(load_settings()).take_run(run_id) as is_taken, dg.DagsterInstance.get() as instance:
+    warehouse = Warehouse(load_settings())
+    warehouse.wait(_DATABASE_WAIT, _log)
+    with warehouse.take_run(run_id) as is_taken, dg.DagsterInstance.get() as instance:
         if not is_taken:
             return 0
         run = instance.get_run_by_id(run_id)
@@ -155,10 +164,25 @@ def _execute_message(execute_job_args_packed: Any) -> int:
         thread.start()
         while thread.is_alive():
             thread.join(_CANCELLATION_CHECK_SECONDS)
-            run = instance.get_run_by_id(run_id)
-            if run is not None and run.status is dg.DagsterRunStatus.CANCELING:
+            if _is_being_cancelled(instance, run_id):
                 _interrupt(thread)
         return exit_codes[0] if exit_codes else 1
+
+
+def _is_being_cancelled(instance: dg.DagsterInstance, run_id: str) -> bool:
+    """Return whether a run is being cancelled, False if Dagster's database cannot be asked.
+
+    An error would end the message while its run goes on in its thread, beside the run of the next message.
+    """
+    try:
+        run = instance.get_run_by_id(run_id)
+    except Exception as error:  # Dagster's storage raises the errors of its driver.
+        _log.warning(
+            "Dagster's database could not be asked whether a run is being cancelled",
+            extra={"run": run_id, "reason": type(error).__name__},
+        )
+        return False
+    return run is not None and run.status is dg.DagsterRunStatus.CANCELING
 
 
 def _interrupt(thread: Thread) -> None:

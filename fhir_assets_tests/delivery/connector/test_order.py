@@ -12,6 +12,7 @@ from fhir_assets.delivery.connector import outbox, outcomes
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db import advisory_locks
+from fhir_assets_tests.support.databases import database_unavailable
 from fhir_assets_tests.support.hospital import Hospital
 
 LONG = 600.0
@@ -171,6 +172,20 @@ def test_a_lost_database_connection_is_reopened(hospital: Hospital) -> None:
         )
         hospital.admit("2")
         wait_until(lambda: "2" in hospital.families())
+
+
+@pytest.mark.slow
+def test_a_connector_outlives_an_outage_of_postgres(hospital: Hospital, postgres: str) -> None:
+    hospital.admit("1")
+    with hospital.process() as connector:
+        wait_until(lambda: "1" in hospital.families())
+        with database_unavailable(postgres, hospital.url):
+            wait_until(lambda: hospital.log.read_text().count("the connection to the database was lost") > 1)
+        hospital.admit("2")
+        wait_until(lambda: "2" in hospital.families())
+        assert connector.poll() is None
+        connector.terminate()
+        assert connector.wait(60) == 0
 
 
 def test_changes_wait_while_the_server_is_down(hospital: Hospital) -> None:
