@@ -109,7 +109,7 @@ def _build_normalized_step(
                 metadata = _metadata(loaded, seconds)
                 _log_load(context, name, loaded, seconds)
                 with warehouse.connect() as conn:
-                    rows = {view.name: count_rows(conn, view) for view in selected}
+                    rows = count_rows(conn, selected)
                     window_rows = count_rows_by_window(conn, selected, name, run.partition_keys)
                     window_counts = runs.find_counts(conn, run.run_id, name, run.partition_keys)
                 for view in selected:

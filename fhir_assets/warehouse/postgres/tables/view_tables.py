@@ -133,14 +133,28 @@ def hold_layouts(conn: Connection, resource_type: str, layouts: Mapping[str, str
         raise Overtaken(f"the views of {resource_type} were changed during the load: start this run again")
 
 
-def count_rows(conn: Connection, view: View) -> int:
-    """Return the number of rows in the table of a view: exact up to a million rows, otherwise Postgres's estimate."""
-    table = sql.Identifier(SCHEMA, view.name)
-    estimate = conn.execute("SELECT reltuples::bigint FROM pg_class WHERE oid = %s::regclass", [table.as_string(conn)])
-    count = estimate.fetchone()
-    if count is None or count[0] <= _MAX_EXACT_COUNT:
-        count = conn.execute(sql.SQL("SELECT count(*) FROM {}").format(table)).fetchone()
-    return int(count[0]) if count else 0
+def count_rows(conn: Connection, views: Sequence[View]) -> dict[str, int]:
+    """Return the number of rows in the table of each view, by the name of the view.
+
+    It is exact up to a million rows, otherwise Postgres's estimate.
+    """
+    estimates = conn.execute(
+        """
+        SELECT relname, reltuples::bigint
+        FROM pg_class
+        WHERE relnamespace = 'fhir'::regnamespace AND relname = ANY(%s)
+        """,
+        [[view.name for view in views]],
+    )
+    counts: dict[str, int] = dict(estimates.fetchall())
+    exact = [
+        sql.SQL("SELECT {}, count(*) FROM {}").format(sql.Literal(view.name), sql.Identifier(SCHEMA, view.name))
+        for view in views
+        if counts.get(view.name, 0) <= _MAX_EXACT_COUNT
+    ]
+    if exact:
+        counts.update(conn.execute(sql.SQL(" UNION ALL ").join(exact)).fetchall())
+    return counts
 
 
 def count_rows_by_window(
