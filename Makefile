@@ -63,7 +63,7 @@ lock: ## Resolve requirements/*.lock again, from pyproject.toml
 	$(COMPILE) --extra embedded --extra parquet --extra xlsx --extra celery --extra k8s -o requirements/runtime.lock
 	$(COMPILE) --extra dev -c requirements/runtime.lock -o requirements/dev.lock
 	$(COMPILE) --extra dev --extra benchmark -c requirements/dev.lock -o requirements/benchmark.lock
-	$(COMPILE) --extra test --extra dbt -c requirements/runtime.lock -o requirements/dbt.lock
+	$(COMPILE) --extra test --extra dbt --extra dashboard -c requirements/runtime.lock -o requirements/dbt.lock
 	echo 'hatchling editables' | tr ' ' '\n' | $(subst pyproject.toml,-,$(COMPILE)) -c requirements/dev.lock -o requirements/build.lock
 
 lint: $(VENV)/.installed-dev
@@ -110,8 +110,9 @@ newest-dagster: ## The tests of the event log on the newest Dagster release, in 
 	  fhir_assets_tests/e2e/test_range_events.py
 
 # dbt needs an older pathspec than the build backend of requirements/dev.lock, and therefore has an environment of its own.
-dbt-story: build/dbt/.installed ## The dbt package, run by dbt on Postgres and on the lake
-	PYTHONPATH=. build/dbt/bin/python -m pytest -m slow --durations=3 fhir_assets_tests/e2e/test_dbt.py
+dbt-story: build/dbt/.installed ## The dbt package, run by dbt on Postgres and on the lake; the dashboard
+	PYTHONPATH=. build/dbt/bin/python -m pytest -m slow --durations=3 fhir_assets_tests/e2e/test_dbt.py \
+	  fhir_assets_tests/e2e/test_dashboard.py
 
 build/dbt/.installed: requirements/dbt.lock
 	$(PYTHON) -m venv build/dbt

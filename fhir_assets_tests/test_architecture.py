@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "api": GROUND
     | {"settings", "logs", "fhir", "privacy", "storage", "warehouse", "metrics", "pipeline", "deployment"}
     | {"orchestration", "definitions"},
+    "dashboard": GROUND | {"settings", "warehouse", "deployment"},
     "cli": GROUND
     | {"settings", "logs", "fhir", "privacy", "storage", "warehouse", "metrics", "pipeline", "delivery"}
     | {"deployment", "orchestration", "definitions", "ingestion", "sandbox", "api"},

@@ -39,6 +39,11 @@ COMMANDS = {
         "psql",
         "Open psql on the database of DB_URL, or on the embedded one.",
     ),
+    "dashboard": CommandSource(
+        "fhir_assets.cli.dashboard",
+        "dashboard",
+        "Serve a page on 127.0.0.1 with population, conditions, encounters, results, completeness and freshness.",
+    ),
     "reader": CommandSource(
         "fhir_assets.cli.reader",
         "reader",
