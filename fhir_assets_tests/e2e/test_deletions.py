@@ -143,7 +143,12 @@ def test_a_history_that_is_refused_stops_no_load_and_is_red(deploy: Deploy, serv
 
 def test_a_server_without_a_history_is_a_warning(deploy: Deploy) -> None:
     with SearchServer([resource("Patient", "a")]) as server:
-        deployment = deploy(fhir_base_url=server.url, fhir_resource_types=("Patient",), fhir_deletes="history")
+        deployment = deploy(
+            fhir_base_url=server.url,
+            fhir_resource_types=("Patient",),
+            fhir_deletes="history",
+            fhir_last_updated_gte=TODAY - timedelta(days=1),
+        )
         outcomes = deployment.ingest()
         warnings = [check.metadata.get("warnings") for o in outcomes for check in deployment.checks(o.run_id)]
     assert "the server offers no history" in str(warnings)

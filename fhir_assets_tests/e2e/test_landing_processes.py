@@ -80,6 +80,7 @@ def test_the_daemon_finds_receives_and_loads_files_by_itself(deploy: Deploy, tmp
     assert deployment.count_dead_letters() == {"json": 1}
 
 
+@pytest.mark.slow
 def test_the_landing_command_loads_waiting_files_and_names_the_invalid_one(deploy: Deploy, tmp_path: Path) -> None:
     zone = LandingZone(str(tmp_path / "landing"))
     zone.put("good.ndjson", patient("a", START))

@@ -117,6 +117,7 @@ def reexecute(client: GraphqlClient, deployment: Deployment, run_id: str) -> dg.
     return ended
 
 
+@pytest.mark.slow
 def test_the_runs_of_commands_can_be_executed_again_in_the_ui_without_a_warning(
     deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
