@@ -76,6 +76,7 @@ RECORDS_BODY: dict[str, Any] = {
                             "items": {
                                 "anyOf": [
                                     without_keywords(load_schema("patient_record")),
+                                    without_keywords(load_schema("observation_record")),
                                     {
                                         "type": "object",
                                         "title": "A FHIR R4 resource",
@@ -96,6 +97,14 @@ RECORDS_BODY: dict[str, Any] = {
                             "birthDate": "1970-01-31",
                             "gender": "female",
                             "consent": {"data_sharing": True, "research": False},
+                        },
+                        {
+                            "resourceType": "Observation",
+                            "mrn": "MRN-0001",
+                            "code": "8867-4",
+                            "value": 72,
+                            "unit": "/min",
+                            "effectiveDateTime": "2026-01-30T08:15:00+01:00",
                         },
                         {
                             "resourceType": "Observation",

@@ -112,13 +112,28 @@ def find_visit_problems(row: Mapping[str, str], today: date | None = None) -> It
 
 def find_patient_problems(record: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """Yield the problems of a patient record that conforms to its schema, as pairs of a member and a message."""
-    mrn, born = str(record["mrn"]), str(record.get("birthDate", EARLIEST_BIRTH))
-    if problem := find_invisible(mrn) or find_number_problem(mrn):
-        yield "mrn", problem
+    yield from _find_mrn_problem(record)
+    born = str(record.get("birthDate", EARLIEST_BIRTH))
     if born < EARLIEST_BIRTH:
         yield "birthDate", f"is before {EARLIEST_BIRTH}: does the year have four digits?"
     elif born > (datetime.now(UTC) + timedelta(days=1)).date().isoformat():
         yield "birthDate", "is in the future: does the year have the right century?"
+
+
+def find_observation_problems(record: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Yield the problems of an observation that conforms to its schema, as pairs of a member and a message."""
+    yield from _find_mrn_problem(record)
+    value = record["value"]
+    if "unit" in record and (isinstance(value, str | bool)):
+        yield "unit", "needs a value that is a number"
+    if isinstance(value, str) and not value.strip():
+        yield "value", "must not be blank"
+
+
+def _find_mrn_problem(record: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    mrn = str(record["mrn"])
+    if problem := find_invisible(mrn) or find_number_problem(mrn):
+        yield "mrn", problem
 
 
 def _latest_visit(today: date | None) -> str:

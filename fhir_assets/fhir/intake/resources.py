@@ -4,6 +4,7 @@ Ids are derived from record numbers, so that a person has the same Patient id in
 passes the derivation: with encryption keys, an id does not reveal the record number.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,9 @@ PURPOSE_SYSTEM = "https://fhir-assets.dev/CodeSystem/consent-purpose"
 INTAKE_POLICY = "https://fhir-assets.dev/policy/intake"
 MRN_SYSTEM = "https://fhir-assets.dev/NamingSystem/mrn"
 ACCOUNT_SYSTEM = "https://fhir-assets.dev/NamingSystem/visit-account-number"
+_CATEGORY = "http://terminology.hl7.org/CodeSystem/observation-category"
+_LOINC = "http://loinc.org"
+_is_loinc = re.compile(r"[0-9]{1,7}-[0-9]").fullmatch
 _V2_0203 = "http://terminology.hl7.org/CodeSystem/v2-0203"
 
 
@@ -58,6 +62,45 @@ def build_patient_resources(record: Mapping[str, Any], derive_id: DeriveId, *, n
     if "consent" in record:
         resources.append(_consent(record["consent"], patient["id"], derive_id("Consent", mrn), now))
     return resources
+
+
+def is_observation_record(record: object) -> bool:
+    """Return whether ``record`` is an intake record of an observation rather than a FHIR Observation.
+
+    An intake record has the member ``mrn``, which FHIR does not know.
+    """
+    return isinstance(record, dict) and record.get("resourceType") == "Observation" and "mrn" in record
+
+
+def build_observation(record: Mapping[str, Any], derive_id: DeriveId) -> dict[str, Any]:
+    """Return the Observation of a valid observation record. Numbers keep their digits if they are Decimals."""
+    code = _build_concept(record["code"])
+    identity = [record["mrn"], code, record["effectiveDateTime"]]
+    observation: dict[str, Any] = {
+        "resourceType": "Observation",
+        "id": record.get("id") or derive_id("Observation", orjson.dumps(identity).decode()),
+        "status": record.get("status", "final"),
+    }
+    if "category" in record:
+        observation["category"] = [{"coding": [{"system": _CATEGORY, "code": record["category"]}]}]
+    observation["code"] = code
+    observation["subject"] = {"reference": f"Patient/{derive_id('Patient', record['mrn'])}"}
+    observation["effectiveDateTime"] = record["effectiveDateTime"]
+    value = record["value"]
+    if isinstance(value, bool):
+        observation["valueBoolean"] = value
+    elif isinstance(value, str):
+        observation["valueString"] = value
+    else:
+        unit = {"unit": record["unit"]} if "unit" in record else {}
+        observation["valueQuantity"] = {"value": orjson.Fragment(str(value)), **unit}
+    return observation
+
+
+def _build_concept(code: str | Mapping[str, str]) -> dict[str, Any]:
+    if not isinstance(code, str):
+        return {"coding": [dict(code)]}
+    return {"coding": [{"system": _LOINC, "code": code}]} if _is_loinc(code) else {"text": code}
 
 
 def build_visit_patient(row: Mapping[str, str], resource_id: str, *, version: int, updated: str) -> dict[str, Any]:
@@ -121,7 +164,7 @@ def _consent(consent: Mapping[str, bool], patient_id: str, consent_id: str, now:
                 {"system": "http://terminology.hl7.org/CodeSystem/consentscope", "code": "patient-privacy"},
             ]
         },
-        "category": [{"coding": [{"system": "http://loinc.org", "code": "59284-0", "display": "Consent Document"}]}],
+        "category": [{"coding": [{"system": _LOINC, "code": "59284-0", "display": "Consent Document"}]}],
         "patient": {"reference": f"Patient/{patient_id}"},
         "dateTime": now,
         "policy": [{"uri": INTAKE_POLICY}],

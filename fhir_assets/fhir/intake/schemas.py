@@ -13,7 +13,7 @@ import orjson
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
-SchemaName = Literal["visit", "patient_record"]
+SchemaName = Literal["visit", "patient_record", "observation_record"]
 
 _TRIMMED_TEXT = r"^[^\s\u0000-\u001f]([^\u0000-\u001f]*[^\s\u0000-\u001f])?$(?!\n)"
 _PATTERN_MESSAGES = {
@@ -105,7 +105,7 @@ def _describe(error: ValidationError) -> Iterator[str]:
     elif rule == "additionalProperties":
         yield f"only these fields are known: {', '.join(schema['properties'])}"
     elif rule == "type":
-        yield f"must be of type {expected}"
+        yield f"must be of type {expected if isinstance(expected, str) else ' or '.join(expected)}"
     elif rule == "format":
         yield f"must be a {expected}, such as 2024-02-29"
     elif rule == "enum":
@@ -119,7 +119,7 @@ def _describe(error: ValidationError) -> Iterator[str]:
     elif rule == "minProperties":
         yield "must not be empty"
     elif rule == "anyOf":
-        yield "must be a text, or an object with first and last"
+        yield schema["$comment"]
     elif rule == "pattern":
         yield _PATTERN_MESSAGES.get(expected, f"must match {expected}")
     else:

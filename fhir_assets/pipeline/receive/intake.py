@@ -1,9 +1,10 @@
 """Validates records that are posted over HTTP, and turns the accepted ones into Records for a Receiver."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any, TypeVar
 
 import msgspec
@@ -57,9 +58,10 @@ class IntakeValidator:
         self._types = frozenset(resource_types)
         self._origin = origin
         self._now = now
+        self._observations: dict[str, bytes] = {}
 
     def validate_bodies(self, bodies: Iterable[bytes]) -> list[ValidatedRecord]:
-        """Validate bodies, each a FHIR resource or a patient record, and return the results in the same order."""
+        """Validate bodies, each a FHIR resource or an intake record, and return the results in the same order."""
         return [self._validate(index, to_single_line(body)) for index, body in enumerate(bodies)]
 
     def _validate(self, index: int, body: bytes) -> ValidatedRecord:
@@ -74,6 +76,8 @@ class IntakeValidator:
             known_name = name if name in LOAD_ORDER else None
             message = _CONTAINER if name in CONTAINERS else self._describe_types()
             return ValidatedRecord(known_name, None, (Issue(STRUCTURE, "error", "Resource", message),))
+        if name == "Observation" and b'"mrn"' in body and resources.is_observation_record(value := _parse_digits(body)):
+            return self._validate_observation_record(value)
         if header.id is None and body[:1] == b"{":
             header.id = self._assign_id(index)
             body = containers.insert_id(body, header.id)
@@ -83,14 +87,8 @@ class IntakeValidator:
         return ValidatedRecord(name, header.id, result.issues, (build_record(body, header, self._now, posted=True),))
 
     def _validate_patient_record(self, record: dict[str, Any]) -> ValidatedRecord:
-        if errors := schemas.find_errors("patient_record", record):
-            issues = (
-                Issue(SCHEMA, "error", f"Patient{error.path.replace('/', '.')}", error.message) for error in errors
-            )
-            return ValidatedRecord("Patient", None, tuple(issues))
-        if problems := list(cells.find_patient_problems(record)):
-            issues = (Issue(SCHEMA, "error", f"Patient.{name}", message) for name, message in problems)
-            return ValidatedRecord("Patient", None, tuple(issues))
+        if issues := _find_issues("patient_record", record, cells.find_patient_problems):
+            return ValidatedRecord("Patient", None, issues)
         built = resources.build_patient_resources(
             record, self._derive_id, now=self._now.isoformat(timespec="milliseconds")
         )
@@ -108,11 +106,47 @@ class IntakeValidator:
             records.append(build_record(body, read_header(body), self._now, posted=True))
         return ValidatedRecord("Patient", records[0].id, (), tuple(records))
 
+    def _validate_observation_record(self, record: dict[str, Any]) -> ValidatedRecord:
+        if issues := _find_issues("observation_record", record, cells.find_observation_problems):
+            return ValidatedRecord("Observation", None, issues)
+        resource = resources.build_observation(record, self._derive_id)
+        body = resources.encode_resource(resource)
+        result = self._validator.check(body)
+        if result.valid and self._observations.setdefault(resource["id"], body) != body:
+            message = "another record of the request has the same patient, code and time: give each of them an id"
+            return ValidatedRecord("Observation", None, (Issue(SCHEMA, "error", "Observation.id", message),))
+        if not result.valid:
+            return ValidatedRecord("Observation", None, result.issues)
+        built = build_record(body, read_header(body), self._now, posted=True)
+        return ValidatedRecord("Observation", built.id, result.issues, (built,))
+
     def _assign_id(self, index: int) -> str:
         return hashlib.sha256(f"{self._origin}#{index}".encode()).hexdigest()[:32]
 
     def _describe_types(self) -> str:
         return f"this deployment does not load the resource type; it loads {', '.join(sorted(self._types))}"
+
+
+def _find_issues(
+    name: schemas.SchemaName,
+    record: dict[str, Any],
+    find_problems: Callable[[Mapping[str, object]], Iterable[tuple[str, str]]],
+) -> tuple[Issue, ...]:
+    """Return the issues of an intake record: those of its schema, or else those of its values."""
+    resource_type = record["resourceType"]
+    if errors := schemas.find_errors(name, record):
+        found = [(error.path.replace("/", "."), error.message) for error in errors]
+    else:
+        found = [(f".{member}", message) for member, message in find_problems(record)]
+    return tuple(Issue(SCHEMA, "error", f"{resource_type}{path}", message) for path, message in found)
+
+
+def _parse_digits(body: bytes) -> Any:
+    """Parse JSON with Decimals for numbers with a fraction. Return None for text that is not JSON."""
+    try:
+        return _DECIMALS.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def _parse_json(body: bytes) -> Any:
@@ -203,6 +237,7 @@ def _read_type(body: bytes) -> str:
         raise UnreadableBody(str(error)) from None
 
 
+_DECIMALS = msgspec.json.Decoder(float_hook=Decimal)
 _SUBMISSION = msgspec.json.Decoder(_Submission)
 _BUNDLE = msgspec.json.Decoder(_Bundle)
 _ARRAY = msgspec.json.Decoder(list[msgspec.Raw])
