@@ -1,7 +1,9 @@
 """The counts of a run add up: each fetched resource is loaded, superseded, dead, withheld or older than the start."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -106,6 +108,28 @@ def test_a_run_counts_what_it_did_and_not_what_the_window_had_before(
     again = counts(deployment, deployment.ingest(refresh=Refresh.FULL))
     assert (again["fetched"], again["loaded"], again["superseded"], again["dead"]) == (5, 3, 1, 1)
     assert_adds_up(again)
+
+
+def test_the_counts_of_a_run_into_a_window_with_earlier_data_have_one_scope(
+    deployment: Deployment, server: SearchServer
+) -> None:
+    def add(key: str, seconds_ago: float, **elements: str) -> None:
+        moment = datetime.now(UTC) - timedelta(seconds=seconds_ago)
+        text = moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        server.resources.append(resource("Patient", key, text, **elements))
+
+    for n in range(10):
+        add(f"n{n}", 60)
+    deployment.ingest()
+    add("new", 0)
+    add("wrong", 0, gender="x")
+    time.sleep(0.01)  # A load reads what was updated before it began.
+    rows = deployment.query(
+        "SELECT server_total, fetched, valid, dead, superseded, loaded FROM ops.run_types"
+        " WHERE run_id = ANY(%s) AND fetched > 0",
+        [outcome.run_id for outcome in deployment.ingest()],
+    )
+    assert rows == [(2, 2, 1, 1, 0, 1)]
 
 
 def test_a_dead_letter_of_the_load_is_counted(deployment: Deployment, server: SearchServer) -> None:
