@@ -96,6 +96,12 @@ def test_the_commands_of_dagster_in_the_deployment_have_the_options_that_they_na
         assert [word for word in words if word.startswith("-") and word not in options] == []
 
 
+def test_compose_starts_every_service_again_that_ends() -> None:
+    policies = {name: service.get("restart") for name, service in compose()["services"].items()}
+    assert policies.pop("migrate") == "on-failure"
+    assert set(policies.values()) == {"unless-stopped"}, policies
+
+
 def test_compose_starts_redis_and_two_workers_in_profile_celery() -> None:
     celery = {name: service for name, service in compose()["services"].items() if service.get("profiles") == ["celery"]}
     assert sorted(celery) == ["redis", "worker"]
