@@ -106,18 +106,17 @@ newest-dagster: ## The tests of the event log on the newest Dagster release, in 
 	build/newest/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --upgrade \
 	  dagster dagster-postgres dagster-webserver dagster-graphql
 	build/newest/bin/python -m pip list | grep -i '^dagster'
-	PYTHONPATH=. build/newest/bin/python -m pytest fhir_assets_tests/orchestration/instance \
+	PYTHONPATH=$(CURDIR) build/newest/bin/python -m pytest fhir_assets_tests/orchestration/instance \
 	  fhir_assets_tests/e2e/test_range_events.py
 
 # dbt needs an older pathspec than the build backend of requirements/dev.lock, and therefore has an environment of its own.
 dbt-story: build/dbt/.installed ## The dbt package, run by dbt on Postgres and on the lake; the dashboard
-	PYTHONPATH=. build/dbt/bin/python -m pytest -m slow --durations=3 fhir_assets_tests/e2e/test_dbt.py \
+	PYTHONPATH=$(CURDIR) build/dbt/bin/python -m pytest -m slow --durations=3 fhir_assets_tests/e2e/test_dbt.py \
 	  fhir_assets_tests/e2e/test_dashboard.py
 
 build/dbt/.installed: requirements/dbt.lock
 	$(PYTHON) -m venv build/dbt
-	build/dbt/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --require-hashes \
-	  -r requirements/dbt.lock
+	$(subst $(BIN),build/dbt/bin,$(PIP)) --require-hashes -r requirements/dbt.lock
 	touch $@
 
 # Upload and connector against a FHIR server that is not ours; needs node 20 and npm.
