@@ -110,9 +110,9 @@ newest-dagster: ## The tests of the event log on the newest Dagster release, in 
 	  fhir_assets_tests/e2e/test_range_events.py
 
 # dbt needs an older pathspec than the build backend of requirements/dev.lock, and therefore has an environment of its own.
-dbt-story: build/dbt/.installed ## The dbt package, run by dbt on Postgres and on the lake; the dashboard
+dbt-story: build/dbt/.installed ## The dbt package, run by dbt on Postgres and on the lake; the dashboard, pandas
 	PYTHONPATH=$(CURDIR) build/dbt/bin/python -m pytest -m slow --durations=3 fhir_assets_tests/e2e/test_dbt.py \
-	  fhir_assets_tests/e2e/test_dashboard.py
+	  fhir_assets_tests/e2e/test_dashboard.py fhir_assets_tests/e2e/test_data_frames.py
 
 build/dbt/.installed: requirements/dbt.lock
 	$(PYTHON) -m venv build/dbt
