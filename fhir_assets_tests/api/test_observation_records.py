@@ -68,19 +68,33 @@ def test_values_keep_their_kind_and_their_digits(api: Api) -> None:
     assert (group["code"], group["valueString"]) == ({"coding": [local]}, "A")
 
 
-def test_an_observation_that_is_posted_again_is_the_same_and_a_correction_is_its_next_version(api: Api) -> None:
-    ids = {post(api, record)[0]["id"] for record in (PULSE, PULSE, {**PULSE, "value": 71, "status": "corrected"})}
-    assert len(ids) == 1
-    (other,) = post(api, {**PULSE, "effectiveDateTime": "2024-01-30T08:16:00+01:00"})
-    (named,) = post(api, {**PULSE, "id": "lab-1"})
-    assert other["id"] not in ids
-    assert named["id"] == "lab-1"
+def test_an_observation_that_is_posted_again_is_the_same_and_another_value_is_another_one(api: Api) -> None:
+    [posted] = {post(api, record)[0]["id"] for record in (PULSE, PULSE, {**PULSE, "status": "entered-in-error"})}
+    others: list[dict[str, Any]] = [
+        {"value": 90},
+        {"value": "72", "unit": None},
+        {"unit": "Hz"},
+        {"effectiveDateTime": "2024-01-30"},
+    ]
+    records = [{name: value for name, value in {**PULSE, **other}.items() if value} for other in others]
+    ids = {post(api, record)[0]["id"] for record in records}
+    assert len(ids | {posted}) == 5
     assert "SECRET" not in str(ids)
 
 
-def test_two_values_at_one_time_in_a_request_are_not_taken_for_versions_of_each_other(api: Api) -> None:
-    first, same, second, named = post(api, PULSE, PULSE, {**PULSE, "value": 90}, {**PULSE, "value": 90, "id": "second"})
-    assert [each["status"] for each in (first, same, second, named)] == ["accepted", "accepted", "rejected", "accepted"]
+def test_a_correction_has_the_id_of_the_answer(api: Api) -> None:
+    (posted,) = post(api, PULSE)
+    (corrected,) = post(api, {**PULSE, "id": posted["id"], "value": 71, "status": "corrected"})
+    assert corrected["id"] == posted["id"]
+    first, second = map(orjson.loads, raw(api))
+    assert (first["id"], second["id"]) == (posted["id"], posted["id"])
+    assert (first["valueQuantity"]["value"], second["valueQuantity"]["value"]) == (72, 71)
+
+
+def test_two_records_of_a_request_are_not_taken_for_versions_of_each_other(api: Api) -> None:
+    preliminary = {**PULSE, "status": "preliminary"}
+    first, same, other, second = post(api, PULSE, PULSE, {**PULSE, "value": 90}, preliminary)
+    assert [each["status"] for each in (first, same, other, second)] == ["accepted", "accepted", "accepted", "rejected"]
     (issue,) = second["issues"]
     assert (issue["path"], "give each of them an id" in issue["message"]) == ("Observation.id", True)
 

@@ -73,9 +73,14 @@ def is_observation_record(record: object) -> bool:
 
 
 def build_observation(record: Mapping[str, Any], derive_id: DeriveId) -> dict[str, Any]:
-    """Return the Observation of a valid observation record. Numbers keep their digits if they are Decimals."""
+    """Return the Observation of a valid observation record. Numbers keep their digits if they are Decimals.
+
+    The value is part of the derived id: two readings of one day are two Observations, not versions of one.
+    """
     code = _build_concept(record["code"])
-    identity = [record["mrn"], code, record["effectiveDateTime"]]
+    value = record["value"]
+    kind = type(value).__name__ if isinstance(value, bool | str) else "number"
+    identity = [record["mrn"], code, record["effectiveDateTime"], kind, str(value), record.get("unit")]
     observation: dict[str, Any] = {
         "resourceType": "Observation",
         "id": record.get("id") or derive_id("Observation", orjson.dumps(identity).decode()),
@@ -86,7 +91,6 @@ def build_observation(record: Mapping[str, Any], derive_id: DeriveId) -> dict[st
     observation["code"] = code
     observation["subject"] = {"reference": f"Patient/{derive_id('Patient', record['mrn'])}"}
     observation["effectiveDateTime"] = record["effectiveDateTime"]
-    value = record["value"]
     if isinstance(value, bool):
         observation["valueBoolean"] = value
     elif isinstance(value, str):

@@ -113,7 +113,9 @@ class IntakeValidator:
         body = resources.encode_resource(resource)
         result = self._validator.check(body)
         if result.valid and self._observations.setdefault(resource["id"], body) != body:
-            message = "another record of the request has the same patient, code and time: give each of them an id"
+            message = (
+                "another record of the request has the same patient, code, time and value: give each of them an id"
+            )
             return ValidatedRecord("Observation", None, (Issue(SCHEMA, "error", "Observation.id", message),))
         if not result.valid:
             return ValidatedRecord("Observation", None, result.issues)
