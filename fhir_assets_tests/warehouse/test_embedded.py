@@ -14,7 +14,9 @@ import pytest
 
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError, DatabaseUnavailable
+from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.settings import load_settings
+from fhir_assets.warehouse.ops import audit_log
 from fhir_assets.warehouse.postgres.db import embedded, migrations, schema_state
 from fhir_assets.warehouse.postgres.db.connections import connect
 
@@ -80,6 +82,20 @@ def test_committed_rows_survive_kill_9(home: Path) -> None:
     os.kill(_server_pid(url), signal.SIGKILL)
     with connect(embedded.ensure(home)) as conn:
         assert conn.execute("SELECT x FROM committed").fetchone() == (1,)
+
+
+def test_audit_records_and_what_is_committed_with_them_survive_kill_9(home: Path) -> None:
+    warehouse = Warehouse(load_settings(db_url=None, fhir_assets_home=home))
+    with warehouse.connect() as conn:
+        assert conn.execute("SHOW synchronous_commit").fetchone() == ("off",)
+        conn.execute("CREATE TABLE done AS SELECT 1 AS x")
+        audit_log.record(conn, AuditRecord("create", "test", "Patient"))
+        conn.commit()
+        assert conn.execute("SHOW synchronous_commit").fetchone() == ("off",)
+        os.kill(_server_pid(warehouse.url()), signal.SIGKILL)
+    with connect(embedded.ensure(home)) as conn:
+        assert conn.execute("SELECT x FROM done").fetchone() == (1,)
+        assert conn.execute("SELECT count(*) FROM ops.audit_log WHERE actor = 'test'").fetchone() == (1,)
 
 
 def test_a_pid_file_with_the_id_of_another_running_program_is_ignored(home: Path) -> None:

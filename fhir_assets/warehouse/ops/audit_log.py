@@ -14,19 +14,30 @@ from fhir_assets.warehouse.postgres.db.connections import Connection, Session, c
 _COLUMNS = "seq, at, action, actor, resource_type, subject, count, run_id, request_id, detail, keyed, link"
 _LOG = f"SELECT {_COLUMNS} FROM ops.audit_log"  # noqa: S608
 
+_LOCK_HEAD = """
+    SELECT
+        seq,
+        link,
+        clock_timestamp(),
+        CASE WHEN current_setting('synchronous_commit') = 'off' THEN set_config('synchronous_commit', 'on', true) END
+    FROM ops.audit_head
+    FOR UPDATE
+"""
+
 
 def record(conn: Session, *audit_records: AuditRecord) -> None:
     """Append audit records in the order given. Records with count 0 are ignored.
 
     Call this as the last statement of the transaction of the action, because other writers of the log wait until that
-    transaction ends. An action on many resources is one record with a count.
+    transaction ends. An action on many resources is one record with a count. The transaction's commit waits for the
+    disk even where others do not (the embedded Postgres), so that a crash loses no record of what was done.
     """
     counted = [audit_record for audit_record in audit_records if audit_record.count]
     if not counted:
         return
     cipher = cipher_of(conn)
     with conn.transaction() if conn.autocommit else nullcontext():
-        head = conn.execute("SELECT seq, link, clock_timestamp() FROM ops.audit_head FOR UPDATE").fetchone()
+        head = conn.execute(_LOCK_HEAD).fetchone()
         if head is None:
             raise AssertionError("ops.audit_head has no row: the audit log was tampered with")
         seq, previous, at = head[0], bytes(head[1]), head[2]

@@ -7,7 +7,8 @@ password. With a port, readers can connect by TCP, from this machine and with a 
 
 Commits do not wait for the disk (``synchronous_commit=off``). If the machine crashes or the server is killed, the
 latest commits of all databases can be lost. Rows, checkpoints and Dagster's events stay consistent, because every
-database is set back to the same point.
+database is set back to the same point. What is audited is on the disk, with all that was committed before it
+(``audit_log.record``).
 """
 
 import fcntl
