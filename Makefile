@@ -9,7 +9,7 @@ PIP := $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir cases search-steps newest-dagster dbt-story second-server hapi hapi-story rules lock build up down db-init bootstrap-s3 logs start clean
+.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir cases search-steps soak newest-dagster dbt-story second-server hapi hapi-story rules lock build up down db-init bootstrap-s3 logs start clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -98,6 +98,10 @@ cases: $(VENV)/.installed-dev ## Problems that others have reported: CASES_PATH=
 SEARCH_STEPS ?= 1000000
 search-steps: $(VENV)/.installed-dev ## Searches of a server that misbehaves at random: SEARCH_STEPS answers
 	SEARCH_STEPS=$(SEARCH_STEPS) $(BIN)/python -m pytest fhir_assets_tests/fhir/test_search_misbehaving.py --hypothesis-show-statistics
+
+MINUTES ?= 60
+soak: $(VENV)/.installed-dev ## A deployment under traffic, kills and outages for MINUTES, then: is anything lost?
+	$(BIN)/python -m fhir_assets_tests.soak --minutes $(MINUTES)
 
 # The event log writes the same rows as Dagster's own, and range runs their events: on the newest release that installs.
 newest-dagster: ## The tests of the event log on the newest Dagster release, in build/newest

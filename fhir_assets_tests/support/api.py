@@ -111,9 +111,14 @@ def api_in_threads(settings: Settings) -> Iterator[Api]:
 
 
 @contextmanager
-def api_process(settings: dict[str, object], folder: Path, *, workers: int = 1) -> Iterator[Api]:
-    """Run `fhir-assets api` as a process with settings by name; its output is a log file in ``folder``."""
-    port = free_port()
+def api_process(
+    settings: dict[str, object], folder: Path, *, workers: int = 1, port: int | None = None
+) -> Iterator[Api]:
+    """Run `fhir-assets api` as a process with settings by name; its output is a log file in ``folder``.
+
+    It listens on a free port unless ``port`` is given.
+    """
+    port = port or free_port()
     log = folder / f"api-{port}.log"
     command = [str(Path(sys.executable).with_name("fhir-assets")), "api", "--port", str(port)]
     with log.open("ab") as output:
