@@ -9,6 +9,7 @@ traffic, not the timing.
 """
 
 import argparse
+import signal
 import statistics
 import subprocess
 import sys
@@ -210,6 +211,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # So that it stops its processes.
     folder = Path(tempfile.mkdtemp(prefix="fhir_assets_soak_"))
     folder.chmod(0o711)
     _report(f"seed {arguments.seed}, {arguments.minutes:g} minutes, in {folder}")
