@@ -227,7 +227,7 @@ def _write_file(context: AppContext, caller: Caller, valid: list[dict[str, str]]
         except (StoreError, ConfigurationError) as error:
             raise Problem(503, str(error), headers={"Retry-After": "5"}) from None
         landing_files.record_posted(conn, post.zone, file)
-    context.record_audit(*audit_records)
+        audit_log.record(conn, *audit_records)
     return post
 
 

@@ -146,6 +146,8 @@ def test_posted_visits_are_audited_about_their_patients(clinic: Clinic) -> None:
     assert sorted(list_audited(deployment)[1:]) == [
         *(("create", "Encounter", 1), ("create", "Encounter", 2), ("create", "Patient", 1), ("update", "Patient", 1)),
     ]
+    in_one_transaction = "SELECT count(*) FROM ops.visit_posts p JOIN ops.audit_log a ON a.xmin::text = p.xmin::text"
+    assert deployment.query(in_one_transaction) == [(4,)]
 
 
 def test_old_tasks_are_pruned_with_their_resources(clinic: Clinic) -> None:
