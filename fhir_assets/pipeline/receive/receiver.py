@@ -97,8 +97,8 @@ class Receiver:
         written to the window of its ``lastUpdated``, or of its arrival if that is missing or does not count.
 
         The ``audit_records`` are written in the transaction that records the origin as received, and ``before_commit``
-        may write to it. ``posted`` states that the records were posted over HTTP: the post loader is notified. Dead
-        letters belong to the run ``run_id``, or to the origin if no run receives it.
+        may write to it. ``posted`` states that the records were posted over HTTP: the post loader is notified.
+        Dead letters belong to the run ``run_id``, or to the origin if no run receives it.
 
         Raises StoreError, DatabaseUnavailable, Overtaken, and the errors of ``records``.
         """

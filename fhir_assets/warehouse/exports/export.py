@@ -184,9 +184,8 @@ class TypeExport:
     def write_dead_letters(self, *, of_windows: bool = False) -> ExportedFile:
         """Write ``<Type>.deadletters.ndjson``: each dead letter with its reason.
 
-        ``resource`` is the JSON as received, or a string if it is not valid JSON. The export of a run has the dead
-        letters of that run, or those of its windows with ``of_windows``. Raises ConfigurationError if a consent policy
-        is on.
+        ``resource`` is the JSON as received, or a string if it is not valid JSON. The export of a run has its
+        dead letters, or with ``of_windows`` those of its windows. Raises ConfigurationError if a consent policy is on.
         """
         self._refuse_if_withholding("dead letters")
         run_id = None if of_windows else self._export.run_id
