@@ -1,6 +1,6 @@
 """Routes that take patient records and FHIR resources. Accepted records are stored in ``raw`` before the answer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import orjson
@@ -11,7 +11,7 @@ from fhir_assets.api.idempotency import IdempotencyKey, answer_once
 from fhir_assets.api.intake_models import FHIR_BODY, FHIR_JSON, OPERATION_OUTCOME, RECORDS_BODY, IntakeResult
 from fhir_assets.api.problems import Problem, problem_responses
 from fhir_assets.api.submissions import Submission, build_task_id, find_subjects
-from fhir_assets.fhir.validation.issues import Issue, build_operation_outcome
+from fhir_assets.fhir.validation.issues import UNLISTED, Issue, build_operation_outcome
 from fhir_assets.pipeline.receive.intake import (
     IntakeValidator,
     UnreadableBody,
@@ -22,6 +22,9 @@ from fhir_assets.pipeline.receive.intake import (
 )
 
 router = APIRouter(tags=["intake"])
+
+MAX_ISSUES_OF_ANSWER = 5_000
+"""About how many issues an answer lists. After them, each record has its first error and its first warning."""
 
 
 @router.post(
@@ -90,10 +93,10 @@ def ingest_records(context: Context, caller: CurrentCaller, body: RawBody, key: 
                 "id": record.id,
                 "issues": [
                     {"severity": issue.severity, "rule": issue.rule, "path": issue.path, "message": issue.message}
-                    for issue in record.issues
+                    for issue in issues
                 ],
             }
-            for index, record in enumerate(validated)
+            for index, (record, issues) in enumerate(zip(validated, _list_issues(validated), strict=True))
         ]
         accepted = sum(record.accepted for record in validated)
         content = {
@@ -141,8 +144,8 @@ def ingest_fhir(context: Context, caller: CurrentCaller, body: RawBody, key: Ide
         validated = _build_validator(context, origin).validate_bodies(posted.bodies)
         issues = [
             _locate_in_container(issue, location)
-            for location, record in zip(posted.locations, validated, strict=True)
-            for issue in record.issues
+            for location, issues in zip(posted.locations, _list_issues(validated), strict=True)
+            for issue in issues
         ]
         accepted = [record.accepted for record in validated]
         if not all(accepted) and (posted.atomic or not any(accepted)):
@@ -151,6 +154,19 @@ def ingest_fhir(context: Context, caller: CurrentCaller, body: RawBody, key: Ide
         return _outcome(200, issues)
 
     return answer_once(context, caller, "/fhir", key, body, work, media_type=FHIR_JSON)
+
+
+def _list_issues(validated: Sequence[ValidatedRecord]) -> Iterator[tuple[Issue, ...]]:
+    """Yield the issues of each record. After MAX_ISSUES_OF_ANSWER each record has its first error and warning only."""
+    left = MAX_ISSUES_OF_ANSWER
+    for record in validated:
+        issues = record.issues
+        if len(issues) > max(left, 1):
+            first = {issue.severity: issue for issue in reversed(issues)}
+            worst = min(first)  # "error" is before "warning".
+            issues = (*first.values(), Issue(UNLISTED, worst, "Resource", "the others are not listed in this answer"))
+        left -= len(issues)
+        yield issues
 
 
 def require_record_limit(context: AppContext, count: int) -> None:

@@ -276,6 +276,21 @@ def test_a_post_of_which_every_record_is_rejected_is_422_with_the_reasons(api: A
     assert all(result["issues"] for result in answer.json()["results"])
 
 
+@pytest.mark.parametrize(("path", "records"), [("/api/v1/ingest", 1), ("/api/v1/ingest", 300), ("/fhir", 300)])
+def test_an_answer_lists_a_bounded_number_of_issues(api: Api, path: str, records: int) -> None:
+    names = [{"use": "x", "text": "a"} for _ in range(150)]
+    bodies = [{"resourceType": "Patient", "id": f"p{n}", "name": names} for n in range(records)]
+    bundle = {"resourceType": "Bundle", "type": "collection", "entry": [{"resource": body} for body in bodies]}
+    answer = api.post(path, json=bundle if path == "/fhir" else {"records": bodies})
+    assert answer.status_code == 422
+    found = answer.json()
+    issues = (
+        [each for result in found["results"] for each in result["issues"]] if "results" in found else found["issue"]
+    )
+    assert len(issues) == (101 if records == 1 else 49 * 101 + 251 * 2)
+    assert "not listed" in str(issues[-1])
+
+
 def test_an_unknown_query_parameter_is_422_and_not_repeated(api: Api) -> None:
     answer = api.get("/patients?SECRETNAME=1", role="reader")
     assert (answer.status_code, answer.headers["Content-Type"]) == (422, "application/problem+json")

@@ -1,5 +1,6 @@
-"""Validation issues: the rule names, the class ``Issue``, and its form as an OperationOutcome."""
+"""Validation issues: the rule names, ``Issue``, ``IssueList``, and their form as an OperationOutcome."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +14,10 @@ PRIMITIVE = "primitive"
 REQUIRED_BINDING = "required-binding"
 REFERENCE_TARGET = "reference-target"
 INVARIANT = "invariant:"
+UNLISTED = "unlisted"
+
+MAX_ISSUES = 100
+"""The largest number of errors, and of warnings, that are listed for one resource. The others are counted."""
 
 _ISSUE_TYPES = {
     JSON: "invalid",
@@ -21,6 +26,7 @@ _ISSUE_TYPES = {
     PRIMITIVE: "value",
     REQUIRED_BINDING: "code-invalid",
     REFERENCE_TARGET: "value",
+    UNLISTED: "incomplete",
 }
 
 
@@ -36,6 +42,36 @@ class Issue:
     severity: Severity
     path: str
     message: str
+
+
+class IssueList:
+    """Collects issues: the first ``limit`` errors and as many warnings, and the numbers of the others."""
+
+    __slots__ = ("_counts", "_limit", "_listed")
+
+    def __init__(self, limit: int = MAX_ISSUES) -> None:
+        self._limit = limit
+        self._listed: list[Issue] = []
+        self._counts: Counter[Severity] = Counter()
+
+    @property
+    def count(self) -> int:
+        """The number of issues, listed or not."""
+        return self._counts.total()
+
+    def add(self, issue: Issue) -> None:
+        """Add an issue."""
+        self._counts[issue.severity] += 1
+        if self._counts[issue.severity] <= self._limit:
+            self._listed.append(issue)
+
+    def close(self, path: str = "Resource") -> tuple[Issue, ...]:
+        """Return the issues in the order of their addition, then one for each severity with issues not listed."""
+        unlisted = [(severity, count - self._limit) for severity, count in self._counts.items() if count > self._limit]
+        return (
+            *self._listed,
+            *(Issue(UNLISTED, severity, path, f"{count:,} more are not listed") for severity, count in unlisted),
+        )
 
 
 def build_operation_outcome(issues: Iterable[Issue]) -> dict[str, Any]:

@@ -96,8 +96,7 @@ class Validator:
             value = parse_strictly(body, self.max_depth)
         except InvalidJson as error:
             return _invalid_json(body, error.message, error.path)
-        issues = Walker(load_rules()).walk(value)
-        return ValidationResult(body, tuple(map(self._demote, issues)))
+        return ValidationResult(body, Walker(load_rules(), self._demote).walk(value))
 
     def _demote(self, issue: Issue) -> Issue:
         if issue.severity == "error" and self.warn_rules and self._is_warning(issue):

@@ -4,7 +4,7 @@ The walker decides which resources are valid. The fast path must only accept res
 issue.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from fhir_assets.fhir.validation.issues import (
     REQUIRED_BINDING,
     STRUCTURE,
     Issue,
+    IssueList,
     Severity,
 )
 from fhir_assets.fhir.validation.primitives import check_primitive
@@ -50,21 +51,23 @@ class Scope:
 class Walker:
     """Finds the issues of one resource. An instance serves one resource only.
 
-    ``issues`` are in document order; the invariants of a resource follow its elements.
+    The issues are in document order; the invariants of a resource follow its elements. ``demote`` returns each issue
+    with its final severity, before those beyond the limit are dropped.
     """
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, rules: Rules, demote: Callable[[Issue], Issue] = lambda issue: issue) -> None:
         self.rules = rules
-        self.issues: list[Issue] = []
+        self._demote = demote
+        self._issues = IssueList()
 
     def add(self, rule: str, path: str, message: str, severity: Severity = "error") -> None:
         """Record an issue."""
-        self.issues.append(Issue(rule, severity, path, message))
+        self._issues.add(self._demote(Issue(rule, severity, path, message)))
 
-    def walk(self, value: Any) -> list[Issue]:
-        """Return all issues of a resource, given as parsed JSON."""
+    def walk(self, value: Any) -> tuple[Issue, ...]:
+        """Return the issues of a resource, given as parsed JSON: at most MAX_ISSUES of each severity, and a count."""
         self._walk_resource(value, "", None)
-        return self.issues
+        return self._issues.close()
 
     def _walk_resource(self, value: Any, path: str, container: Scope | None) -> None:
         if not isinstance(value, dict):
@@ -78,9 +81,9 @@ class Walker:
             scope = Scope(value, value, _contained_types(value))
         else:
             scope = Scope(value, container.root, container.contained, is_contained=True)
-        before = len(self.issues)
+        before = self._issues.count
         self._walk_object(self.rules.structure(name), value, path or name, scope)
-        scope.broken = len(self.issues) > before
+        scope.broken = self._issues.count > before
         for structure, focus, location in scope.pending:
             self._check_invariants(structure.name, structure.invariants, focus, location, scope)
         return None

@@ -65,6 +65,19 @@ def test_no_message_path_or_repr_contains_a_value() -> None:
     assert SECRET not in repr(Validator().check(resource[:-1]))
 
 
+def test_issues_beyond_a_hundred_of_each_severity_are_counted() -> None:
+    names = [{"use": "x", "text": "a"} for _ in range(1_500)]
+    result = Validator().check(patient(name=names, gender="y"))
+    assert [issue.path for issue in result.issues[:100]] == [f"Patient.name[{n}].use" for n in range(100)]
+    assert result.issues[100:] == (Issue("unlisted", "error", "Resource", "1,401 more are not listed"),)
+    demoting = Validator(warn_rules=["required-binding:Patient.name.use"]).check(patient(name=names, gender="y"))
+    assert not demoting.valid, "the error after the warnings counts"
+    errors = [issue.path for issue in demoting.issues if issue.severity == "error"]
+    assert errors == ["Patient.gender"]
+    assert demoting.issues[-1] == Issue("unlisted", "warning", "Resource", "1,400 more are not listed")
+    assert Validator().check(to_bytes(build_operation_outcome(result.issues))).issues == ()
+
+
 def test_an_operation_outcome_is_itself_valid() -> None:
     all_issues = Validator().check(patient(gender="x", foo=1, contact=[{}])).issues
     for issues in (all_issues, (), (Issue("json", "error", "Resource", "broken"),)):
