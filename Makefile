@@ -101,7 +101,7 @@ search-steps: $(VENV)/.installed-dev ## Searches of a server that misbehaves at 
 
 MINUTES ?= 60
 soak: $(VENV)/.installed-dev ## A deployment under traffic, kills and outages for MINUTES, then: is anything lost?
-	$(BIN)/python -m fhir_assets_tests.soak --minutes $(MINUTES)
+	$(BIN)/python -m fhir_assets_tests.support.soak --minutes $(MINUTES)
 
 # The event log writes the same rows as Dagster's own, and range runs their events: on the newest release that installs.
 newest-dagster: ## The tests of the event log on the newest Dagster release, in build/newest

@@ -1,8 +1,8 @@
 """Run a deployment under traffic, kills and outages, then ask whether anything was lost: ``make soak``.
 
-``python -m fhir_assets_tests.soak [--minutes 60] [--seed N]`` starts `fhir-assets dev`, the API and a FHIR server on
-free ports. Patients and visits are posted, files of visits land, patients deny and permit, and the server gets
-resources; every half minute one process is killed, each in turn, and the server is down for a while. In the end
+``python -m fhir_assets_tests.support.soak [--minutes 60] [--seed N]`` starts `fhir-assets dev`, the API and a FHIR
+server on free ports. Patients and visits are posted, files of visits land, patients deny and permit, and the server
+gets resources; every half minute one process is killed, each in turn, and the server is down for a while. In the end
 everything that was accepted must be in the tables, withheld, or a dead letter, once; no denied patient may ever have
 been shown; no incident may stay open, every window reconciles, and no process may have grown. The seed repeats the
 traffic, not the timing.
@@ -25,10 +25,10 @@ import psutil
 
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.settings import load_settings
-from fhir_assets_tests.soak.source import Source
-from fhir_assets_tests.soak.traffic import Traffic
 from fhir_assets_tests.support.api import TOKENS, Api, api_environment, api_process
 from fhir_assets_tests.support.dev_processes import PARTS, find, find_url, is_up, running_dev, wait_until
+from fhir_assets_tests.support.soak.source import Source
+from fhir_assets_tests.support.soak.traffic import Traffic
 
 _KILL_SECONDS = 30.0
 _OUTAGE_SECONDS = 40.0
@@ -207,7 +207,7 @@ def _report(message: str) -> None:
 
 def main() -> int:
     """Run the soak of the command line. Return 1 if anything was not as it must be, and keep its folder."""
-    parser = argparse.ArgumentParser(prog="python -m fhir_assets_tests.soak", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fhir_assets_tests.support.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     arguments = parser.parse_args()

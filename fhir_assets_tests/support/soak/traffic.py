@@ -8,9 +8,9 @@ from typing import Any
 
 import requests
 
-from fhir_assets_tests.soak.source import Source
 from fhir_assets_tests.support.api import role_secret
 from fhir_assets_tests.support.posts import build_visit
+from fhir_assets_tests.support.soak.source import Source
 
 _CSV_COLUMNS = ("mrn", "first_name", "last_name", "birth_date", "visit_account_number", "visit_date", "reason")
 _WEIGHTS = {"post_patient": 30, "post_visits": 20, "change_patient": 15, "change_consent": 10, "read_patient": 20,
