@@ -88,12 +88,13 @@ def test_audit_records_and_what_is_committed_with_them_survive_kill_9(home: Path
     warehouse = Warehouse(load_settings(db_url=None, fhir_assets_home=home))
     with warehouse.connect() as conn:
         assert conn.execute("SHOW synchronous_commit").fetchone() == ("off",)
+        conn.commit()
+        server = _server_pid(warehouse.url())
         conn.execute("CREATE TABLE done AS SELECT 1 AS x")
         audit_log.record(conn, AuditRecord("create", "test", "Patient"))
-        conn.commit()
-        assert conn.execute("SHOW synchronous_commit").fetchone() == ("off",)
-        os.kill(_server_pid(warehouse.url()), signal.SIGKILL)
+    os.kill(server, signal.SIGKILL)
     with connect(embedded.ensure(home)) as conn:
+        assert conn.execute("SHOW synchronous_commit").fetchone() == ("off",)
         assert conn.execute("SELECT x FROM done").fetchone() == (1,)
         assert conn.execute("SELECT count(*) FROM ops.audit_log WHERE actor = 'test'").fetchone() == (1,)
 
