@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import psycopg
 
 from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.settings import load_settings
 from fhir_assets_tests.support.api import TOKENS, Api, api_environment, api_process
 from fhir_assets_tests.support.dev_processes import PARTS, find, find_url, is_up, running_dev, wait_until
@@ -141,8 +143,8 @@ class Soak:
                 continue
             try:
                 wrong = self._find_wrong(traffic)
-            except Exception as error:  # The database may just come back.
-                wrong = [f"the database does not answer: {type(error).__name__}"]
+            except (DatabaseUnavailable, psycopg.OperationalError):  # It may just come back.
+                wrong = ["the database does not answer"]
         if not wrong:
             wrong = self._reconcile()
         return wrong
@@ -153,7 +155,7 @@ class Soak:
             def ask(statement: str) -> list[tuple[Any, ...]]:
                 return list(conn.execute(statement).fetchall())
 
-            names = dict(ask("SELECT id, name_given FROM fhir.patient"))
+            names = dict(ask("SELECT id, given FROM fhir.patient"))
             withheld = {key for (key,) in ask("SELECT id FROM ops.withheld WHERE resource_type = 'Patient'")}
             [(visits,)] = ask("SELECT count(*) FROM fhir.encounter")
             [(dead,)] = ask("SELECT count(*) FROM ops.dead_letters WHERE status <> 'resolved'")
