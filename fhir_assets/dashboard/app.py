@@ -17,7 +17,6 @@ _MISSING = "Nothing of this type is loaded yet, or the view of schema marts does
 _NO_ROWS = f"Nothing to show: there are no rows, or all groups have fewer than {dashboard.SMALLEST_GROUP} patients."
 
 
-@st.cache_data(ttl=_SECONDS, show_spinner="Reading the tables …")  # type: ignore[untyped-decorator]  # Streamlit is an extra
 def read_answers() -> dict[str, Answer | None]:
     """Return the answer of each panel by its name."""
     with Warehouse(load_settings()).connect_read_only() as conn:
@@ -60,13 +59,9 @@ def _show_table(answer: Answer | None) -> None:
 
 
 def _show_completeness(answers: Sequence[Answer | None]) -> None:
-    rows = [row for answer in answers if answer for row in answer.rows]
-    if not rows:
-        st.info(_MISSING)
-        return
-    found = Answer(("table", "rows", "column", "stated"), rows)
-    share = [f"{stated / total:.0%}" if total else "" for _, total, _, stated in rows]  # type: ignore[operator]
-    st.dataframe({**_as_columns(found), "share": share}, hide_index=True)
+    found = [answer for answer in answers if answer]
+    rows = [row for answer in found for row in answer.rows]
+    _show_table(Answer(found[0].columns, rows) if found else None)
 
 
 st.set_page_config(page_title="fhir_assets", layout="wide")
@@ -76,6 +71,6 @@ st.caption(
     "Smaller groups are not shown."
 )
 try:
-    show(read_answers())
+    show(st.cache_data(read_answers, ttl=_SECONDS, show_spinner="Reading the tables …")())
 except FhirAssetsError as error:
     st.error(str(error))

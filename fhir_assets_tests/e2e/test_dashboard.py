@@ -4,9 +4,10 @@ Streamlit is in the environment of `make dbt-story`.
 """
 
 import os
-import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -17,6 +18,7 @@ import requests
 import fhir_assets
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.warehouse.postgres.db.connections import connect
+from fhir_assets_tests.support.api import free_port
 from fhir_assets_tests.support.browser import find_missing_programs, open_browser
 from fhir_assets_tests.support.shipped_views import views_of_type
 from fhir_assets_tests.support.views import load, patient
@@ -25,6 +27,7 @@ streamlit = pytest.importorskip("streamlit", reason="Streamlit is in the environ
 testing = pytest.importorskip("streamlit.testing.v1")
 pytestmark = pytest.mark.slow
 
+MISSING = find_missing_programs()
 APP = Path(fhir_assets.__file__).parent / "dashboard" / "app.py"
 HEADINGS = ["Population", "Current conditions", "Encounters a month", "Laboratory results", "Completeness", "Freshness"]
 
@@ -67,35 +70,40 @@ def test_an_unreachable_database_is_a_sentence_on_the_page(tmp_path: Path, monke
     assert "secret" not in error.value
 
 
-def test_the_command_serves_the_page_on_loopback_until_it_is_stopped(loaded: str, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+@contextmanager
+def served(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """Run `fhir-assets dashboard` on a free port. Yield its URL and its process."""
+    port = free_port()
     program = "from fhir_assets.cli.main import main; main()"
-    with (tmp_path / "log").open("w") as log:
+    with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-c", program, "dashboard", "--port", str(port)],
-            env={**os.environ, "HOME": str(tmp_path)},
+            env={**os.environ, "HOME": str(folder)},
             stdout=log,
             stderr=log,
-            cwd=tmp_path,
+            cwd=folder,
         )
     try:
-        assert wait_for(f"http://127.0.0.1:{port}/_stcore/health") == "ok", (tmp_path / "log").read_text()
-        listening = {
-            item.laddr.ip
-            for item in psutil.Process(process.pid).net_connections("inet")
-            if item.status == psutil.CONN_LISTEN
-        }
-        assert listening == {"127.0.0.1"}
-        if find_missing_programs():
-            pytest.skip(f"not installed: {find_missing_programs()}")
-        with open_browser(tmp_path) as browser:
-            browser.open(f"http://127.0.0.1:{port}")
-            browser.wait_for("What the tables hold[^$]*Population[^$]*90 and older[^$]*Freshness", seconds=60)
+        url = f"http://127.0.0.1:{port}"
+        assert wait_for(f"{url}/_stcore/health") == "ok", (folder / "log").read_text()
+        yield url, psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait(30)
+
+
+def test_the_command_listens_on_loopback_only(loaded: str, tmp_path: Path) -> None:
+    with served(tmp_path) as (_, process):
+        connections = process.net_connections("inet")
+        listening = {item.laddr.ip for item in connections if item.status == psutil.CONN_LISTEN}
+    assert listening == {"127.0.0.1"}
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"no {MISSING}: `apt-get install chromium chromium-driver`, as .ci/run does")
+def test_a_browser_shows_the_page_that_the_command_serves(loaded: str, tmp_path: Path) -> None:
+    with served(tmp_path) as (url, _), open_browser(tmp_path) as browser:
+        browser.open(url)
+        browser.wait_for("What the tables hold[^$]*Population[^$]*90 and older[^$]*Freshness", seconds=60)
 
 
 def wait_for(url: str) -> str:

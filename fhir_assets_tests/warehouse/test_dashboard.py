@@ -80,11 +80,11 @@ def test_the_counts_are_those_of_the_tables(loaded: Session) -> None:
     [(test, unit, results, patients, newest)] = read(loaded, dashboard.LABS)
     assert (test, unit, results, patients, str(newest)) == ("Display of glucose", "mg", 6, 5, "2020-01-02")
     completeness = {
-        (row[0], row[2]): (row[1], row[3]) for panel in dashboard.COMPLETENESS for row in read(loaded, panel)
+        (row[0], row[2]): (row[1], *row[3:]) for panel in dashboard.COMPLETENESS for row in read(loaded, panel)
     }
-    assert completeness["patient", "birth_date"] == (9, 9)
-    assert completeness["patient", "race_code"] == (9, 0)
-    assert completeness["observation", "loinc_code"] == (6, 0)
+    assert completeness["patient", "birth_date"] == (9, 9, "100%")
+    assert completeness["patient", "race_code"] == (9, 0, "0%")
+    assert completeness["observation", "loinc_code"] == (6, 0, "0%")
     freshness = {row[0]: row[1] for row in read(loaded, dashboard.FRESHNESS)}
     assert freshness == {"Condition": 13, "Encounter": 5, "Observation": 6, "Patient": 9}
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import LiteralString
 
 import psycopg
+from psycopg import sql
 
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.warehouse.postgres.db.connections import Connection
@@ -19,7 +20,7 @@ class Panel:
 
     name: str
     relations: tuple[str, ...]
-    statement: LiteralString
+    statement: LiteralString | sql.Composed
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,26 @@ class Answer:
 
     columns: tuple[str, ...]
     rows: Sequence[tuple[object, ...]]
+
+
+def _measure_completeness(table: str, *columns: str) -> Panel:
+    """Return the panel of how many rows of a table of schema fhir state each of some columns."""
+    values = (sql.SQL("({}, t.{}::text)").format(column, sql.Identifier(column)) for column in columns)
+    statement = sql.SQL(
+        """
+        SELECT
+            {name} AS "table",
+            count(*) AS "rows",
+            c.name AS "column",
+            count(c.value) AS stated,
+            coalesce(round(100.0 * count(c.value) / nullif(count(*), 0)) || '%%', '') AS share
+        FROM {table} t
+        CROSS JOIN LATERAL (VALUES {values}) AS c (name, value)
+        GROUP BY c.name
+        ORDER BY c.name
+        """
+    ).format(name=table, table=sql.Identifier("fhir", table), values=sql.SQL(", ").join(values))
+    return Panel(f"completeness of {table}s", (f"fhir.{table}",), statement)
 
 
 POPULATION = Panel(
@@ -102,60 +123,10 @@ LABS = Panel(
     """,
 )
 COMPLETENESS = (
-    Panel(
-        "completeness of patients",
-        ("fhir.patient",),
-        """
-        SELECT 'patient' AS "table", count(*) AS "rows", c.name AS "column", count(c.stated) AS stated
-        FROM fhir.patient p
-        CROSS JOIN LATERAL (
-            VALUES ('gender', p.gender::text), ('birth_date', p.birth_date::text), ('race_code', p.race_code::text)
-        ) AS c (name, stated)
-        GROUP BY c.name
-        ORDER BY c.name
-        """,
-    ),
-    Panel(
-        "completeness of conditions",
-        ("fhir.condition",),
-        """
-        SELECT 'condition' AS "table", count(*) AS "rows", c.name AS "column", count(c.stated) AS stated
-        FROM fhir.condition p
-        CROSS JOIN LATERAL (
-            VALUES ('code', p.code::text), ('onset_start', p.onset_start::text), ('patient_key', p.patient_key::text)
-        ) AS c (name, stated)
-        GROUP BY c.name
-        ORDER BY c.name
-        """,
-    ),
-    Panel(
-        "completeness of encounters",
-        ("fhir.encounter",),
-        """
-        SELECT 'encounter' AS "table", count(*) AS "rows", c.name AS "column", count(c.stated) AS stated
-        FROM fhir.encounter p
-        CROSS JOIN LATERAL (
-            VALUES ('class_code', p.class_code::text), ('period_start', p.period_start::text),
-                ('patient_key', p.patient_key::text)
-        ) AS c (name, stated)
-        GROUP BY c.name
-        ORDER BY c.name
-        """,
-    ),
-    Panel(
-        "completeness of observations",
-        ("fhir.observation",),
-        """
-        SELECT 'observation' AS "table", count(*) AS "rows", c.name AS "column", count(c.stated) AS stated
-        FROM fhir.observation p
-        CROSS JOIN LATERAL (
-            VALUES ('loinc_code', p.loinc_code::text), ('effective_start', p.effective_start::text),
-                ('patient_key', p.patient_key::text)
-        ) AS c (name, stated)
-        GROUP BY c.name
-        ORDER BY c.name
-        """,
-    ),
+    _measure_completeness("patient", "gender", "birth_date", "race_code"),
+    _measure_completeness("condition", "code", "onset_start", "patient_key"),
+    _measure_completeness("encounter", "class_code", "period_start", "patient_key"),
+    _measure_completeness("observation", "loinc_code", "effective_start", "patient_key"),
 )
 FRESHNESS = Panel(
     "freshness",
