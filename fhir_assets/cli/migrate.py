@@ -12,6 +12,7 @@ from fhir_assets.orchestration.instance import config
 from fhir_assets.pipeline.rebuild.step import RebuildProgress, RebuildStep
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.db import roles
+from fhir_assets.warehouse.postgres.db.connections import repeat_after_deadlock
 from fhir_assets.warehouse.postgres.tables import foreign_keys, view_tables
 
 
@@ -33,11 +34,15 @@ def migrate(
     warehouse.migrate()
     step = RebuildStep(warehouse.connect, views.views, on_progress=_ProgressPrinter())
     rebuilt = step.run(drop_columns=apply_view_changes, cascade=cascade)
-    with warehouse.connect() as conn:
-        refused = view_tables.refresh_marts(conn, retry_refused=True)
-        foreign_keys.apply(conn, views.views, wanted=settings.fhir_foreign_keys)
-        roles.grant_rights(conn)
-        missing_roles = roles.list_missing_roles(conn)
+
+    def finish() -> tuple[dict[str, str], list[str]]:
+        with warehouse.connect() as conn:
+            refused = view_tables.refresh_marts(conn, retry_refused=True)
+            foreign_keys.apply(conn, views.views, wanted=settings.fhir_foreign_keys)
+            roles.grant_rights(conn)
+            return refused, roles.list_missing_roles(conn)
+
+    refused, missing_roles = repeat_after_deadlock(finish, "the upgrade of marts, foreign keys and rights")
     console.print(f"The database is up to date: {len(views.views)} tables in schema fhir.")
     for resource_type, count in rebuilt.refused.items():
         console.print(

@@ -4,6 +4,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -13,16 +14,17 @@ from psycopg import sql
 from typer.testing import CliRunner
 
 from fhir_assets.cli.main import app
-from fhir_assets.errors import ConfigurationError
+from fhir_assets.errors import ConfigurationError, DatabaseUnavailable
 from fhir_assets.fhir.views import ViewSet
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.ops import audit_log, dead_letters, encryption_secret, replays
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Selection
-from fhir_assets.warehouse.postgres.db import embedded, migrations, roles
+from fhir_assets.warehouse.postgres.db import connections, embedded, migrations, roles
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, connect, with_database
 from fhir_assets.warehouse.postgres.tables import deletions, view_tables
+from fhir_assets_tests.support.daemon import wait_until
 from fhir_assets_tests.support.key_rotation import (
     DEAD_LETTER,
     PATIENT,
@@ -231,6 +233,51 @@ def test_other_rights_are_revoked(conn: Connection) -> None:
     conn.execute("GRANT UPDATE ON ops.audit_log TO fhir_loader")
     roles.grant_rights(conn)
     assert conn.execute("SELECT has_table_privilege('fhir_loader', 'ops.audit_log', 'UPDATE')").fetchone() == (False,)
+
+
+def test_a_vacuum_that_ends_while_rights_are_granted_is_no_deadlock(database: str) -> None:
+    """VACUUM and ANALYZE hold a lock on their table, and at the end wait for transactions that changed its rights."""
+    with connect(database, cipher=NO_ENCRYPTION) as conn:
+        view_tables.ensure_tables(conn, views_of_type("Patient"))
+        conn.execute("ALTER TABLE fhir.patient OWNER TO postgres")
+    with (
+        connect(database) as vacuum,
+        connect(database) as conn,
+        connect(database, autocommit=True) as observer,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        vacuum.execute("LOCK TABLE fhir.patient IN SHARE UPDATE EXCLUSIVE MODE")
+        granting = pool.submit(roles.grant_rights, conn)
+        waits = "SELECT count(*) FROM pg_locks WHERE pid = %s AND NOT granted"
+        wait_until(lambda: observer.execute(waits, [conn.info.backend_pid]).fetchone() == (1,), seconds=30)
+        vacuum.execute("ANALYZE fhir.patient")
+        vacuum.commit()
+        granting.result()
+        conn.commit()
+        owner = observer.execute("SELECT relowner::regrole::text FROM pg_class WHERE oid = 'fhir.patient'::regclass")
+        assert owner.fetchone() == ("fhir_loader",)
+
+
+def test_an_upgrade_is_repeated_after_a_deadlock(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with connect(database) as conn:
+        conn.execute("DROP TABLE fhir.resource_claim")
+    attempts = []
+
+    def grant_rights(conn: Connection) -> None:
+        attempts.append(conn)
+        if len(attempts) < 3:
+            # What a deadlock with a real session raises; which of the two Postgres cancels is not ours to choose.
+            raise psycopg.errors.DeadlockDetected
+
+    monkeypatch.setattr(roles, "grant_rights", grant_rights)
+    migrations.upgrade(database)
+    assert len(attempts) == 3
+    with connect(database) as conn:
+        conn.execute("DROP TABLE fhir.resource_claim")
+    del attempts[:]
+    monkeypatch.setattr(connections, "_ATTEMPTS", 2)
+    with pytest.raises(DatabaseUnavailable, match="cancelled the upgrade of the schema 2 times"):
+        migrations.upgrade(database)
 
 
 def test_only_views_that_we_created_in_schema_marts_get_rights(conn: Session) -> None:

@@ -8,7 +8,7 @@ that mypy refuses a plain connection there; at run time ``cipher_of`` raises ``M
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import psycopg
@@ -27,6 +27,9 @@ OLDEST_SERVER = 15
 Connection = psycopg.Connection[tuple[Any, ...]]
 """Any connection to a database of the project. Patient data is read and written through a ``Session`` only."""
 
+T = TypeVar("T")
+
+_ATTEMPTS = 3
 _SCHEME = re.compile(r"^postgres(?:ql)?(?:\+\w+)?://")
 _HINTS = (
     ("password authentication failed", "the user or the password in DB_URL is wrong"),
@@ -195,6 +198,22 @@ def ensure_database(url: str, name: str) -> None:
                 f"The user of DB_URL may not create the database {name} at {_describe(url)}: "
                 f"have an administrator run `CREATE DATABASE {name}`"
             ) from None
+
+
+def repeat_after_deadlock(transaction: Callable[[], T], name: str) -> T:
+    """Call a function that executes one transaction, again if Postgres cancelled it because of a deadlock.
+
+    ``name`` says what it does, for the message of the DatabaseUnavailable that is raised after the third deadlock.
+    """
+    for _ in range(_ATTEMPTS):
+        try:
+            return transaction()
+        except psycopg.errors.DeadlockDetected:
+            continue
+    raise DatabaseUnavailable(
+        f"Postgres cancelled {name} {_ATTEMPTS} times, because of deadlocks with other sessions. Nothing was changed: "
+        "run it again"
+    )
 
 
 def _build_options(source: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from sqlalchemy.pool import NullPool
 from fhir_assets.catalog import CATALOG
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.warehouse.postgres.db import advisory_locks, roles
-from fhir_assets.warehouse.postgres.db.connections import Connection, normalise_url
+from fhir_assets.warehouse.postgres.db.connections import Connection, normalise_url, repeat_after_deadlock
 from fhir_assets.warehouse.postgres.db.schema_state import (
     build_newer_error,
     is_current,
@@ -31,6 +31,13 @@ def upgrade(url: str) -> None:
         return
     engine = sqlalchemy.create_engine(normalise_url(url, "psycopg"), poolclass=NullPool)
     try:
+        repeat_after_deadlock(lambda: _upgrade(engine), "the upgrade of the schema")
+    finally:
+        engine.dispose()
+
+
+def _upgrade(engine: sqlalchemy.Engine) -> None:
+    try:
         with engine.begin() as connection:
             connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": advisory_locks.SCHEMA})
             connection.execute(sqlalchemy.text("CREATE SCHEMA IF NOT EXISTS ops"))
@@ -44,15 +51,15 @@ def upgrade(url: str) -> None:
             assert isinstance(driver, psycopg.Connection)
             _create_partitions(driver)
             roles.grant_rights(driver)
-    except sqlalchemy.exc.ProgrammingError as error:
+    except sqlalchemy.exc.DBAPIError as error:
+        if isinstance(error.orig, psycopg.errors.DeadlockDetected):
+            raise error.orig from None
         if isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
             raise ConfigurationError(
                 "The database user may not create schemas and tables: grant CREATE on the database to the user of "
                 "DB_URL, or run `fhir-assets migrate` as the user that owns them"
             ) from None
         raise
-    finally:
-        engine.dispose()
 
 
 def _build_config() -> Config:

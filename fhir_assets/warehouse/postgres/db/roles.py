@@ -85,15 +85,21 @@ def grant_rights(conn: Connection) -> None:
 def grant_view_rights(conn: Connection, tables: Iterable[str]) -> None:
     """Grant readers and loaders their rights on tables of views. Only the owner of the tables may call this."""
     existing = _list_roles(conn)
+    transferred = frozenset[str]()
+    if LOADER in existing and _may_transfer_ownership(conn):
+        transferred = _list_grantable_tables(conn, "fhir", of_others_than=LOADER)
     for name in tables:
         table = sql.Identifier("fhir", name)
+        if name in transferred:
+            # VACUUM waits for transactions with a GRANT on its table, and ALTER TABLE waits for VACUUM.
+            _execute(conn, "LOCK TABLE {} IN ACCESS EXCLUSIVE MODE", table)
         if READER in existing:
             _execute(conn, "GRANT SELECT ON {} TO {}", table, sql.Identifier(READER))
         if LOADER in existing:
             _execute(conn, f"GRANT {_LOAD_RIGHTS} ON {{}} TO {{}}", table, sql.Identifier(LOADER))
+        if name in transferred:
             # The role owns the table, so that every loader can alter it when its view gets a new column.
-            if _may_transfer_ownership(conn):
-                _execute(conn, "ALTER TABLE {} OWNER TO {}", table, sql.Identifier(LOADER))
+            _execute(conn, "ALTER TABLE {} OWNER TO {}", table, sql.Identifier(LOADER))
 
 
 def list_own_marts(conn: Connection) -> frozenset[str]:
@@ -167,16 +173,17 @@ def _list_relations(conn: Connection, schema: str) -> Sequence[str]:
     return [name for (name,) in rows]
 
 
-def _list_grantable_tables(conn: Connection, schema: str) -> frozenset[str]:
-    """Return the tables that the current user may grant rights on."""
+def _list_grantable_tables(conn: Connection, schema: str, *, of_others_than: str = "") -> frozenset[str]:
+    """Return the tables that the current user may grant rights on, without those that a role owns."""
     rows = conn.execute(
         """
         SELECT relname
         FROM pg_class
         WHERE relnamespace = %s::regnamespace
         AND pg_has_role(relowner, 'USAGE')
+        AND pg_get_userbyid(relowner) <> %s
         """,
-        [schema],
+        [schema, of_others_than],
     )
     return frozenset(name for (name,) in rows)
 
