@@ -185,6 +185,7 @@ start: up ## Start the services and print their addresses
 	@echo "Dagster UI   http://127.0.0.1:3000"
 	@echo "HTTP API     http://127.0.0.1:8080/docs   (PROFILES=api)"
 	@echo "Grafana      http://127.0.0.1:3001        (PROFILES=monitoring)"
+	@echo "S3 (MinIO)   http://127.0.0.1:9000        (PROFILES=s3)"
 
 clean: ## Remove .venv and what was built; asks before it removes the data of the embedded parts (FORCE=1 does not ask)
 	rm -rf $(VENV) build dist

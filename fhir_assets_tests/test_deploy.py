@@ -25,7 +25,7 @@ from fhir_assets_tests.support.dagster_internals import (
 )
 
 ROOT = Path(__file__).parent.parent
-FOREIGN = re.compile(r"(AWS|DAGSTER|POSTGRES|GF|GRAFANA|CELERY)_[A-Z_]+|PGPASSWORD")
+FOREIGN = re.compile(r"(AWS|DAGSTER|POSTGRES|GF|GRAFANA|CELERY|MINIO)_[A-Z_]+|PGPASSWORD")
 """Variables of other software in the deployments. FHIR_DAGSTER_HOME is used by docker-compose.yml only."""
 
 
@@ -98,7 +98,7 @@ def test_the_commands_of_dagster_in_the_deployment_have_the_options_that_they_na
 
 def test_compose_starts_every_service_again_that_ends() -> None:
     policies = {name: service.get("restart") for name, service in compose()["services"].items()}
-    assert policies.pop("migrate") == "on-failure"
+    assert [policies.pop(name) for name in ("migrate", "s3_bucket")] == ["on-failure"] * 2
     assert set(policies.values()) == {"unless-stopped"}, policies
 
 
@@ -106,6 +106,19 @@ def test_compose_starts_redis_and_two_workers_in_profile_celery() -> None:
     celery = {name: service for name, service in compose()["services"].items() if service.get("profiles") == ["celery"]}
     assert sorted(celery) == ["redis", "worker"]
     assert celery["worker"]["deploy"]["replicas"] == 2
+
+
+def test_compose_starts_an_s3_server_and_makes_the_buckets_before_they_are_used() -> None:
+    services = compose()["services"]
+    server, buckets = services["s3"], services["s3_bucket"]
+    assert server["profiles"] == buckets["profiles"] == ["s3"]
+    assert server["image"] == "minio/minio:RELEASE.2025-09-07T16-13-09Z"
+    assert all(port.startswith("127.0.0.1:") for port in server["ports"])
+    assert buckets["depends_on"]["s3"] == {"condition": "service_healthy"}
+    assert server["healthcheck"]["test"]
+    # Compose refuses a service that requires another one whose profile is not active.
+    wanted = {"condition": "service_completed_successfully", "required": False}
+    assert [services[name]["depends_on"]["s3_bucket"] for name in ("code_location", "post_loader")] == [wanted] * 2
 
 
 def test_every_variable_of_the_example_file_is_a_setting() -> None:
