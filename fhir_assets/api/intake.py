@@ -7,7 +7,7 @@ import orjson
 from fastapi import APIRouter, Response
 
 from fhir_assets.api.context import AppContext, Caller, Context, CurrentCaller, RawBody
-from fhir_assets.api.idempotency import IdempotencyKey, answer_once
+from fhir_assets.api.idempotency import TASK_HEADERS, IdempotencyKey, answer_once
 from fhir_assets.api.intake_models import FHIR_BODY, FHIR_JSON, OPERATION_OUTCOME, RECORDS_BODY, IntakeResult
 from fhir_assets.api.problems import Problem, problem_responses
 from fhir_assets.api.submissions import Submission, build_task_id, find_subjects
@@ -33,6 +33,7 @@ MAX_ISSUES_OF_ANSWER = 5_000
     response_model=IntakeResult,
     responses={
         **problem_responses(400, 415),
+        202: {"headers": TASK_HEADERS},
         422: {
             "description": "Every record was rejected; a problem document if the request itself is not valid",
             "content": {
@@ -116,7 +117,11 @@ def ingest_records(context: Context, caller: CurrentCaller, body: RawBody, key: 
     "/fhir",
     responses={
         **problem_responses(415),
-        200: {"description": "The accepted resources are stored; the issues of the others", **OPERATION_OUTCOME},
+        200: {
+            "description": "The accepted resources are stored; the issues of the others",
+            "headers": TASK_HEADERS,
+            **OPERATION_OUTCOME,
+        },
         422: {
             "description": "Nothing was accepted; a problem document if the request itself is not valid",
             "content": {**problem_responses()[422]["content"], **OPERATION_OUTCOME["content"]},
@@ -132,7 +137,8 @@ def ingest_records(context: Context, caller: CurrentCaller, body: RawBody, key: 
 def ingest_fhir(context: Context, caller: CurrentCaller, body: RawBody, key: IdempotencyKey = None) -> Response:
     """A resource, a Bundle of any type, Parameters, or an array of these: all resources in them are received. A
     transaction is accepted only if all of its entries are valid. The OperationOutcome names entries as
-    `Bundle.entry[n]`.
+    `Bundle.entry[n]`. Its id, which is also the header `X-Task-Id`, is that of the task: `/ingest/tasks/{task_id}` says
+    when the accepted resources are loaded.
     """
 
     def work(origin: str) -> Response:
@@ -150,8 +156,8 @@ def ingest_fhir(context: Context, caller: CurrentCaller, body: RawBody, key: Ide
         accepted = [record.accepted for record in validated]
         if not all(accepted) and (posted.atomic or not any(accepted)):
             return _outcome(422, issues)
-        _receive(context, caller, origin, validated, key)
-        return _outcome(200, issues)
+        task_id = _receive(context, caller, origin, validated, key)
+        return _outcome(200, issues, task_id)
 
     return answer_once(context, caller, "/fhir", key, body, work, media_type=FHIR_JSON)
 
@@ -189,8 +195,12 @@ def _locate_in_container(issue: Issue, location: str) -> Issue:
     return replace(issue, path=path + issue.path[len(resource_type) :])
 
 
-def _outcome(status: int, issues: Sequence[Issue]) -> Response:
-    return Response(orjson.dumps(build_operation_outcome(issues)), status, media_type=FHIR_JSON)
+def _outcome(status: int, issues: Sequence[Issue], task_id: str | None = None) -> Response:
+    """Return an OperationOutcome; its id is that of the task of the accepted resources."""
+    outcome = build_operation_outcome(issues)
+    if task_id:
+        outcome["id"] = task_id
+    return Response(orjson.dumps(outcome), status, media_type=FHIR_JSON)
 
 
 def _build_validator(context: AppContext, origin: str) -> IntakeValidator:

@@ -48,7 +48,7 @@ class IntakeResult(BaseModel):
 
 
 class RecordsTask(BaseModel):
-    """The progress of a post to /api/v1/ingest. What is not known until all of it is loaded is null before."""
+    """The progress of a post to /api/v1/ingest or /fhir. What is not known until all of it is loaded is null before."""
 
     task_id: str = Field(examples=["records-3f9a1c2b7d604e583f9a1c2b7d604e58"])
     status: Literal["received", "loaded"] = Field(description="`received`: in raw; `loaded`: the load has ended")

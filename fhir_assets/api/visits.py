@@ -15,7 +15,7 @@ from fastapi import APIRouter, Path, Response
 from pydantic import BaseModel, Field
 
 from fhir_assets.api.context import AppContext, Caller, Context, CurrentCaller, RawBody
-from fhir_assets.api.idempotency import IdempotencyKey, answer_once
+from fhir_assets.api.idempotency import TASK_HEADERS, IdempotencyKey, answer_once
 from fhir_assets.api.intake import require_record_limit
 from fhir_assets.api.intake_models import RecordsTask, without_keywords
 from fhir_assets.api.problems import FieldError, Problem, problem_responses
@@ -118,7 +118,7 @@ _VISITS_BODY: dict[str, Any] = {
     "/ingest",
     status_code=202,
     response_model=VisitsReceived,
-    responses=problem_responses(400, 415),
+    responses={**problem_responses(400, 415), 202: {"headers": TASK_HEADERS}},
     openapi_extra=_VISITS_BODY,
     summary="Post visits",
 )
@@ -169,7 +169,8 @@ def show_task(
     task_id: Annotated[str, Path(pattern=r"^[A-Za-z0-9.-]{1,64}$", examples=[_TASK_EXAMPLE])],
 ) -> Response:
     """For visits: the status of the file, the number of its records of each kind, and its dead letters.
-    For records of `/api/v1/ingest`: how many resources are in the tables, withheld by consent, or dead letters.
+    For records and resources (`/api/v1/ingest`, `/fhir`): how many are in the tables, withheld by consent, or dead
+    letters.
     """
     with context.connection() as conn:
         post = visits.get_post(conn, task_id)

@@ -105,6 +105,45 @@ def test_a_post_of_which_nothing_is_accepted_has_no_task(clinic: Clinic) -> None
     assert deployment.query("SELECT FROM ops.record_posts") == []
 
 
+def test_the_task_of_a_bundle_says_what_is_loaded(clinic: Clinic) -> None:
+    api, deployment = clinic
+    entries = [
+        {"resource": resource} for resource in (observation("o", None), {"resourceType": "Patient", "gender": "x"})
+    ]
+    bundle = {"resourceType": "Bundle", "type": "batch", "entry": entries}
+    answer = api.post("/fhir", json=bundle)
+    assert (answer.status_code, answer.json()["id"]) == (200, answer.headers["X-Task-Id"])
+    expected = {"status": "received", "records_received": 2, "records_rejected": 1, "resources": 1, "loaded": None}
+    task = get_task(api, answer.headers["X-Task-Id"])
+    assert {name: task[name] for name in expected} == expected
+    assert load_received(deployment) == []
+    task = get_task(api, answer.headers["X-Task-Id"])
+    assert (task["status"], task["loaded"]) == ("loaded", 1)
+    for rejected in ({**bundle, "type": "transaction"}, {"resourceType": "Bundle", "type": "batch"}):
+        answer = api.post("/fhir", json=rejected)
+        assert "X-Task-Id" not in answer.headers
+        assert "id" not in answer.json()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/fhir", {"resourceType": "Patient", "id": "a"}),
+        ("/api/v1/ingest", {"records": [{"resourceType": "Patient", "id": "a"}]}),
+        ("/ingest", [build_visit(1)]),
+    ],
+)
+def test_the_answer_of_every_post_has_its_task_in_a_header(clinic: Clinic, path: str, body: Any) -> None:
+    api, _ = clinic
+    first, again = (api.post(path, json=body, headers={"Idempotency-Key": "k"}) for _ in range(2))
+    other = api.post(path, json=body)
+    tasks = [answer.headers["X-Task-Id"] for answer in (first, again, other)]
+    assert tasks[0] == tasks[1] != tasks[2]
+    for task, answer in zip(tasks, (first, again, other), strict=True):
+        assert task == answer.json()["id" if path == "/fhir" else "task_id"]
+        assert get_task(api, task)["records_received"] == 1
+
+
 def test_a_resource_that_becomes_a_dead_letter_later_is_counted_in_the_task(clinic: Clinic) -> None:
     api, deployment = clinic
     task_id = post(api, {"resourceType": "Patient", "id": "a"}, {"resourceType": "Patient", "id": "b"})["task_id"]
