@@ -16,14 +16,13 @@ def post_loader() -> None:
     """Load posts to the HTTP API within seconds, until SIGTERM or Ctrl-C; a load in progress is completed first.
 
     Without a post loader, the sensors of Dagster request runs for posts. Several post loaders can run at the same time:
-    one works, and the others stand by.
+    one works, and the others stand by. While the database cannot be reached, the command waits for it.
     """
     settings = load_settings()
     logs.configure("post-loader", settings.log_level)
     warehouse = Warehouse(settings)
     views = build_views(settings).views
     loads = PostLoads(settings, warehouse, views)
-    loads.create_tables()
     loader = PostLoader(
         warehouse, loads, PostReports(settings, warehouse, views, lambda: config.open_instance(settings))
     )

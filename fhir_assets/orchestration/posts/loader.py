@@ -29,7 +29,7 @@ _FIRST_GATHER_SECONDS = 0.05
 _LISTEN_SECONDS = 0.25
 _STANDBY_SECONDS = 1.0
 _ERROR_SECONDS = 1.0
-_RECONNECT = RetryPolicy(attempts=1)
+_RECONNECT = RetryPolicy(attempts=1, max_wait=5)
 
 _log = logging.getLogger(__name__)
 
@@ -42,18 +42,19 @@ class PostLoader:
         self._loads = loads
         self._reports = reports
         self._stopping = Event()
+        self._prepared = False
 
     def stop(self) -> None:
         """Make ``run`` return after the load in progress."""
         self._stopping.set()
 
     def run(self) -> None:
-        """Load posts until ``stop``, and reconnect to Postgres if necessary. Raises ConfigurationError."""
-        self._reports.start()
+        """Load posts until ``stop``. While Postgres cannot be reached, wait for it. Raises ConfigurationError."""
         failures = 0
         try:
-            while not self._stopping.is_set():
+            while True:
                 try:
+                    self._prepare()
                     with connections.connect(
                         self._warehouse.url(), autocommit=True, source=self._warehouse.source
                     ) as conn:
@@ -63,13 +64,23 @@ class PostLoader:
                 except (psycopg.OperationalError, DatabaseUnavailable) as error:
                     failures += 1
                     wait = _RECONNECT.wait_seconds(failures)
+                    lost = "the connection to the database was lost: reconnecting"
                     _log.warning(
-                        "the connection to the database was lost: reconnecting",
+                        lost if self._prepared else "waiting for the database",
                         extra={"seconds": round(wait, 1), "reason": describe_error(error)},
                     )
                     self._stopping.wait(wait)
+                if self._stopping.is_set():
+                    break
         finally:
             self._reports.stop()
+
+    def _prepare(self) -> None:
+        """Create the tables and start the reports, once. Raises DatabaseUnavailable and psycopg.OperationalError."""
+        if not self._prepared:
+            self._loads.create_tables()
+            self._reports.start()
+            self._prepared = True
 
     def _wait_for_lock(self, conn: Connection) -> bool:
         """Wait until no other loader of the source runs. Return False if this one was stopped in the meantime."""

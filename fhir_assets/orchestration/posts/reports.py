@@ -110,10 +110,11 @@ class PostReports:
         self._thread.start()
 
     def stop(self) -> None:
-        """Report the remaining loads in one attempt, and end the thread."""
+        """Report the remaining loads in one attempt, and end the thread if it was started."""
         self._stopping.set()
         self._changed.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def add(self, load: PostLoad) -> None:
         """Queue a load for the next report."""
