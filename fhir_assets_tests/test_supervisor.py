@@ -112,6 +112,20 @@ def test_a_process_that_never_stays_up_ends_the_command(supervisor: Supervisor, 
     assert len(sentences) == MAX_SHORT_LIVES - 1
 
 
+def test_an_optional_process_that_never_stays_up_is_left_out(supervisor: Supervisor, sentences: list[str]) -> None:
+    supervisor.start(Service("The dashboard", [sys.executable, "-c", "raise SystemExit(3)"], optional=True))
+    supervisor.start(Service("The UI", [sys.executable, "-c", SLEEP]))
+    while not sentences or "goes on without it" not in sentences[-1]:
+        supervisor.check()
+    assert len(sentences) == MAX_SHORT_LIVES
+    assert sentences[-1].startswith("The dashboard ended with exit code 3 5 times")
+    (process,) = children()
+    process.kill()
+    while len(sentences) == MAX_SHORT_LIVES:
+        supervisor.check()
+    assert sentences[-1].startswith("The UI"), "the other processes are still supervised"
+
+
 def test_stop_ends_all_processes(supervisor: Supervisor, tmp_path: Path) -> None:
     for name in ("one", "two"):
         supervisor.start(Service(name, [sys.executable, "-c", PARENT]))

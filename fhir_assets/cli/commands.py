@@ -11,7 +11,7 @@ COMMANDS = {
     "dev": CommandSource(
         "fhir_assets.cli.dev",
         "dev",
-        "Serve the Dagster UI on 127.0.0.1 and run the Dagster daemon, until Ctrl-C.",
+        "Serve the Dagster UI and the dashboard on 127.0.0.1 and run the Dagster daemon, until Ctrl-C.",
     ),
     "migrate": CommandSource(
         "fhir_assets.cli.migrate",

@@ -1,4 +1,4 @@
-"""`fhir-assets dev`: the Dagster UI and daemon, on the embedded Postgres or on DB_URL."""
+"""`fhir-assets dev`: the Dagster UI and daemon, and the dashboard, on the embedded Postgres or on DB_URL."""
 
 import signal
 import socket
@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from fhir_assets.atomic_files import replace_content
+from fhir_assets.cli import dashboard
 from fhir_assets.cli.output import console, warn_of_clear_data
 from fhir_assets.cli.supervisor import Service, Supervisor
 from fhir_assets.deployment.warehouse import Warehouse
@@ -39,22 +40,29 @@ def dev(
     port: Annotated[
         int | None, typer.Option(envvar="DAGSTER_PORT", help="Port of the UI; if it is taken, a free port is used")
     ] = None,
+    with_dashboard: Annotated[
+        bool, typer.Option("--dashboard/--no-dashboard", help="Serve the dashboard if its extra is installed")
+    ] = True,
+    dashboard_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port of the dashboard; if it is taken, a free port is used")
+    ] = dashboard.DEFAULT_PORT,
 ) -> None:
-    """Serve the Dagster UI on 127.0.0.1 and run the Dagster daemon, until Ctrl-C."""
+    """Serve the Dagster UI and the dashboard on 127.0.0.1 and run the Dagster daemon, until Ctrl-C."""
     settings = load_settings()
     if not settings.encrypts:
         warn_of_clear_data()
     started = settings.db_url is None and not embedded.is_running(settings.home)
     try:
-        serve_ui(settings, port)
+        serve_ui(settings, port, dashboard_port=dashboard_port if with_dashboard else None)
     finally:
         if started:
             embedded.stop(settings.home)
 
 
-def serve_ui(settings: Settings, port: int | None) -> None:
+def serve_ui(settings: Settings, port: int | None, *, dashboard_port: int | None = dashboard.DEFAULT_PORT) -> None:
     """Run the code server, the UI and the daemon until interrupted, and restart each of them that exits.
 
+    If the extra `dashboard` is installed, the dashboard runs too, unless ``dashboard_port`` is None.
     With API_TOKENS the post loader runs too, because `fhir-assets api` can be started alongside this command.
     The embedded Postgres, if it is used, is restarted too. The default of ``port`` is DEFAULT_PORT. Raises
     ConfigurationError if a process exits repeatedly after its start.
@@ -71,6 +79,8 @@ def serve_ui(settings: Settings, port: int | None) -> None:
                 post_loader = [sys.executable, "-c", "from fhir_assets.cli import main; main()", "post-loader"]
                 supervisor.start(Service("The post loader", post_loader))
             console.print(f"Dagster UI: [bold]http://127.0.0.1:{port}[/bold]  (Ctrl-C stops it)")
+            if dashboard_port is not None and dashboard.is_installed():
+                _start_dashboard(supervisor, settings, dashboard_port)
             supervisor.run(*([] if settings.db_url else [lambda: _keep_postgres(settings)]))
         except KeyboardInterrupt:
             pass
@@ -100,6 +110,16 @@ def _start_services(supervisor: Supervisor, folder: Path, port: int) -> None:
     supervisor.start(Service("The UI", [*webserver, "--dagster-log-level", "error", "--live-data-poll-rate", "2000"]))
     daemon = [*python, "dagster._daemon", "run", "--workspace", str(workspace), *quiet]
     supervisor.start(Service("The daemon", daemon))
+
+
+def _start_dashboard(supervisor: Supervisor, settings: Settings, port: int) -> None:
+    """Start the dashboard, without which the other processes go on, and print its URL."""
+    port, rights = free_port(port), dashboard.describe_rights(settings)
+    supervisor.start(Service("The dashboard", dashboard.build_command(port), optional=True))
+    console.print(
+        f"Dashboard: [bold]http://127.0.0.1:{port}[/bold]  (counts only; it reads the database {rights})",
+        soft_wrap=True,
+    )
 
 
 def _wait_for_port(supervisor: Supervisor, port: int) -> None:

@@ -34,11 +34,15 @@ have ended between two checks.
 
 @dataclass(frozen=True)
 class Service:
-    """A process that must always run. ``needs_child`` is True if it is useless without its child process."""
+    """A process that must always run. ``needs_child`` is True if it is useless without its child process.
+
+    An ``optional`` service that exits repeatedly after its start is left out; any other ends the command.
+    """
 
     name: str
     command: Sequence[str]
     needs_child: bool = False
+    optional: bool = False
 
 
 @dataclass
@@ -87,21 +91,32 @@ class Supervisor:
         self._running.append(_Running(service, self._open(service)))
 
     def check(self) -> None:
-        """Restart the services that have exited. Raises ConfigurationError if one exits repeatedly after its start."""
-        for index, running in enumerate(self._running):
+        """Restart the services that have exited.
+
+        Raises ConfigurationError if one that is not optional exits repeatedly after its start.
+        """
+        for running in list(self._running):
             fault = running.find_fault()
-            if fault is None:
-                continue
-            name = running.service.name
-            short_lives = running.short_lives + 1 if monotonic() - running.started < SHORT_SECONDS else 0
-            if short_lives >= MAX_SHORT_LIVES:
-                raise ConfigurationError(
-                    f"{name} {fault} {short_lives} times within {SHORT_SECONDS:.0f} s of its start: its messages are "
-                    "above. Correct what they name, then run the command again"
-                )
-            self._report(f"{name} (process {running.process.pid}) {fault}: restarting it")
+            if fault is not None:
+                self._replace(running, fault)
+
+    def _replace(self, running: _Running, fault: str) -> None:
+        service, index = running.service, self._running.index(running)
+        short_lives = running.short_lives + 1 if monotonic() - running.started < SHORT_SECONDS else 0
+        if short_lives >= MAX_SHORT_LIVES:
+            message = (
+                f"{service.name} {fault} {short_lives} times within {SHORT_SECONDS:.0f} s of its start: its messages "
+                "are above. Correct what they name, then run the command again"
+            )
+            if not service.optional:
+                raise ConfigurationError(message)
+            self._report(f"{message}. Everything else goes on without it")
             _stop(running.process)
-            self._running[index] = _Running(running.service, self._open(running.service), short_lives=short_lives)
+            del self._running[index]
+            return
+        self._report(f"{service.name} (process {running.process.pid}) {fault}: restarting it")
+        _stop(running.process)
+        self._running[index] = _Running(service, self._open(service), short_lives=short_lives)
 
     def run(self, *watched: Callable[[], None]) -> None:
         """Check the services, and call the ``watched`` functions regularly, until KeyboardInterrupt.

@@ -1,4 +1,4 @@
-"""The page that `fhir-assets dashboard` serves. Streamlit runs this file for each visit."""
+"""The page that `fhir-assets dashboard` and `fhir-assets dev` serve. Streamlit runs this file for each visit."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,7 @@ import streamlit as st
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import FhirAssetsError
 from fhir_assets.settings import load_settings
+from fhir_assets.warehouse.postgres.db import roles
 from fhir_assets.warehouse.postgres.queries import dashboard
 from fhir_assets.warehouse.postgres.queries.dashboard import Answer
 
@@ -17,15 +18,15 @@ _MISSING = "Nothing of this type is loaded yet, or the view of schema marts does
 _NO_ROWS = f"Nothing to show: there are no rows, or all groups have fewer than {dashboard.SMALLEST_GROUP} patients."
 
 
-def read_answers() -> dict[str, Answer | None]:
-    """Return the answer of each panel by its name."""
-    with Warehouse(load_settings()).connect_read_only() as conn:
-        return {panel.name: dashboard.read(conn, panel) for panel in dashboard.PANELS}
+def read_answers() -> tuple[str, dict[str, Answer | None]]:
+    """Return with which rights the tables are read, and the answer of each panel by its name."""
+    with Warehouse(load_settings()).connect_as_reader() as conn:
+        return roles.describe_reader(conn), {panel.name: dashboard.read(conn, panel) for panel in dashboard.PANELS}
 
 
-def show(answers: dict[str, Answer | None]) -> None:
+def show(rights: str, answers: dict[str, Answer | None]) -> None:
     """Write all panels to the page."""
-    freshness = answers[dashboard.FRESHNESS.name]
+    st.caption(f"This page reads the database {rights}.")
     st.header("Population")
     _show_bars(answers[dashboard.POPULATION.name], x="age", y="patients", color="gender")
     st.header("Current conditions")
@@ -35,9 +36,9 @@ def show(answers: dict[str, Answer | None]) -> None:
     st.header("Laboratory results")
     _show_table(answers[dashboard.LABS.name])
     st.header("Completeness")
-    _show_completeness([answers[panel.name] for panel in dashboard.COMPLETENESS])
+    _show_tables([answers[panel.name] for panel in dashboard.COMPLETENESS])
     st.header("Freshness")
-    _show_table(freshness)
+    _show_tables([answers[panel.name] for panel in dashboard.FRESHNESS])
 
 
 def _as_columns(answer: Answer) -> dict[str, list[object]]:
@@ -58,7 +59,8 @@ def _show_table(answer: Answer | None) -> None:
         st.dataframe(_as_columns(answer), hide_index=True)
 
 
-def _show_completeness(answers: Sequence[Answer | None]) -> None:
+def _show_tables(answers: Sequence[Answer | None]) -> None:
+    """Write the rows of answers with the same columns to one table."""
     found = [answer for answer in answers if answer]
     rows = [row for answer in found for row in answer.rows]
     _show_table(Answer(found[0].columns, rows) if found else None)
@@ -71,6 +73,6 @@ st.caption(
     "Smaller groups are not shown."
 )
 try:
-    show(st.cache_data(read_answers, ttl=_SECONDS, show_spinner="Reading the tables …")())
+    show(*st.cache_data(read_answers, ttl=_SECONDS, show_spinner="Reading the tables …")())
 except FhirAssetsError as error:
     st.error(str(error))

@@ -13,7 +13,7 @@ from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.retries import RetryPolicy
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import encryption_secret, runs
-from fhir_assets.warehouse.postgres.db import advisory_locks, connections, embedded, schema_state
+from fhir_assets.warehouse.postgres.db import advisory_locks, connections, embedded, roles, schema_state
 from fhir_assets.warehouse.postgres.db.semaphore import DistributedSemaphore
 
 
@@ -99,6 +99,15 @@ class Warehouse:
         schema_state.require_current(url)
         conn = connections.connect(url, source=self.source)
         conn.read_only = True
+        return conn
+
+    def connect_as_reader(self) -> connections.Connection:
+        """Open a connection as ``connect_read_only`` does, with the rights of ``fhir_reader`` only.
+
+        A login that may not take that role keeps its own rights.
+        """
+        conn = self.connect_read_only()
+        roles.take_reader_role(conn)
         return conn
 
     def migrate(self) -> None:

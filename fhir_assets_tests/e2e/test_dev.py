@@ -1,5 +1,6 @@
 """`fhir-assets dev` goes on if any of its processes is killed."""
 
+import importlib.util
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -12,6 +13,21 @@ import pytest
 from fhir_assets.warehouse.postgres.db.connections import connect, normalise_url
 from fhir_assets_tests.support.databases import database_unavailable
 from fhir_assets_tests.support.dev_processes import PARTS, find, find_url, is_up, running_dev, wait_until
+
+NO_STREAMLIT = importlib.util.find_spec("streamlit") is None
+
+
+@pytest.mark.skipif(not NO_STREAMLIT, reason="this is about an environment without the extra `dashboard`")
+def test_dev_without_streamlit_has_no_dashboard(tmp_path: Path, database: str) -> None:
+    urls = {"DB_URL": database, "DAGSTER_POSTGRES_URL": normalise_url(database, "psycopg2")}
+    with running_dev(tmp_path, **urls) as (process, text):
+        find_url(text)
+        commands = [child.cmdline() for child in psutil.Process(process.pid).children()]
+        assert process.poll() is None
+    assert len(commands) == 4, "the code server, the UI, the daemon and the post loader"
+    assert not [command for command in commands if "streamlit" in command]
+    assert "ashboard" not in text()
+    assert "Streamlit" not in text()
 
 
 def says_more_often(read: Callable[[], str], words: str, times: int) -> bool:

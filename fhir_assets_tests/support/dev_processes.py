@@ -65,15 +65,20 @@ def find(dev: psutil.Process, home: Path, pattern: str) -> psutil.Process | None
 
 
 @contextmanager
-def running_dev(folder: Path, **more: str) -> Iterator[tuple["subprocess.Popen[bytes]", Callable[[], str]]]:
-    """Run `fhir-assets dev` during the block. Yield its process and a function that returns what it has printed."""
+def running_dev(
+    folder: Path, *options: str, **more: str
+) -> Iterator[tuple["subprocess.Popen[bytes]", Callable[[], str]]]:
+    """Run `fhir-assets dev` during the block. Yield its process and a function that returns what it has printed.
+
+    ``more`` are variables of its environment.
+    """
     environment = {
         name: value
         for name, value in os.environ.items()
         if name not in ("DAGSTER_HOME", "DAGSTER_POSTGRES_URL", "DB_URL")
     }
     environment |= {"FHIR_ASSETS_HOME": str(folder / "home"), "FHIR_RESOURCE_TYPES": "Patient", "API_TOKENS": TOKENS}
-    command = [sys.executable, "-c", "from fhir_assets.cli import main; main()", "dev"]
+    command = [sys.executable, "-c", "from fhir_assets.cli import main; main()", "dev", *options]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, env=environment | more, stdout=log, stderr=log)
     try:

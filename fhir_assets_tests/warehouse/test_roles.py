@@ -95,6 +95,22 @@ def list_ops_tables(conn: Connection) -> list[str]:
     return [name for (name,) in rows]
 
 
+def test_the_owner_takes_the_role_of_readers(filled: str) -> None:
+    with connect(filled) as conn:
+        assert roles.take_reader_role(conn)
+        assert roles.describe_reader(conn) == "as fhir_reader, which may read tables only"
+        assert conn.execute("SELECT count(*) FROM fhir.patient").fetchone() == (3,)
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            conn.execute("SELECT FROM fhir.resource")
+
+
+def test_a_login_that_is_no_member_of_the_readers_keeps_its_own_rights(filled: str, user: User) -> None:
+    with connect(user(roles.LOADER)) as conn:
+        assert not roles.take_reader_role(conn)
+        assert "no member of fhir_reader" in roles.describe_reader(conn)
+        conn.execute("SELECT FROM fhir.resource")
+
+
 def test_a_reader_may_select_from_the_tables_of_views_only(filled: str, user: User) -> None:
     url = user(roles.READER)
     with connect(url) as conn:

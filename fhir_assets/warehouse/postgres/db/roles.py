@@ -7,6 +7,7 @@ add to the audit log, but not change it, and may not migrate. The owner of the s
 
 from collections.abc import Iterable, Sequence
 
+import psycopg
 from psycopg import sql
 
 from fhir_assets.warehouse.postgres.db.connections import Connection
@@ -45,6 +46,28 @@ _OPERATOR_RIGHTS = {
 def list_missing_roles(conn: Connection) -> list[str]:
     """Return the roles that do not exist. They are missing if the migrating user may not create roles."""
     return [name for name in ROLES if name not in _list_roles(conn)]
+
+
+def take_reader_role(conn: Connection) -> bool:
+    """Give the session the rights of ``fhir_reader`` only. Return False, and change nothing, if its login may not.
+
+    No transaction may be open.
+    """
+    try:
+        _execute(conn, "SET ROLE {}", sql.Identifier(READER))
+    except (psycopg.errors.InsufficientPrivilege, psycopg.errors.InvalidParameterValue):
+        conn.rollback()
+        return False
+    conn.commit()
+    return True
+
+
+def describe_reader(conn: Connection) -> str:
+    """Return with which rights a session of ``take_reader_role`` reads, to follow "reads"."""
+    row = conn.execute("SELECT current_user").fetchone()
+    if row == (READER,):
+        return f"as {READER}, which may read tables only"
+    return f"with the rights of the login of DB_URL, which is no member of {READER}"
 
 
 def grant_rights(conn: Connection) -> None:

@@ -7,6 +7,7 @@ from typing import LiteralString
 import psycopg
 from psycopg import sql
 
+from fhir_assets.catalog import CATALOG
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
@@ -49,6 +50,21 @@ def _measure_completeness(table: str, *columns: str) -> Panel:
         """
     ).format(name=table, table=sql.Identifier("fhir", table), values=sql.SQL(", ").join(values))
     return Panel(f"completeness of {table}s", (f"fhir.{table}",), statement)
+
+
+def _measure_freshness(table: str, resource_type: str) -> Panel:
+    """Return the panel of how many resources of a type are loaded, and how new they are.
+
+    The main table of a type has a row for each resource. The panel does not read ``fhir.resource``, as readers may not.
+    """
+    statement = sql.SQL(
+        """
+        SELECT {resource_type} AS type, count(*) AS resources, max(last_updated) AS newest, max(loaded_at) AS loaded
+        FROM {table}
+        HAVING count(*) > 0
+        """
+    ).format(resource_type=resource_type, table=sql.Identifier("fhir", table))
+    return Panel(f"freshness of {table}", (f"fhir.{table}",), statement)
 
 
 POPULATION = Panel(
@@ -128,31 +144,24 @@ COMPLETENESS = (
     _measure_completeness("encounter", "class_code", "period_start", "patient_key"),
     _measure_completeness("observation", "loinc_code", "effective_start", "patient_key"),
 )
-FRESHNESS = Panel(
-    "freshness",
-    ("fhir.resource",),
-    """
-    SELECT resource_type AS type, count(*) AS resources, max(last_updated) AS newest, max(loaded_at) AS loaded
-    FROM fhir.resource
-    WHERE deleted_at IS NULL
-    GROUP BY 1
-    ORDER BY 1
-    """,
-)
-PANELS = (POPULATION, CONDITIONS, ENCOUNTERS, LABS, *COMPLETENESS, FRESHNESS)
+FRESHNESS = tuple(_measure_freshness(kind.key, kind.name) for kind in sorted(CATALOG, key=lambda kind: kind.name))
+PANELS = (POPULATION, CONDITIONS, ENCOUNTERS, LABS, *COMPLETENESS, *FRESHNESS)
 
 
 def read(conn: Connection, panel: Panel) -> Answer | None:
     """Return the answer of a panel, None if one of its tables does not exist: nothing of its type was loaded.
 
-    Raises ConfigurationError if the login may not read the tables.
+    It is None too if a view of FHIR_VIEWS replaces a shipped one without the columns that the panel reads. Raises
+    ConfigurationError if the login may not read the tables.
     """
     try:
-        return _query(conn, panel)
+        with conn.transaction():
+            return _query(conn, panel)
+    except psycopg.errors.UndefinedColumn:
+        return None
     except psycopg.errors.InsufficientPrivilege:
         raise ConfigurationError(
-            f"The login of DB_URL may not read {', '.join(panel.relations)}: grant it the role fhir_loader, or use "
-            "the owner of the tables"
+            f"The login of DB_URL may not read {', '.join(panel.relations)}: grant it the role fhir_reader"
         ) from None
 
 
