@@ -24,6 +24,7 @@ PARTS = (
     ("upload", "Upload to a FHIR server"),
     ("api", "The HTTP API: intake, and searches among a million encrypted patients"),
     ("posts", "Posts: seconds until the tables show them, idle and during a first load"),
+    ("posts --celery", "Posts, with a first load by a Celery worker"),
     ("generator", "The sandbox: generating and serving"),
 )
 
@@ -34,7 +35,7 @@ def main() -> int:
     for name, title in PARTS:
         print(f"\n## {title}\n", flush=True)
         # One process per benchmark, so that none starts with the memory and the caches of another.
-        if subprocess.run([sys.executable, "-m", f"benchmarks.{name}"]).returncode:
+        if subprocess.run([sys.executable, "-m", *f"benchmarks.{name}".split()]).returncode:
             failed.append(name)
     if failed:
         print(f"\nfailed: {', '.join(failed)}")

@@ -2,9 +2,11 @@
 
 ``python -m benchmarks.posts [seconds] [patients]``: alone, at 50 posts a second, and during a first load of that many
 synthetic patients. API, post loader, first load and client share the cores. The goal is a median below 2 s and a 99th
-percentile below 5 s.
+percentile below 5 s. With ``--celery`` a Celery worker executes the first load, with a redis-server as broker.
 """
 
+import argparse
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +24,7 @@ from typing import Any
 import orjson
 import psutil
 
+from benchmarks.celery_runs import redis_server, send_first_load
 from benchmarks.machine import scratch
 from fhir_assets.api.access import Role, create_token
 from fhir_assets.deployment.warehouse import Warehouse
@@ -118,8 +121,11 @@ class Client:
         return sum(len(patient["visits"]) for patient in answer["patients"])
 
 
-def main(seconds: float, patients: int) -> int:
+def main(seconds: float, patients: int, *, celery: bool) -> int:
     """Print the table. Return 1 if a goal is missed."""
+    if celery and not shutil.which("redis-server"):
+        print("redis-server is not installed: nothing is measured")
+        return 0
     secret, entry = create_token("benchmark", Role.ADMIN)
     missed = False
     with scratch() as folder, ExitStack() as stack:
@@ -138,11 +144,17 @@ def main(seconds: float, patients: int) -> int:
             "metrics_port": 0,
             "log_level": "WARNING",
         }
+        if celery:
+            broker = stack.enter_context(redis_server(folder))
+            values |= {"fhir_executor": "celery", "celery_broker_url": broker}
         warehouse = Warehouse(load_settings(**values))
         values["db_url"] = warehouse.url()
         port = free_port()
         stack.enter_context(_process(values, folder, "api", "--port", str(port)))
         stack.enter_context(_process(values, folder, "post-loader"))
+        if celery:
+            # A worker that is terminated first completes its run.
+            stack.enter_context(_process(values, folder, "worker", end=subprocess.Popen.kill))
         client = Client(port, secret)
         _wait_until(lambda: _is_live(client))
         _wait_until(lambda: _has_post_loader(warehouse))
@@ -152,16 +164,26 @@ def main(seconds: float, patients: int) -> int:
         missed |= _show("visits, one at a time, idle", *_measure_one_at_a_time(client, "idle", ONE_AT_A_TIME))
         missed |= _show("patients, one at a time, idle", *_measure_rate(warehouse, client, "slow", 2, 15))
         missed |= _show(f"patients, {RATE} a second, idle", *_measure_rate(warehouse, client, "idle", RATE, seconds))
-        with _process(values, folder, "ingest") as load:
-            while load.poll() is None and not _count_runs(warehouse):
-                time.sleep(0.2)
+        where = "a first load by a Celery worker" if celery else "a first load"
+        with _first_load(values, folder) as has_ended:
+            _wait_until(lambda: has_ended() or _count_runs(warehouse))
             figures = _measure_one_at_a_time(client, "first", ONE_AT_A_TIME)
-            missed |= _show("visits, one at a time, during a first load", *figures)
+            missed |= _show(f"visits, one at a time, during {where}", *figures)
             figures = _measure_rate(warehouse, client, "first", RATE, seconds)
-            missed |= _show(f"patients, {RATE} a second, during a first load", *figures)
-            if load.poll() is not None:
+            missed |= _show(f"patients, {RATE} a second, during {where}", *figures)
+            if has_ended():
                 print("\nthe first load ended before the posts: take more patients")
     return int(missed)
+
+
+@contextmanager
+def _first_load(values: dict[str, object], folder: Path) -> Iterator[Callable[[], bool]]:
+    """Load the population during the block, in a command or by the worker. Yield whether the load has ended."""
+    if "celery_broker_url" in values:
+        yield send_first_load(load_settings(**values))
+    else:
+        with _process(values, folder, "ingest") as load:
+            yield lambda: load.poll() is not None
 
 
 def _measure_one_at_a_time(client: Client, name: str, count: int) -> tuple[list[float], float]:
@@ -211,14 +233,19 @@ def _show(title: str, latencies: list[float], rate: float) -> bool:
 
 
 @contextmanager
-def _process(values: dict[str, object], folder: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+def _process(
+    values: dict[str, object],
+    folder: Path,
+    *arguments: str,
+    end: Callable[["subprocess.Popen[bytes]"], None] = subprocess.Popen.terminate,
+) -> Iterator[subprocess.Popen[bytes]]:
     command = [str(Path(sys.executable).with_name("fhir-assets")), *arguments]
     with (folder / f"{arguments[0]}.log").open("wb") as log:
         process = subprocess.Popen(command, env=api_environment(values), cwd=folder, stdout=log, stderr=log)
     try:
         yield process
     finally:
-        process.terminate()
+        end(process)
         process.wait()
 
 
@@ -249,5 +276,9 @@ def _wait_until(condition: Callable[[], object], pause: float = 0.2) -> None:
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    sys.exit(main(float(arguments[0]) if arguments else 20.0, int(arguments[1]) if arguments[1:] else 2000))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seconds", type=float, nargs="?", default=20.0)
+    parser.add_argument("patients", type=int, nargs="?", default=2000)
+    parser.add_argument("--celery", action="store_true", help="a first load by a Celery worker (needs redis-server)")
+    arguments = parser.parse_args()
+    sys.exit(main(arguments.seconds, arguments.patients, celery=arguments.celery))
