@@ -130,7 +130,7 @@ def test_init_writes_the_package_and_keeps_what_its_user_has_changed(
     folder = tmp_path / "package"
     first = CliRunner().invoke(app, ["dbt", "init", str(folder)], catch_exceptions=False)
     assert first.exit_code == 0
-    assert "sources.yml has 162 tables" in first.output
+    assert "sources.yml has 167 tables" in first.output
     model, sources = folder / "models/omop/omop__death.sql", folder / SOURCES_FILE
     generated = sources.read_text()
     model.write_text("select 1")
