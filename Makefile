@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 # pip, or uv if it is on the PATH, which takes seconds where pip takes minutes.
-PIP := $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install \
+PIP := $(if $(shell command -v uv),uv pip install --compile-bytecode --python $(BIN)/python,$(BIN)/python -m pip install \
   --disable-pip-version-check) --quiet --only-binary :all:
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
