@@ -55,7 +55,10 @@ def find_next_ids(conn: Connection, resource_type: str, after: str) -> list[str]
 
 
 def lock_bodies(conn: Connection, resource_type: str, ids: Sequence[str]) -> list[tuple[str, str | None, str]]:
-    """Lock resources until the transaction ends. Return the id, the key id and the stored text of each."""
+    """Lock resources until the transaction ends. Return the id, the key id and the stored text of each.
+
+    They are locked in the order in which loads write them, whatever the collation of the database.
+    """
     return conn.execute(
         """
         SELECT id, key_id, CASE WHEN key_id IS NULL THEN resource::text ELSE resource #>> '{}' END
@@ -64,7 +67,7 @@ def lock_bodies(conn: Connection, resource_type: str, ids: Sequence[str]) -> lis
             AND resource_type = %s
             AND id = ANY(%s)
             AND resource IS NOT NULL
-        ORDER BY id
+        ORDER BY id COLLATE "C"
         FOR UPDATE
         """,
         [resource_type, list(ids)],
