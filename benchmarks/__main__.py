@@ -21,6 +21,7 @@ PARTS = (
     ("exports", "Exports: peak memory"),
     ("bulk", "Bulk export: speed, peak memory, small files"),
     ("rotation", "Key rotation: speed, peak memory"),
+    ("upgrade", "The upgrade of a loaded database, beside readers and a load"),
     ("upload", "Upload to a FHIR server"),
     ("api", "The HTTP API: intake, and searches among a million encrypted patients"),
     ("posts", "Posts: seconds until the tables show them, idle and during a first load"),
