@@ -8,9 +8,12 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from fhir_assets.definitions import build_definitions
 from fhir_assets.delivery.webhook import build_message
 from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.orchestration.jobs import APPLY_CONSENT
 from fhir_assets.orchestration.sensors import alerts
+from fhir_assets.pipeline.consent.step import ConsentStep
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.ops import checkpoints, incidents
@@ -172,6 +175,27 @@ def test_an_incident_of_a_materialization_closes_when_a_load_succeeds_and_stands
         "incident closed: run raw/patient",
         "incident opened: run raw/patient",
     ]
+
+
+def test_an_incident_of_apply_consent_closes_when_a_load_has_applied_consent(
+    deploy: Deploy, server: SandboxServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = deploy(
+        fhir_base_url=server.url,
+        consent_policy="opt-out",
+        **{**SETTINGS, "fhir_resource_types": "Patient,Consent"},
+    )
+    sensor = AlertsSensor(deployment)
+    job = build_definitions(deployment.settings).resolve_job_def(APPLY_CONSENT)
+    with monkeypatch.context() as patch:
+        patch.delattr(ConsentStep, "run")
+        assert not job.execute_in_process(instance=deployment.instance, raise_on_error=False).success
+    for _ in range(2):  # The policy is not applied yet.
+        sensor.tick()
+        assert list_open(deployment) == [("run", APPLY_CONSENT)]
+    assert all(outcome.success for outcome in deployment.ingest(first=DAY, last=DAY))
+    sensor.tick()
+    assert list_open(deployment) == []
 
 
 def test_an_incident_of_a_run_of_checks_closes_when_they_are_evaluated_again(deployment: Deployment) -> None:

@@ -16,13 +16,15 @@ import dagster as dg
 
 from fhir_assets.catalog import BY_NAME
 from fhir_assets.delivery.webhook import Webhook
+from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.checks.failed_windows import reevaluate_failed_windows
 from fhir_assets.orchestration.failures import sanitized_errors
-from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD
+from fhir_assets.orchestration.jobs import APPLY_CONSENT, INCREMENTAL_LOAD
 from fhir_assets.orchestration.sensors.recoveries import find_assets, find_selected, record_recoveries
 from fhir_assets.orchestration.tags import PARTITION_TAG, RANGE_END, RANGE_START, UNPARTITIONED
+from fhir_assets.pipeline.consent.due import has_due_decisions
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import checkpoints, incidents
@@ -77,7 +79,13 @@ def build_alerts_sensor(
                 _record_types_behind(conn, settings)
                 _record_ticks(conn, context.instance)
                 if context.repository_def is not None:
-                    record_recoveries(conn, context.instance, context.repository_def, check_runs=bool(runs or checks))
+                    record_recoveries(
+                        conn,
+                        context.instance,
+                        context.repository_def,
+                        check_runs=bool(runs or checks),
+                        settled_jobs=_find_settled_jobs(conn, settings),
+                    )
             delivered = webhook is None or _report(conn, webhook)
             now = incidents.list_open(conn)
         message = f"Read {runs} ended runs and {checks} evaluations of checks. {_describe_open(now)}"
@@ -136,6 +144,12 @@ def _record_ticks(conn: Connection, instance: dg.DagsterInstance) -> None:
     for incident in incidents.list_open(conn):
         if incident.kind == "tick" and incident.name not in failing:
             incidents.record_recovery(conn, "tick", incident.name, incident.partitions)
+
+
+def _find_settled_jobs(conn: Connection, settings: Settings) -> list[str]:
+    """Return the jobs without assets that have nothing left to do. Loads apply consent too."""
+    due = has_due_decisions(conn, build_consent_gate(settings), datetime.now(UTC))
+    return [] if due else [APPLY_CONSENT]
 
 
 def _describe_open(open_incidents: Sequence[incidents.Incident]) -> str:

@@ -1,7 +1,7 @@
 """Finds out which partitions of an incident have recovered, through any run.
 
-A failed run recovers when the assets and checks of its failed steps are materialized or evaluated again, by any job. A
-failed check recovers when it passes, and when it or its asset no longer exists.
+A failed run recovers when the assets and checks of its failed steps are materialized or evaluated again, by any job, or
+when its job has nothing left to do. A failed check recovers when it passes, and when it or its asset no longer exists.
 """
 
 from collections.abc import Collection, Iterator
@@ -23,16 +23,24 @@ _PLANNED_EVENTS = {
 
 
 def record_recoveries(
-    conn: Connection, instance: dg.DagsterInstance, repository: dg.RepositoryDefinition, *, check_runs: bool
+    conn: Connection,
+    instance: dg.DagsterInstance,
+    repository: dg.RepositoryDefinition,
+    *,
+    check_runs: bool,
+    settled_jobs: Collection[str] = (),
 ) -> None:
     """Record the recoveries of open incidents.
 
-    ``check_runs`` is False if nothing ran since the last call, so that failed runs cannot have recovered.
+    ``check_runs`` is False if nothing ran since the last call, so that failed runs cannot have recovered. Nothing is
+    left to do for ``settled_jobs``: others have done what their failed runs did not.
     """
     checks = {_name_check(key) for key in repository.asset_graph.asset_check_keys}
     for incident in incidents.list_open(conn):
         if incident.kind == "check" and incident.name not in checks:
             incidents.record_recovery(conn, "check", incident.name, incident.partitions)
+        elif incident.kind == "run" and incident.name in settled_jobs:
+            incidents.record_recovery(conn, "run", incident.name, incident.partitions)
         elif incident.kind == "run" and check_runs:
             recovered = _find_recovered_partitions(instance, repository, incident)
             incidents.record_recovery(conn, "run", incident.name, recovered)
