@@ -18,7 +18,7 @@ WARNING = "WARNING: patient data is stored in the clear: PHI_ENCRYPTION_KEYS is 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FHIR_ASSETS_HOME", str(tmp_path))
-    monkeypatch.setattr("fhir_assets.cli.dev.serve_ui", lambda settings, port: None)
+    monkeypatch.setattr("fhir_assets.cli.dev.serve_ui", lambda *arguments, **options: None)
     monkeypatch.setattr("fhir_assets.cli.demo.load_due", lambda ingestion, settings, triggered_by: [])
 
 
