@@ -75,8 +75,12 @@ types: $(VENV)/.installed-dev ## mypy, strict
 
 # The longer stories; STORIES picks some of them. Two at once: they wait a lot, for daemons and for the next minute.
 STORIES ?= fhir_assets_tests
+# With RETRY=1 what failed is run again, alone on the machine: a story that fails then has failed.
+RETRY ?=
+RETRY_FAILED = echo "Failed beside other stories, run again alone:" && \
+  $(BIN)/python -m pytest -m slow --maxfail=1 --last-failed --last-failed-no-failures none -rA --show-capture=no
 slow: $(VENV)/.installed-dev ## The long stories; STORIES picks some of them
-	$(PYTEST) -m slow --dist loadfile $(STORIES)
+	$(PYTEST) -m slow --dist loadfile $(STORIES)$(if $(RETRY), || { test $$? = 1 && $(RETRY_FAILED); })
 
 # The two generated data files of the package: make rules DEFINITIONS=path/to/R4/definitions
 DEFINITIONS ?= ../shared/fhir-r4

@@ -21,13 +21,14 @@ from psycopg import sql
 
 from benchmarks.machine import scratch
 from fhir_assets.api.access import Role, create_token
+from fhir_assets.cli.local_ports import find_free_port
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.ingestion import Ingestion
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.db.connections import Connection
-from fhir_assets_tests.support.api import api_environment, free_port
+from fhir_assets_tests.support.api import api_environment
 
 GOAL_INTAKE = 5_000
 GOAL_P99 = 0.020
@@ -52,7 +53,7 @@ def main(patients: int, seconds: float) -> int:
         settings = load_settings(**values)
         warehouse = Warehouse(settings)
         values["db_url"] = warehouse.url()
-        port = free_port()
+        port = find_free_port()
         command = [str(Path(sys.executable).with_name("fhir-assets")), "api", "--port", str(port), "--workers", "2"]
         with subprocess.Popen(command, env=api_environment(values), cwd=folder, stderr=subprocess.DEVNULL) as process:
             try:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import dagster as dg
 
+from fhir_assets.cli.local_ports import find_free_port
 from fhir_assets.definitions import build_definitions
 from fhir_assets.ingestion import Ingestion
 from fhir_assets.orchestration.dagster_internals import LaunchRunContext
@@ -15,14 +16,13 @@ from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD
 from fhir_assets.orchestration.run_requests import UNFINISHED, range_tags
 from fhir_assets.orchestration.tags import PARTITION_TAG
 from fhir_assets.settings import Settings
-from fhir_assets_tests.support.api import free_port
 from fhir_assets_tests.support.dagster_internals import ReconstructableRepository
 
 
 @contextmanager
 def redis_server(folder: Path) -> Iterator[str]:
     """Run a Redis that keeps its messages in ``folder``, and yield its URL."""
-    port = free_port()
+    port = find_free_port()
     command = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder), "--appendonly", "yes"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:

@@ -14,7 +14,7 @@ from time import perf_counter
 
 import requests
 
-from fhir_assets_tests.support.api import free_port
+from fhir_assets.cli.local_ports import find_free_port
 from fhir_assets_tests.support.browser import Browser, open_browser
 
 LIMIT_SECONDS = 5.0
@@ -55,7 +55,7 @@ def _time_page(browser: Browser, url: str, pattern: str) -> float:
 @contextmanager
 def _serve_ui(home: Path) -> Iterator[str]:
     """Run the webserver with its code server during the block, and yield its address."""
-    port = free_port()
+    port = find_free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "dagster_webserver", "--host", "127.0.0.1", "--port", str(port)]
     with (

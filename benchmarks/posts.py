@@ -27,12 +27,13 @@ import psutil
 from benchmarks.celery_runs import redis_server, send_first_load
 from benchmarks.machine import scratch
 from fhir_assets.api.access import Role, create_token
+from fhir_assets.cli.local_ports import find_free_port
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxProcess
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.ops import post_loader
-from fhir_assets_tests.support.api import api_environment, free_port
+from fhir_assets_tests.support.api import api_environment
 
 RATE = 50
 GOAL_MEDIAN = 2.0
@@ -149,7 +150,7 @@ def main(seconds: float, patients: int, *, celery: bool) -> int:
             values |= {"fhir_executor": "celery", "celery_broker_url": broker}
         warehouse = Warehouse(load_settings(**values))
         values["db_url"] = warehouse.url()
-        port = free_port()
+        port = find_free_port()
         stack.enter_context(_process(values, folder, "api", "--port", str(port)))
         stack.enter_context(_process(values, folder, "post-loader"))
         if celery:

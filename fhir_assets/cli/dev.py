@@ -13,10 +13,10 @@ import typer
 
 from fhir_assets.atomic_files import replace_content
 from fhir_assets.cli import dashboard
+from fhir_assets.cli.local_ports import choose_port, find_free_port
 from fhir_assets.cli.output import console, warn_of_clear_data
 from fhir_assets.cli.supervisor import Service, Supervisor
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.errors import ConfigurationError
 from fhir_assets.orchestration.command_runs import CODE_LOCATION
 from fhir_assets.orchestration.instance import config
 from fhir_assets.settings import Settings, load_settings
@@ -69,7 +69,7 @@ def serve_ui(settings: Settings, port: int | None, *, dashboard_port: int | None
     """
     Warehouse(settings).url()
     environment = {**config.build_environment(settings), "DAGSTER_IS_DEV_CLI": "1"}
-    port = free_port(port or DEFAULT_PORT)
+    port = choose_port(port or DEFAULT_PORT)
     supervisor = Supervisor(environment, _report)
     previous = {sign: signal.signal(sign, _interrupt) for sign in (signal.SIGINT, signal.SIGTERM)}
     with TemporaryDirectory(prefix="fhir_assets_dev_") as folder:
@@ -97,7 +97,7 @@ def _start_services(supervisor: Supervisor, folder: Path, port: int) -> None:
 
     The code server that `dagster dev` starts exits if a busy machine delays its heartbeats, and is not restarted.
     """
-    code_port = free_port(0)
+    code_port = find_free_port()
     workspace = folder / "workspace.yaml"
     replace_content(workspace, _WORKSPACE.format(port=code_port, name=CODE_LOCATION).encode())
     python, quiet = [sys.executable, "-m"], ["--log-level", "error"]
@@ -114,7 +114,7 @@ def _start_services(supervisor: Supervisor, folder: Path, port: int) -> None:
 
 def _start_dashboard(supervisor: Supervisor, settings: Settings, port: int) -> None:
     """Start the dashboard, without which the other processes go on, and print its URL."""
-    port, rights = free_port(port), dashboard.describe_rights(settings)
+    port, rights = choose_port(port), dashboard.describe_rights(settings)
     supervisor.start(Service("The dashboard", dashboard.build_command(port), optional=True))
     console.print(
         f"Dashboard: [bold]http://127.0.0.1:{port}[/bold]  (counts only; it reads the database {rights})",
@@ -141,19 +141,6 @@ def _keep_postgres(settings: Settings) -> None:
 
 def _report(message: str) -> None:
     console.print(message, markup=False, soft_wrap=True)
-
-
-def free_port(wanted: int) -> int:
-    """Return ``wanted`` if no process listens on it, else a free port of 127.0.0.1. Raises ConfigurationError."""
-    for port in (wanted, 0):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    raise ConfigurationError("127.0.0.1 has no free port: stop a server, or set DAGSTER_PORT")
 
 
 def _interrupt(signum: int, frame: object) -> None:

@@ -9,8 +9,9 @@ import pytest
 import requests
 
 from fhir_assets.api import context
+from fhir_assets.cli.local_ports import find_free_port
 from fhir_assets.settings import load_settings
-from fhir_assets_tests.support.api import TOKENS, Api, api_in_threads, api_process, api_settings, free_port
+from fhir_assets_tests.support.api import TOKENS, Api, api_in_threads, api_process, api_settings
 from fhir_assets_tests.support.daemon import wait_until
 from fhir_assets_tests.support.databases import database_unavailable
 
@@ -24,7 +25,7 @@ def api(database: str, tmp_path: Path) -> Iterator[Api]:
         fhir_assets_home=tmp_path / "home",
         fhir_resource_types="Patient",
         api_tokens=TOKENS,
-        dagster_webserver_url=f"http://127.0.0.1:{free_port()}",
+        dagster_webserver_url=f"http://127.0.0.1:{find_free_port()}",
     )
     with api_in_threads(settings) as running:
         yield running

@@ -1,9 +1,8 @@
 """Alert webhooks are retried as a FHIR server is, and a refusal is final."""
 
-import socket
-
 import pytest
 
+from fhir_assets.cli.local_ports import find_free_port
 from fhir_assets.delivery.webhook import Webhook
 from fhir_assets.retries import Retrier, RetryPolicy
 from fhir_assets_tests.support.scripted_server import Reply, ScriptedServer, reply
@@ -28,9 +27,7 @@ def test_an_unreachable_webhook_does_not_accept_the_message() -> None:
     with ScriptedServer([Reply(status=503)] * 9) as server:
         assert not deliver(server.url)
         assert len(server.requests) == 3
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        assert not deliver(f"http://127.0.0.1:{listener.getsockname()[1]}")
+    assert not deliver(f"http://127.0.0.1:{find_free_port()}")
 
 
 def test_a_refused_message_is_not_sent_again() -> None:

@@ -16,8 +16,9 @@ import pytest
 import requests
 
 from fhir_assets.api.dagster import DagsterClient
+from fhir_assets.cli.local_ports import find_free_port
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets_tests.support.api import TOKENS, Api, api_in_threads, free_port
+from fhir_assets_tests.support.api import TOKENS, Api, api_in_threads
 from fhir_assets_tests.support.api_fuzz import fuzz
 from fhir_assets_tests.support.content import instant, patient
 from fhir_assets_tests.support.daemon import wait_until
@@ -43,7 +44,7 @@ def observation(identity: str, subject: str, **fields: Any) -> bytes:
 @contextmanager
 def webserver(deployment: Deployment, log: Path, **changed: str) -> Iterator[str]:
     """Run ``dagster-webserver`` during the block and yield its URL."""
-    port = free_port()
+    port = find_free_port()
     command = [
         sys.executable,
         "-m",

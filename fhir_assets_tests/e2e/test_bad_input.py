@@ -2,7 +2,6 @@
 
 import os
 import resource
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 from psycopg import sql
 
+from fhir_assets.cli.local_ports import find_free_port
 from fhir_assets.sandbox.fault_injection import Credentials
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
@@ -55,13 +55,6 @@ def website() -> Iterator[str]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/fhir"
         server.shutdown()
-
-
-def closed_port() -> int:
-    """Return a port on which no process listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture
@@ -124,7 +117,7 @@ def refused(process: subprocess.CompletedProcess[str], *expected: str) -> bool:
 
 
 def test_an_unreachable_server_is_one_clear_error(deploy: Deploy) -> None:
-    url = f"http://127.0.0.1:{closed_port()}/fhir"
+    url = f"http://127.0.0.1:{find_free_port()}/fhir"
     deployment = deploy(fhir_base_url=url, fhir_resource_types="Patient", fhir_last_updated_gte="2024-01-01")
     assert refused(ingest(deployment, *NEXT_DAY), f"GET {url}")
 
@@ -174,7 +167,7 @@ def test_an_error_names_the_folder_of_files_that_does_not_exist(deploy: Deploy) 
 
 @pytest.mark.slow
 def test_an_unreachable_database_is_one_clear_error(deployment: Deployment) -> None:
-    url = f"postgresql://anna:geheim@127.0.0.1:{closed_port()}/clinic"
+    url = f"postgresql://anna:geheim@127.0.0.1:{find_free_port()}/clinic"
     for dagster_storage in (normalise_url(url, "psycopg2"), normalise_url(deployment.url, "psycopg2"), None):
         process = ingest(deployment, DB_URL=url, DAGSTER_POSTGRES_URL=dagster_storage)
         assert refused(process, "127.0.0.1")

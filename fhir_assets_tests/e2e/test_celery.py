@@ -3,7 +3,6 @@
 import base64
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import requests
 from redis import Redis, RedisError
 from sqlalchemy.exc import OperationalError
 
+from fhir_assets.cli.local_ports import find_free_port
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.orchestration import dead_runs
@@ -46,16 +46,10 @@ ALLOWED = 1
 """FHIR_MAX_CONNECTIONS, which is lower than the number of workers."""
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[str]:
     """Start a Redis for the test and yield its URL."""
-    port = free_port()
+    port = find_free_port()
     command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         yield f"redis://127.0.0.1:{port}/0"
@@ -65,7 +59,7 @@ def redis(tmp_path: Path) -> Iterator[str]:
 @pytest.fixture
 def bucket() -> Iterator[tuple[str, dict[str, str]]]:
     """Start an S3 server in a process of its own. Yield the URL of a bucket and the environment that boto3 needs."""
-    port = free_port()
+    port = find_free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         variables = {

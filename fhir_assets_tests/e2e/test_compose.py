@@ -21,7 +21,7 @@ import pytest
 import requests
 import yaml
 
-from fhir_assets.cli.dev import free_port
+from fhir_assets.cli.local_ports import find_free_port
 from fhir_assets_tests.support.daemon import wait_until
 
 pytestmark = pytest.mark.slow
@@ -54,7 +54,7 @@ class Services:
     def __init__(self, folder: Path, database: str) -> None:
         self._folder = folder
         self._services: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-        self._ports = {port: str(free_port(0)) for port in ("4000", "3000", "8080", "9464", "9000")}
+        self._ports = {port: str(find_free_port()) for port in ("4000", "3000", "8080", "9464", "9000")}
         self._database = database.partition("//")[2]
         self._env = {"POSTGRES_PASSWORD": PASSWORD, **read_documented_env()}
         (folder / "deploy").mkdir()

@@ -18,9 +18,9 @@ import pytest
 import requests
 
 import fhir_assets
+from fhir_assets.cli.local_ports import find_free_port
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.warehouse.postgres.db.connections import connect, normalise_url
-from fhir_assets_tests.support.api import free_port
 from fhir_assets_tests.support.browser import find_missing_programs, open_browser
 from fhir_assets_tests.support.dev_processes import find, find_url, running_dev, wait_until
 from fhir_assets_tests.support.shipped_views import views_of_type
@@ -77,7 +77,7 @@ def test_an_unreachable_database_is_a_sentence_on_the_page(tmp_path: Path, monke
 @contextmanager
 def served(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
     """Run `fhir-assets dashboard` on a free port. Yield its URL and its process."""
-    port = free_port()
+    port = find_free_port()
     program = "from fhir_assets.cli.main import main; main()"
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
@@ -151,7 +151,7 @@ def test_dev_leaves_the_dashboard_out_on_demand(dev_urls: dict[str, str], tmp_pa
 
 @pytest.mark.skipif(bool(MISSING), reason=f"no {MISSING}: `apt-get install chromium chromium-driver`, as .ci/run does")
 def test_a_browser_shows_the_page_that_dev_serves(dev_urls: dict[str, str], tmp_path: Path) -> None:
-    with running_dev(tmp_path, "--dashboard-port", str(free_port()), **dev_urls) as (_, text):
+    with running_dev(tmp_path, "--dashboard-port", str(find_free_port()), **dev_urls) as (_, text):
         url = find_dashboard(text)
         assert wait_for(f"{url}/_stcore/health") == "ok", text()
         with open_browser(tmp_path) as browser:

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import requests
 
+from fhir_assets.cli.local_ports import find_free_port
 from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD
 from fhir_assets.warehouse.postgres.db.connections import connect, normalise_url
-from fhir_assets_tests.support.api import free_port
 from fhir_assets_tests.support.browser import Browser, find_missing_programs, open_browser
 from fhir_assets_tests.support.content import patient
 
@@ -76,7 +76,7 @@ class Demo:
 @pytest.fixture
 def demo(tmp_path: Path, database: str) -> Iterator[Demo]:
     """A demo of 150 Patients over 30 days and a schedule that ticks every minute."""
-    port = free_port()
+    port = find_free_port()
     environment = {name: value for name, value in os.environ.items() if name != "DAGSTER_HOME"}
     environment |= {
         "FHIR_ASSETS_HOME": str(tmp_path / "home"),

@@ -1,6 +1,5 @@
 """What a person starts in the UI: a replay of chosen dead letters; and what starts again by itself after an outage."""
 
-import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from fhir_assets.cli.local_ports import find_free_port
 from fhir_assets.definitions import build_definitions
 from fhir_assets.orchestration.tags import RETRY_TAG
 from fhir_assets.sandbox.process import SandboxServer
@@ -56,9 +56,7 @@ def test_a_replay_is_chosen_by_type_rule_and_window(deploy: Deploy, server: Sand
 
 
 def test_a_run_that_found_no_server_is_started_again_and_a_run_of_a_command_is_not(deploy: Deploy) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}/fhir"
+    url = f"http://127.0.0.1:{find_free_port()}/fhir"
     deployment = deploy(fhir_base_url=url, fhir_max_attempts=1, **SETTINGS)
 
     def run_tags(run_id: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fhir_assets.cli.local_ports import find_free_port
 from fhir_assets.errors import ConfigurationError, NotFhir, ServerRefused, ServerUnavailable
 from fhir_assets.fhir.auth.credentials import Bearer, Credentials, build_credentials
 from fhir_assets.fhir.client.http import FhirClient
@@ -260,9 +261,7 @@ def test_a_request_with_a_body_is_sent_again_after_a_transient_failure() -> None
 
 
 def test_a_refused_connection_is_an_error_that_names_the_setting() -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}/fhir"
+    url = f"http://127.0.0.1:{find_free_port()}/fhir"
     with pytest.raises(ServerUnavailable, match=f"cannot reach {url} : connection refused") as exc_info:
         build_client(url).capabilities()
     assert "is the base URL right and the server up?" in str(exc_info.value)
@@ -270,9 +269,7 @@ def test_a_refused_connection_is_an_error_that_names_the_setting() -> None:
 
 def test_a_server_that_never_answered_is_tried_only_a_few_times() -> None:
     clock = Clock()
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}/fhir"
+    url = f"http://127.0.0.1:{find_free_port()}/fhir"
     with pytest.raises(ServerUnavailable, match="tried 4 times"):
         build_client(url, clock, attempts=20).get("Patient", body_of)
     assert sum(clock.waits) < 10
@@ -280,9 +277,7 @@ def test_a_server_that_never_answered_is_tried_only_a_few_times() -> None:
 
 def test_a_persistent_client_outlasts_an_outage_at_first_contact_once() -> None:
     clock = Clock()
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}/fhir"
+    url = f"http://127.0.0.1:{find_free_port()}/fhir"
     retrier = Retrier(RetryPolicy(attempts=9), clock.sleep, lambda: clock.now, lambda: 1)
     client = FhirClient(url, retrier=retrier, persistent=True)
     with pytest.raises(ServerUnavailable, match="tried 9 times"):

@@ -1,7 +1,6 @@
 """The store on S3: large objects, broken connections, server-side encryption, and error messages."""
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 from botocore.exceptions import ClientError
 from typer.testing import CliRunner
 
+from fhir_assets.cli.local_ports import find_free_port
 from fhir_assets.cli.main import app
 from fhir_assets.deployment.store import build_bucket, build_store, create_place
 from fhir_assets.errors import ConfigurationError, FhirAssetsError, StoreError
@@ -144,11 +144,9 @@ def test_missing_credentials_are_a_configuration_error(
 
 
 def test_the_error_for_an_unreachable_endpoint_names_its_variable(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
-        monkeypatch.setattr("fhir_assets.deployment.store._ATTEMPTS", 1)
-        error = catch_store_error(s3_url)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{find_free_port()}")
+    monkeypatch.setattr("fhir_assets.deployment.store._ATTEMPTS", 1)
+    error = catch_store_error(s3_url)
     assert isinstance(error, StoreError)
     assert "AWS_ENDPOINT_URL" in str(error)
 

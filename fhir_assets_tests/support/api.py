@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import requests
 import uvicorn
 
 from fhir_assets.api.app import create_app
+from fhir_assets.cli.local_ports import find_free_port
 from fhir_assets.settings import Settings, load_settings
 
 ROLES = ("reader", "registrar", "operator", "ingester", "auditor", "admin")
@@ -62,13 +62,6 @@ Serve = Callable[..., Api]
 """A function that starts an API with the settings given by name."""
 
 
-def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that no process listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def api_environment(settings: dict[str, object]) -> dict[str, str]:
     """Return the environment of a process: that of this process, with ``settings`` in place of its own settings."""
     inherited = {
@@ -87,7 +80,7 @@ def api_settings(database: str, folder: Path, more: dict[str, object]) -> dict[s
         "api_tokens": TOKENS,
         "api_rate_limit": 10_000,
         "metrics_port": 0,
-        "dagster_webserver_url": f"http://127.0.0.1:{free_port()}",
+        "dagster_webserver_url": f"http://127.0.0.1:{find_free_port()}",
         **more,
     }
 
@@ -118,7 +111,7 @@ def api_process(
 
     It listens on a free port unless ``port`` is given.
     """
-    port = port or free_port()
+    port = port or find_free_port()
     log = folder / f"api-{port}.log"
     command = [str(Path(sys.executable).with_name("fhir-assets")), "api", "--port", str(port)]
     with log.open("ab") as output:

@@ -19,6 +19,7 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 import pytest
 import requests
 
+from fhir_assets.cli.local_ports import find_free_port
 from fhir_assets_tests.support.databases import fresh_database
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -39,7 +40,7 @@ class Hapi:
         self._relay = Relay(lambda: _connect_to_postgres(database))
         self._database = urlsplit(database).path
         self._log = log
-        self._port = _find_free_port()
+        self._port = find_free_port()
         self._properties = {"fast.jobs": "true", **properties}
         self._process: subprocess.Popen[bytes] | None = None
         self.url = f"http://127.0.0.1:{self._port}/fhir"
@@ -199,12 +200,6 @@ def _connect_to_postgres(url: str) -> socket.socket:
     server = socket.socket(socket.AF_UNIX)
     server.connect(f"{folder}/.s.PGSQL.5432")
     return server
-
-
-def _find_free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def build() -> None:

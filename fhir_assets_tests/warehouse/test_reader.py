@@ -4,10 +4,12 @@ import json
 import re
 import socket
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import psycopg
 import pytest
 from typer.testing import CliRunner
 
+from fhir_assets.cli.local_ports import find_free_port
 from fhir_assets.cli.main import app
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
@@ -44,12 +47,6 @@ def port(home: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setenv("FHIR_ASSETS_HOME", str(home))
     monkeypatch.setenv("FHIR_POSTGRES_PORT", str(number))
     return number
-
-
-def find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def call_reader() -> dict[str, Any]:
@@ -213,6 +210,34 @@ def test_a_server_that_was_killed_starts_again_on_its_port(home: Path, port: int
         find_server(conn).kill()
     embedded.ensure(home, port=port)
     psycopg.connect(facts["url"]).close()
+
+
+def test_a_start_waits_for_the_processes_of_a_killed_server_that_still_hold_its_port(home: Path, port: int) -> None:
+    url = embedded.ensure(home, port=port)
+    with connect(url) as conn:
+        ((data,),) = conn.execute("SHOW data_directory").fetchall()
+    embedded.stop(home)
+    with running_child(Path(data), port):
+        assert embedded.ensure(home, port=port) == url
+    psycopg.connect(url).close()
+
+
+@contextmanager
+def running_child(data: Path, port: int) -> Iterator[None]:
+    """A process that looks as a new child process of a killed server does, holds the port and ends after a second."""
+    program = """
+import ctypes, socket, time
+ctypes.CDLL(None).prctl(15, b"postgres")
+listener = socket.create_server(("127.0.0.1", int(__import__("sys").argv[1])))
+print("ready", flush=True)
+time.sleep(1)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(port)], cwd=data, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield
 
 
 def test_without_the_setting_or_with_db_url_the_error_says_what_to_do(

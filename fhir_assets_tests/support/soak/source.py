@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 import requests
 
-from fhir_assets_tests.support.api import free_port
+from fhir_assets.cli.local_ports import find_free_port
 
 
 class Source:
@@ -17,7 +17,7 @@ class Source:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._folder.mkdir()
-        self._port = free_port()
+        self._port = find_free_port()
         self.url = f"http://127.0.0.1:{self._port}/fhir"
         self.ids: list[str] = []
         self.process: subprocess.Popen[bytes] | None = None

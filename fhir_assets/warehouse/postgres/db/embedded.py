@@ -292,6 +292,7 @@ class _Server:
 
     def _start(self) -> None:
         self._make_socket_folder()
+        self._wait_for_old_processes()
         embedded_tcp.require_free(self.port)
         options = {
             **_SETTINGS,
@@ -335,7 +336,7 @@ class _Server:
                     path.unlink()
 
     def _wait_for_old_processes(self) -> None:
-        """Wait until the child processes of a killed server have ended and released the shared memory."""
+        """Wait until the child processes of a killed server have ended and released the shared memory and the port."""
         deadline = time.monotonic() + _OLD_PROCESS_SECONDS
         while time.monotonic() < deadline and not self.answers() and self._has_old_processes():
             time.sleep(0.05)
