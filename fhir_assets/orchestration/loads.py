@@ -15,7 +15,8 @@ from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.consent import apply_consent
 from fhir_assets.orchestration.run_context import RunContext
 from fhir_assets.pipeline.load.conditional_references import ConditionalReferenceStep
-from fhir_assets.pipeline.load.step import LoadResult, LoadStep
+from fhir_assets.pipeline.load.result import LoadResult
+from fhir_assets.pipeline.load.step import LoadStep
 from fhir_assets.pipeline.partition_commit import commit_update
 from fhir_assets.pipeline.replay.load_step import ReplayLoadStep
 from fhir_assets.pipeline.validate.step import ValidateStep

@@ -24,6 +24,8 @@ def test_a_table_is_analyzed_if_much_of_it_was_written(conn: Session) -> None:
     many = statistics.MIN_ROWS
     assert statistics.analyze_changed(conn, {"patient": many, "patient_name": 5, "none": many}) == ["patient"]
     assert (count_analyzed(conn, "patient"), count_analyzed(conn, "patient_name")) == (5, -1)
+    [(columns,)] = select(conn, "SELECT array_agg(attname::text) FROM pg_stats WHERE tablename = 'patient'")
+    assert sorted(columns) == ["_resource_key", "born", "gender"], "those with an index"
     conn.execute("UPDATE pg_class SET reltuples = %s WHERE oid = 'fhir.patient'::regclass", [many * 11])
     conn.commit()
     assert statistics.analyze_changed(conn, {"patient": many}) == []

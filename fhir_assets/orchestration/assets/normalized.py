@@ -18,7 +18,7 @@ from fhir_assets.orchestration.loads import load_windows
 from fhir_assets.orchestration.run_context import RunContext, step_tags
 from fhir_assets.orchestration.step_log import describe_counts, describe_rules, log_line
 from fhir_assets.orchestration.window_metadata import PARTITION_ROW_COUNT, add_window_metadata
-from fhir_assets.pipeline.load.step import LoadResult
+from fhir_assets.pipeline.load.result import LoadResult
 from fhir_assets.pipeline.lost_manifests import require_manifests
 from fhir_assets.pipeline.reconcile.verdicts import evaluate_windows
 from fhir_assets.pipeline.reconcile.window_counts import find_main_view, list_windows
@@ -109,8 +109,10 @@ def _build_normalized_step(
                 metadata = _metadata(loaded, seconds)
                 _log_load(context, name, loaded, seconds)
                 with warehouse.connect() as conn:
-                    rows = count_rows(conn, selected)
-                    window_rows = count_rows_by_window(conn, selected, name, run.partition_keys)
+                    rows, written = count_rows(conn, selected), loaded.count_rows_by_view()
+                    window_rows = count_rows_by_window(
+                        conn, selected, name, run.partition_keys, loaded.find_new_windows()
+                    )
                     window_counts = runs.find_counts(conn, run.run_id, name, run.partition_keys)
                 for view in selected:
                     metadata_by_window = {
@@ -126,7 +128,7 @@ def _build_normalized_step(
                         dg.AssetKey(["normalized", view.name]),
                         metadata_by_window,
                     )
-                    table = LoadedView(view.name, loaded.rows[view.name], rows[view.name])
+                    table = LoadedView(view.name, written[view.name], rows[view.name])
                     yield dg.Output(table, output_name=view.name)
         if any(view.name == resource_type.key for view in selected):
             with sanitized_errors(), warehouse.connect() as conn:

@@ -3,12 +3,13 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from fhir_assets.fhir.conditional_references import list_conditions
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.deletions.deletion_log import DeletionLog
+from fhir_assets.pipeline.load.result import LoadResult
 from fhir_assets.pipeline.load.row_builder import (
     Batch,
     BuiltRows,
@@ -53,36 +54,6 @@ _ACTOR = "pipeline"
 
 _ROWS_PER_SECOND = 8000
 """The approximate speed of one process, which determines whether worker processes are started."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoadResult:
-    """The counts of a load over all of its windows."""
-
-    resources: int = 0
-    inserted: int = 0
-    updated: int = 0
-    superseded: int = 0
-    """Resources that were not loaded because the tables have a newer version."""
-    withheld: int = 0
-    rows: Counter[str] = field(default_factory=Counter)
-    """Table rows by view name."""
-    dead_by_rule: Counter[str] = field(default_factory=Counter)
-    """Dead letters by rule."""
-    resolved_windows: frozenset[str] = frozenset()
-    """Keys of windows whose dead letters were resolved by newer versions; they may be windows of other loads."""
-
-    def __add__(self, other: "LoadResult") -> "LoadResult":
-        return LoadResult(
-            self.resources + other.resources,
-            self.inserted + other.inserted,
-            self.updated + other.updated,
-            self.superseded + other.superseded,
-            self.withheld + other.withheld,
-            Counter({view: self.rows[view] + other.rows[view] for view in self.rows | other.rows}),
-            self.dead_by_rule + other.dead_by_rule,
-            self.resolved_windows | other.resolved_windows,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +122,7 @@ class LoadStep:
         Raises DatabaseUnavailable, ViewError, Overtaken, StoreError or WorkerLost; windows whose transaction was not
         committed are unchanged then.
         """
-        total = LoadResult(rows=Counter({view.name: 0 for view in self._views}))
+        total = LoadResult()
         self._recorded_before = dead_letter_resolution.next_record_number(self._connect)
         validated = self._store.manifests("validated", resource_type, [window.key for window in windows])
         with self._connect() as conn:
@@ -168,7 +139,7 @@ class LoadStep:
                     total += self._load_group(conn, resource_type, group)
             runs.reduce_loaded(conn, self._run_id, resource_type, [window.key for window in windows])
             conn.commit()
-            statistics.analyze_changed(conn, total.rows)
+            statistics.analyze_changed(conn, total.count_rows_by_view())
         return total
 
     def _plan_tasks(
@@ -248,6 +219,7 @@ class LoadStep:
             counts.superseded,
             counts.withheld.total(),
             Counter(counts.rows),
+            Counter(counts.written),
             dead_by_rule,
             resolved_windows,
         )

@@ -172,6 +172,9 @@ class ResourceEncoder:
         ).encode()
         view_lines: list[bytes] = []
         for view, encode_row in enumerate(self._row_encoders):
+            if not rows[view]:
+                view_lines.append(b"")
+                continue
             try:
                 if self._has_own_key[view]:
                     text = "".join([f"{encode_row(row)}\n" for row in rows[view]])

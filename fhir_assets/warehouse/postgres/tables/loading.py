@@ -73,14 +73,16 @@ class LoadCounts:
     """The counts of resources in a load.
 
     ``superseded`` counts resources of which a newer version is stored or is part of the same load, ``rows`` the written
-    rows by view, and ``withheld`` the resources that consent withholds by partition key.
+    rows by partition key and view, ``written`` the resources with these rows and ``withheld`` the resources that
+    consent withholds, both by partition key.
     """
 
     inserted: int = 0
     updated: int = 0
     superseded: int = 0
     unloadable: int = 0
-    rows: Counter[str] = field(default_factory=Counter)
+    rows: Counter[tuple[str, str]] = field(default_factory=Counter)
+    written: Counter[str] = field(default_factory=Counter)
     withheld: Counter[str] = field(default_factory=Counter)
 
 
@@ -91,7 +93,8 @@ class _ChunkResult:
     inserted: int = 0
     updated: int = 0
     superseded: int = 0
-    rows: Counter[str] = field(default_factory=Counter)
+    rows: Counter[tuple[str, str]] = field(default_factory=Counter)
+    written: Counter[str] = field(default_factory=Counter)
     withheld: Counter[str] = field(default_factory=Counter)
     unloadable: list[UnloadableResource] = field(default_factory=list)
 
@@ -138,7 +141,7 @@ class Loader:
         self._view_names = [view.name for view in views]
         self._pending: list[PartitionBlock] = []
         self._pending_resources = self._pending_bytes = 0
-        self._counts = LoadCounts(rows=Counter({view.name: 0 for view in views}))
+        self._counts = LoadCounts()
         self._unloadable: list[UnloadableResource] = []
         self._statements = LoadStatements(
             resource_type,
@@ -265,6 +268,7 @@ class Loader:
         self._counts.updated += result.updated
         self._counts.superseded += result.superseded
         self._counts.rows.update(result.rows)
+        self._counts.written.update(result.written)
         self._counts.withheld.update(result.withheld)
         for unloadable in result.unloadable:
             self._add_unloadable(unloadable)
@@ -324,8 +328,11 @@ class Loader:
         result.superseded += len(chunk) - len(written) - len(withheld)
         for partition_block in withheld.blocks:
             result.withheld[partition_block.partition_key] += len(partition_block.block)
-        for view_name, text in zip(self._view_names, written.view_lines, strict=bool(written)):
-            result.rows[view_name] += text.count(b"\n")
+        for partition_block in written.blocks:
+            key, block = partition_block.partition_key, partition_block.block
+            result.written[key] += len(block)
+            for view_name, joined in zip(self._view_names, block.view_lines, strict=True):
+                result.rows[key, view_name] += joined.text.count(b"\n")
 
     def _copy_new(self, chunk: CopyChunk) -> _Written | None:
         """Copy a chunk directly. Return None and write nothing if one of its resources is stored already."""

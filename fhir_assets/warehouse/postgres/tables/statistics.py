@@ -1,7 +1,8 @@
 """Updates of the planner's statistics of tables, after loads that changed many rows.
 
 Autovacuum updates the statistics only minutes after a load. Until then, Postgres plans queries on a table that was just
-filled as if the table were empty.
+filled as if the table were empty. The load does not wait for the statistics of all columns: those of the columns that
+have an index, by which queries join and filter, take a fraction of the time. Autovacuum completes them.
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,9 @@ from fhir_assets.warehouse.postgres.db.connections import Connection
 
 MIN_ROWS = 10_000
 """The minimum number of rows that a load must have written to a table."""
+
+_STATISTICS_TARGET = 25
+"""A quarter of Postgres's default: a sample of 7,500 rows."""
 
 MIN_SHARE = 0.1
 """The minimum share of the table's rows that a load must have written: the default of autovacuum."""
@@ -25,20 +29,28 @@ def analyze_changed(conn: Connection, rows_by_view: Mapping[str, int]) -> list[s
     written = {name: rows for name, rows in rows_by_view.items() if rows >= MIN_ROWS}
     if not written:
         return []
-    sizes = conn.execute(
+    tables = conn.execute(
         """
-        SELECT relname, reltuples
-        FROM pg_class
-        WHERE relnamespace = 'fhir'::regnamespace
-            AND relkind = 'r'
-            AND relname = ANY(%s)
-        ORDER BY relname
+        SELECT
+            c.relname,
+            c.reltuples,
+            array_agg(DISTINCT a.attname)
+        FROM pg_class c
+        JOIN pg_index i ON i.indrelid = c.oid
+        JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = ANY(i.indkey::smallint[])
+        WHERE c.relnamespace = 'fhir'::regnamespace
+            AND c.relkind = 'r'
+            AND c.relname = ANY(%s)
+        GROUP BY c.oid
+        ORDER BY c.relname
         """,
         [list(written)],
     ).fetchall()
     conn.commit()
-    changed = [name for name, size in sizes if written[name] >= MIN_SHARE * size]
-    for name in changed:
+    changed = [(name, columns) for name, size, columns in tables if written[name] >= MIN_SHARE * size]
+    for name, columns in changed:
+        indexed = sql.SQL(", ").join(map(sql.Identifier, columns))
         with conn.transaction():
-            conn.execute(sql.SQL("ANALYZE {}").format(sql.Identifier("fhir", name)))
-    return changed
+            conn.execute(sql.SQL("SET LOCAL default_statistics_target = {}").format(sql.Literal(_STATISTICS_TARGET)))
+            conn.execute(sql.SQL("ANALYZE {} ({})").format(sql.Identifier("fhir", name), indexed))
+    return [name for name, _ in changed]

@@ -7,6 +7,7 @@ The module ``layout`` defines the columns of the tables, ``table_differences`` c
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import psycopg
 from psycopg import sql
@@ -25,6 +26,7 @@ from fhir_assets.warehouse.postgres.tables.table_differences import SCHEMA, Drif
 
 __all__ = [
     "Drift",
+    "NewWindow",
     "TableChanges",
     "apply_changes",
     "build_layout",
@@ -157,23 +159,47 @@ def count_rows(conn: Connection, views: Sequence[View]) -> dict[str, int]:
     return counts
 
 
+class NewWindow(NamedTuple):
+    """What a load wrote of a window, if it replaced no stored resource: its resources, and their rows by view."""
+
+    resources: int
+    rows: Mapping[str, int]
+
+
 def count_rows_by_window(
-    conn: Session, views: Sequence[View], resource_type: str, partition_keys: Sequence[str]
+    conn: Session,
+    views: Sequence[View],
+    resource_type: str,
+    partition_keys: Sequence[str],
+    new_windows: Mapping[str, NewWindow] | None = None,
 ) -> dict[str, Counter[str]]:
-    """Return the numbers of rows by view and by window of their resources. Windows without resources are left out."""
-    rows = conn.execute(
+    """Return the numbers of rows by view and by window of their resources. Windows without resources are left out.
+
+    The rows of a window are not counted if the last load wrote all of its resources, as ``new_windows`` says.
+    """
+    stored = conn.execute(
         """
-        SELECT DISTINCT partition_key
+        SELECT partition_key, count(*)
         FROM fhir.resource
         WHERE source = ops.current_source()
             AND resource_type = %s
             AND partition_key = ANY(%s)
             AND resource IS NOT NULL
+        GROUP BY partition_key
         """,
         [resource_type, list(partition_keys)],
     )
-    params = {"type": resource_type, "keys": [key for (key,) in rows]}
     counts: dict[str, Counter[str]] = {view.name: Counter() for view in views}
+    to_count = []
+    for key, resources in stored:
+        new = (new_windows or {}).get(key)
+        if new is None or new.resources != resources:
+            to_count.append(key)
+            continue
+        for view in views:
+            if rows := new.rows.get(view.name):
+                counts[view.name][key] = rows
+    params = {"type": resource_type, "keys": to_count}
     for layout in _build_layouts(conn, views) if params["keys"] else ():
         query = sql.SQL("SELECT r.partition_key, count(*) {} AND r.partition_key = ANY(%(keys)s) GROUP BY 1").format(
             join_resources(layout)
