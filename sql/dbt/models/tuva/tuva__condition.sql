@@ -10,28 +10,22 @@ with ranks as (
 )
 
 select
-    {{ source_key('c._source', 'c.id') }} as condition_id,
+    {{ source_key('c._source', 'c.id') }} as source_condition_id,
     {{ source_key('c._source', 'c.patient_key') }} as person_id,
     {{ source_key('c._source', 'c.patient_key') }} as patient_id,
     {{ source_key('c._source', 'c.encounter_key') }} as encounter_id,
-    cast(null as text) as claim_id,
     coalesce(c.recorded_date_date, c.onset_start_date) as recorded_date,
     c.onset_start_date as onset_date,
     coalesce(c.abatement_end_date, c.abatement_start_date) as resolved_date,
     c.clinical_status as status,
     c.category_code as condition_type,
-    coalesce(s.code_type, c.code_system) as source_code_type,
+    coalesce(s.code_type, c.code_system, 'unknown') as code_system,
     c.code as source_code,
     coalesce(c.code_display, c.code_text) as source_description,
-    cast(null as text) as normalized_code_type,
-    cast(null as text) as normalized_code,
-    cast(null as text) as normalized_description,
     r.condition_rank as condition_rank,
     cast(null as text) as present_on_admit_code,
-    cast(null as text) as present_on_admit_description,
-    c._source as data_source,
-    cast(null as text) as file_name,
-    cast(c.loaded_at as timestamp) as ingest_datetime
+    cast(c.loaded_at as timestamp) as ingest_datetime,
+    c._source as data_source
 from {{ ref('stg_condition') }} c
 left join ranks r on r.condition_key = c.id and r.encounter_key = c.encounter_key and r._source = c._source
 left join {{ ref('code_systems') }} s on s.system = c.code_system

@@ -248,7 +248,7 @@ select
     a.coinsurance as coinsurance_amount,
     a.copayment as copayment_amount,
     a.deductible as deductible_amount,
-    cast(null as double precision) as total_cost_amount,
+    cast(null as numeric) as total_cost_amount,
     d.code_type as diagnosis_code_type,
     d.code_1 as diagnosis_code_1,
     d.code_2 as diagnosis_code_2,
@@ -352,10 +352,10 @@ select
     p.date_24 as procedure_date_24,
     p.date_25 as procedure_date_25,
     cast(null as integer) as in_network_flag,
-    e._source as data_source,
     cast(null as text) as file_name,
     cast(null as date) as file_date,
-    cast(e.loaded_at as timestamp) as ingest_datetime
+    cast(e.loaded_at as timestamp) as ingest_datetime,
+    e._source as data_source
 from {{ ref('stg_explanation_of_benefit') }} e
 join {{ ref('stg_explanation_of_benefit_item') }} i on i.explanation_of_benefit_key = e.id and i._source = e._source
 left join adjudications a

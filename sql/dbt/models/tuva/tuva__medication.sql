@@ -68,19 +68,15 @@ select
     m.code as source_code,
     m.text as source_description,
     m.ndc_code as ndc_code,
-    case when m.code = m.ndc_code then m.text end as ndc_description,
     m.rxnorm_code as rxnorm_code,
-    case when m.code = m.rxnorm_code then m.text end as rxnorm_description,
     cast(null as text) as atc_code,
-    cast(null as text) as atc_description,
     m.route as route,
     {{ number_text('m.amount_numerator_value') }} || coalesce(' ' || m.amount_numerator_unit, '') as strength,
     m.quantity as quantity,
     m.quantity_unit as quantity_unit,
     m.days as days_supply,
     {{ source_key('m._source', 'm.practitioner_key') }} as practitioner_id,
-    m._source as data_source,
-    cast(null as text) as file_name,
-    cast(m.loaded_at as timestamp) as ingest_datetime
+    cast(m.loaded_at as timestamp) as ingest_datetime,
+    m._source as data_source
 from medications m
 left join {{ ref('code_systems') }} s on s.system = m.system

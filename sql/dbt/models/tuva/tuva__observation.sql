@@ -10,19 +10,15 @@ select
     coalesce(s.code_type, v.code_system) as source_code_type,
     v.code as source_code,
     v.code_text as source_description,
-    cast(null as text) as normalized_code_type,
-    cast(null as text) as normalized_code,
-    cast(null as text) as normalized_description,
     v.value_text as result,
     coalesce(v.value_quantity_unit, v.value_quantity_code) as source_units,
-    cast(null as text) as normalized_units,
+    case when v.value_quantity_system = 'http://unitsofmeasure.org' then v.value_quantity_code end as normalized_units,
     {{ number_text('v.range_low') }} as source_reference_range_low,
     {{ number_text('v.range_high') }} as source_reference_range_high,
     cast(null as text) as normalized_reference_range_low,
     cast(null as text) as normalized_reference_range_high,
-    v._source as data_source,
-    cast(null as text) as file_name,
-    cast(v.loaded_at as timestamp) as ingest_datetime
+    cast(v.loaded_at as timestamp) as ingest_datetime,
+    v._source as data_source
 from {{ ref('observation_values') }} v
 left join {{ ref('code_systems') }} s on s.system = v.code_system
 where not v.is_laboratory
