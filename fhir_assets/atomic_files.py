@@ -14,11 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from fhir_assets.file_modes import PRIVATE
+
 UNFINISHED = ".tmp"
 """The suffix of files that are being written. A killed process leaves them behind."""
-
-_NEW_FILE_MODE = 0o666
-"""The permissions of a new file, before the umask of the process is applied."""
 
 _NAME_CHARACTERS = 50
 """The number of characters of a name that the name of its temporary file repeats; names are limited to 255 bytes."""
@@ -28,13 +27,13 @@ _STANDARD_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
 
 
 @contextmanager
-def replace_file(path: Path, *, mode: int = _NEW_FILE_MODE) -> Iterator[BinaryIO]:
+def replace_file(path: Path, *, mode: int = PRIVATE) -> Iterator[BinaryIO]:
     """Open a file for writing that appears under ``path`` when the ``with`` block ends without an error.
 
-    ``mode`` is the permissions of a new file before the umask is applied. An existing file keeps its permissions and,
-    if the process may set it, its owner. If ``path`` is a symbolic link, the file that it points to is replaced. A
-    device, a named pipe or an open descriptor (``/dev/stdout``, ``/dev/fd/3``) is written directly. Raises OSError, for
-    example if the process may not write to an existing file.
+    ``mode`` is the permissions of a new file before the umask is applied; by default only its owner may read it. An
+    existing file keeps its permissions and, if the process may set it, its owner. If ``path`` is a symbolic link, the
+    file that it points to is replaced. A device, a named pipe or an open descriptor (``/dev/stdout``, ``/dev/fd/3``) is
+    written directly. Raises OSError, for example if the process may not write to an existing file.
     """
     if (descriptor := _find_descriptor(path)) is not None:
         with open(os.dup(descriptor), "wb") as stream:
@@ -65,7 +64,7 @@ def replace_file(path: Path, *, mode: int = _NEW_FILE_MODE) -> Iterator[BinaryIO
     _flush_folder(target.parent)
 
 
-def replace_content(path: Path, content: bytes, *, mode: int = _NEW_FILE_MODE) -> None:
+def replace_content(path: Path, content: bytes, *, mode: int = PRIVATE) -> None:
     """Replace the content of a file, as ``replace_file`` does. Raises OSError."""
     with replace_file(path, mode=mode) as file:
         file.write(content)

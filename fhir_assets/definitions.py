@@ -21,6 +21,7 @@ from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.source import Source
 from fhir_assets.fhir.views import ViewSet
+from fhir_assets.file_modes import restrict_umask
 from fhir_assets.orchestration.assets.delivered import build_delivered_assets
 from fhir_assets.orchestration.assets.delivered_health import build_health_patient
 from fhir_assets.orchestration.assets.exports import build_export_assets
@@ -172,7 +173,11 @@ def _build(
 
 @dg.definitions
 def defs() -> dg.Definitions:
-    """Return the definitions that the code location serves, for the settings of the environment."""
+    """Return the definitions that the code location serves, for the settings of the environment.
+
+    Dagster calls this in the code server and in the process of each run and step, whose umask is restricted here.
+    """
+    restrict_umask()
     settings = load_settings()
     logs.configure("dagster", settings.log_level, libraries=False)
     return build_definitions(settings)

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from fhir_assets.catalog import BY_NAME, CATALOG
 from fhir_assets.errors import ConfigurationError
+from fhir_assets.file_modes import PRIVATE, parse_file_mode
 from fhir_assets.sources import DEFAULT_SOURCE
 from fhir_assets.windows import Granularity, WindowScheme
 
@@ -289,6 +290,11 @@ class Settings(BaseSettings):
         "",
         description="Folder or s3://bucket/prefix to which each run that loads something writes its files; "
         "unset: the assets exports/<type> do not exist",
+    )
+    fhir_file_mode: Annotated[int, BeforeValidator(parse_file_mode)] = Field(
+        PRIVATE,
+        description="Permissions of the files of the lake and of exports, octal: `0600` (the owner only), `0640` (its "
+        "group may read them) or `0644` (every account may); their folders have matching ones",
     )
     alert_webhook_url: SecretStr | None = Field(
         None, description="The webhook (Slack, Teams or your own) that alerts are sent to; unset: no alerts"

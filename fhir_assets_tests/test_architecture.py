@@ -12,18 +12,19 @@ from fhir_assets.settings import Settings
 
 PACKAGE = Path(__file__).parent.parent / "fhir_assets"
 
-GROUND = {"errors", "windows", "catalog", "sources", "retries", "notices", "atomic_files"}
+GROUND = {"errors", "windows", "catalog", "sources", "retries", "notices", "atomic_files", "file_modes"}
 """The modules that every component may import."""
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "atomic_files": set(),
+    "file_modes": set(),
+    "atomic_files": {"file_modes"},
     "windows": set(),
     "catalog": set(),
     "sources": set(),
     "notices": set(),
     "retries": {"errors"},
-    "settings": {"errors", "windows", "catalog", "sources"},
+    "settings": {"errors", "windows", "catalog", "sources", "file_modes"},
     "logs": {"errors"},
     "fhir": GROUND,
     "privacy": GROUND,

@@ -65,16 +65,15 @@ def test_a_full_disk_leaves_the_earlier_content_and_no_other_file(file: Path) ->
     assert names(file.parent) == ["result"]
 
 
-def test_an_existing_file_keeps_its_permissions_and_a_new_one_has_those_of_a_plain_write(file: Path) -> None:
+def test_an_existing_file_keeps_its_permissions_and_a_new_one_is_for_its_owner_only(file: Path) -> None:
     file.chmod(0o640)
-    plain, new, private = (file.with_name(name) for name in ("plain", "new", "private"))
-    plain.write_bytes(b"")
+    new, executable = (file.with_name(name) for name in ("new", "executable"))
     for path in (file, new):
         replace_content(path, b"x")
-    replace_content(private, b"x", mode=0o600)
+    replace_content(executable, b"x", mode=0o700)
     assert stat.S_IMODE(file.stat().st_mode) == 0o640
-    assert new.stat().st_mode == plain.stat().st_mode
-    assert stat.S_IMODE(private.stat().st_mode) == 0o600
+    assert stat.S_IMODE(new.stat().st_mode) == 0o600
+    assert stat.S_IMODE(executable.stat().st_mode) == 0o700
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")

@@ -15,6 +15,7 @@ from fhir_assets.api.access import PUBLIC_PATHS, ROUTE_ROLES, Authenticator, Rat
 from fhir_assets.api.context import AppContext
 from fhir_assets.api.middleware import RequestMiddleware
 from fhir_assets.api.problems import Problem, ProblemDocument
+from fhir_assets.file_modes import restrict_umask
 from fhir_assets.settings import Settings, load_settings
 
 
@@ -60,6 +61,7 @@ def create_app(settings: Settings, *, workers: int = 1) -> FastAPI:
 
 def create_worker_app() -> FastAPI:
     """Build the application of a worker process of `fhir-assets api`, from the settings of its environment."""
+    restrict_umask()
     settings = load_settings()
     logs.configure("api", settings.log_level)
     return create_app(settings, workers=int(os.environ.get(WORKERS_VARIABLE, "1")))

@@ -12,6 +12,7 @@ import typer
 from fhir_assets.cli.commands import COMMANDS
 from fhir_assets.cli.lazy_commands import build_group
 from fhir_assets.errors import ConfigurationError, FhirAssetsError
+from fhir_assets.file_modes import restrict_umask
 from fhir_assets.logs import describe_error
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -43,6 +44,7 @@ def options(
 
 def main() -> None:
     """Run the command line. An error of the project is printed as a message on stderr, with exit code 1."""
+    restrict_umask()
     # A log record that cannot be written must not print a stack trace, which may quote patient data.
     logging.raiseExceptions = False
     try:

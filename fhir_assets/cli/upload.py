@@ -263,7 +263,7 @@ def _record_failures(settings: Settings, journal: Journal, steps: Steps, path: P
 def _write_failures(journal: Journal, path: Path, count: int) -> None:
     """Replace the failure file. Without failures, remove the file of an earlier upload, but not a link or a device."""
     if count:
-        with replace_file(path, mode=0o600) as file:
+        with replace_file(path) as file:
             file.writelines(failure.line for failure in journal.failures())
     elif path.is_symlink() and path.is_file():
         replace_content(path, b"")

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from fhir_assets.errors import FhirAssetsError
+from fhir_assets.file_modes import restrict_umask
 from fhir_assets.sandbox.fault_injection import Credentials
 from fhir_assets.sandbox.faults import FaultPlan
 from fhir_assets.sandbox.process import serve
@@ -12,6 +13,7 @@ from fhir_assets.sandbox.process import serve
 
 def main() -> int:
     """Run the server with the arguments of the command line. Return 1, after an error message, if it cannot start."""
+    restrict_umask()
     parser = argparse.ArgumentParser(prog="python -m fhir_assets.sandbox")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", type=Path)

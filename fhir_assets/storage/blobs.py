@@ -14,6 +14,10 @@ from typing import BinaryIO, Protocol
 
 from fhir_assets.atomic_files import UNFINISHED
 from fhir_assets.errors import FileMissing, StoreError
+from fhir_assets.file_modes import PRIVATE, create_folders, set_file_mode
+
+SPOOL_FOLDER = ".spool"
+"""The folder for unfinished files in a local folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +90,16 @@ def _translate_disk_errors(action: str) -> Iterator[None]:
         ) from None
 
 
-def _write(path: str, content: bytes) -> None:
+def _create_private(path: str, flags: int) -> int:
+    return os.open(path, flags, PRIVATE)
+
+
+def _write(path: str, content: bytes, mode: int) -> None:
     """Create a file and flush it to the disk; delete it if that fails."""
-    with open(path, "xb", buffering=0) as file:
+    with open(path, "xb", buffering=0, opener=_create_private) as file:
         try:
+            if mode != PRIVATE:
+                set_file_mode(file.fileno(), mode)
             rest = memoryview(content)
             while rest:
                 rest = rest[file.write(rest) :]
@@ -100,19 +110,24 @@ def _write(path: str, content: bytes) -> None:
 
 
 class LocalBlobs:
-    """Files in a local folder. A file is complete and flushed to the disk before its name appears."""
+    """Files in a local folder. A file is complete and flushed to the disk before its name appears.
+
+    ``mode`` is the permissions of the files, whatever the umask; folders that are created have matching ones.
+    """
 
     local = True
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, mode: int = PRIVATE) -> None:
         self.root = root
+        self.mode = mode
         self.url = str(root)
-        self._spool = root / ".spool"
+        self._spool = root / SPOOL_FOLDER
 
     def spool(self) -> Path:
         """Return the folder ``.spool`` in the root, created if needed. Raises StoreError."""
         with _translate_disk_errors(f"write to {self.root}"):
-            self._spool.mkdir(parents=True, exist_ok=True)
+            create_folders(self.root, mode=self.mode)
+            create_folders(self._spool)
         return self._spool
 
     def create_spooled(self, suffix: str) -> Path:
@@ -122,7 +137,7 @@ class LocalBlobs:
             with _translate_disk_errors(f"write to {self.root}"):
                 # Another process may remove the folder as long as it is empty.
                 with suppress(FileNotFoundError):
-                    path.touch(exist_ok=False)
+                    path.touch(PRIVATE, exist_ok=False)
                     return path
 
     def remove_spool(self) -> None:
@@ -134,8 +149,9 @@ class LocalBlobs:
         """Flush the local file ``path`` and move it to ``name``. Raises StoreError."""
         target = self.root / name
         with _translate_disk_errors(f"write {target}"):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            create_folders(target.parent, mode=self.mode)
             with path.open("rb") as file:
+                set_file_mode(file.fileno(), self.mode)
                 os.fsync(file.fileno())
             path.replace(target)
 
@@ -148,10 +164,10 @@ class LocalBlobs:
         path = f"{folder}/.{file}.{os.urandom(8).hex()}{UNFINISHED}"
         with _translate_disk_errors(f"write {target}"):
             try:
-                _write(path, content)
+                _write(path, content, self.mode)
             except FileNotFoundError:
-                os.makedirs(folder, exist_ok=True)
-                _write(path, content)
+                create_folders(Path(folder), mode=self.mode)
+                _write(path, content, self.mode)
             os.replace(path, target)
 
     def get(self, name: str) -> bytes | None:

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, Protocol
 
 from fhir_assets.atomic_files import replace_file
 from fhir_assets.errors import ConfigurationError, StoreError
+from fhir_assets.file_modes import PRIVATE, create_folders
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage.encrypted_parts import MARK, decrypt_stream, encrypt_frames
 from fhir_assets.storage.s3 import Bucket
@@ -94,10 +95,10 @@ class FolderZone:
         """Write a file, which appears complete, and return it as it is listed. Raises StoreError."""
         path = self.root / name
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            create_folders(path.parent)
             with replace_file(path) as file:
                 file.write(content)
-                path.with_name(path.name + DONE).touch()
+                path.with_name(path.name + DONE).touch(PRIVATE)
             return self._describe(path, path.stat())
         except OSError as error:
             raise StoreError(

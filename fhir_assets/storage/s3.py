@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, cast
 
 from fhir_assets.atomic_files import UNFINISHED
 from fhir_assets.errors import ConfigurationError, FileMissing, StoreError
+from fhir_assets.file_modes import PRIVATE
 from fhir_assets.storage.blobs import ListedFile
 
 S3Client = Any
@@ -172,7 +173,7 @@ class S3Blobs:
     def create_spooled(self, suffix: str) -> Path:
         """Create an empty file in the temporary folder."""
         path = self._spool / f"{os.urandom(8).hex()}{suffix}{UNFINISHED}"
-        path.touch(exist_ok=False)
+        path.touch(PRIVATE, exist_ok=False)
         return path
 
     def remove_spool(self) -> None:

@@ -14,6 +14,7 @@ from isal import igzip, isal_zlib
 
 from fhir_assets.catalog import snake_case
 from fhir_assets.errors import ConfigurationError, EncryptionError, FileMissing, StoreError
+from fhir_assets.file_modes import PRIVATE
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.sources import DEFAULT_SOURCE, require_source_key
 from fhir_assets.storage.blobs import Blobs, LocalBlobs
@@ -244,8 +245,10 @@ def open_store(url: str, cipher: Cipher, *, bucket: OpenBucket | None = None, so
     return Store(open_blobs(url, bucket=bucket), cipher, source=source)
 
 
-def open_blobs(url: str, *, bucket: OpenBucket | None = None) -> Blobs:
+def open_blobs(url: str, *, bucket: OpenBucket | None = None, mode: int = PRIVATE) -> Blobs:
     """Return the files at ``url``: a folder, or ``s3://bucket/prefix``, which ``bucket`` opens.
+
+    ``mode`` is the permissions of the files in a folder.
 
     Raises ConfigurationError for another scheme.
     """
@@ -255,4 +258,4 @@ def open_blobs(url: str, *, bucket: OpenBucket | None = None) -> Blobs:
         raise ConfigurationError(
             f"FHIR_STORE_URL: {url.split('://')[0]}:// is not supported; set a folder or s3://bucket/prefix"
         )
-    return LocalBlobs(Path(url.removeprefix("file://")).expanduser().absolute())
+    return LocalBlobs(Path(url.removeprefix("file://")).expanduser().absolute(), mode=mode)

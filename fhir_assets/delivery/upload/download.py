@@ -8,6 +8,7 @@ from pathlib import Path
 from fhir_assets.atomic_files import replace_file
 from fhir_assets.delivery.upload.files import is_ndjson
 from fhir_assets.errors import ConfigurationError, StoreError
+from fhir_assets.file_modes import create_folders
 from fhir_assets.storage.blobs import Blobs, ListedFile
 
 
@@ -28,7 +29,7 @@ def download_files(blobs: Blobs, folder: Path, report: Callable[[ListedFile], No
     files = list_files(blobs)
     try:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, mode=0o700)
+        create_folders(folder)
         for file in files:
             path = folder / file.name
             if not path.resolve().is_relative_to(folder.resolve()):
@@ -40,8 +41,8 @@ def download_files(blobs: Blobs, folder: Path, report: Callable[[ListedFile], No
 
 
 def _copy(blobs: Blobs, file: ListedFile, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with blobs.open(file.name) as source, replace_file(path, mode=0o600) as target:
+    create_folders(path.parent)
+    with blobs.open(file.name) as source, replace_file(path) as target:
         shutil.copyfileobj(source, target, 1 << 20)
     if path.stat().st_size != file.bytes:
         path.unlink()

@@ -16,6 +16,7 @@ import orjson
 from fhir_assets.delivery.upload.files import Unusable
 from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.fhir.bundles import BundleEntry, EntryResult, ReferenceTarget, find_references
+from fhir_assets.file_modes import PRIVATE, create_folders
 from fhir_assets.privacy.encryption import Cipher
 
 _SCHEMA = """
@@ -102,8 +103,8 @@ class Journal:
     def __init__(self, path: Path | None = None, *, cipher: Cipher) -> None:
         self._cipher = cipher
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)
+            create_folders(path.parent)
+            path.touch(PRIVATE)
         self.path = path
         self._db = sqlite3.connect("" if path is None else path, isolation_level=None, timeout=0)
         # An exclusive lock keeps other uploads out and saves system calls: one write and one fsync for each commit.

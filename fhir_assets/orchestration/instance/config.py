@@ -9,6 +9,7 @@ import yaml
 
 from fhir_assets.atomic_files import replace_content
 from fhir_assets.errors import ConfigurationError
+from fhir_assets.file_modes import create_folders, create_home, narrow_folder
 from fhir_assets.settings import Executor, Settings
 from fhir_assets.warehouse.postgres.db import connections, embedded
 
@@ -71,7 +72,9 @@ def build_environment(settings: Settings) -> dict[str, str]:
     variables = dict(os.environ)
     if not variables.get("DAGSTER_HOME"):
         home = settings.home / "dagster"
-        home.mkdir(parents=True, exist_ok=True)
+        create_home(settings.home)
+        create_folders(home)
+        narrow_folder(home)
         _write_dagster_yaml(home / "dagster.yaml", render_dagster_yaml(settings).encode())
         variables["DAGSTER_HOME"] = str(home)
     variables["DAGSTER_POSTGRES_URL"] = find_dagster_url(settings)

@@ -11,6 +11,7 @@ from traceback import extract_tb
 from typing import Any, BinaryIO, cast
 
 from fhir_assets.errors import FhirAssetsError, PermanentError
+from fhir_assets.file_modes import restrict_umask
 from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
 
 
@@ -53,6 +54,7 @@ def main() -> None:
     The parent handles Ctrl-C. Standard output is redirected to standard error, so that printed text does not corrupt
     the results.
     """
+    restrict_umask()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -33,6 +33,7 @@ import psycopg
 from psycopg import sql
 
 from fhir_assets.errors import ConfigurationError, DatabaseUnavailable
+from fhir_assets.file_modes import PRIVATE, create_home
 from fhir_assets.warehouse.postgres.db import embedded_tcp
 
 DATABASE = "fhir_assets"
@@ -202,7 +203,7 @@ class _Server:
             entry = pwd.getpwnam(_SYSTEM_USER)
             return _Account(entry.pw_uid, entry.pw_gid, switch=True)
         with suppress(OSError):
-            subprocess.run(["useradd", "--system", "--no-create-home", _SYSTEM_USER], capture_output=True)
+            subprocess.run(["useradd", "--system", "--no-create-home", _SYSTEM_USER], capture_output=True, umask=0o022)
         for name in (_SYSTEM_USER, "nobody"):
             with suppress(KeyError):
                 entry = pwd.getpwnam(name)
@@ -236,8 +237,8 @@ class _Server:
     @contextmanager
     def _lock(self) -> Iterator[None]:
         try:
-            self.home.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.home / "postgres.lock", os.O_RDWR | os.O_CREAT, 0o666)
+            create_home(self.home)
+            descriptor = os.open(self.home / "postgres.lock", os.O_RDWR | os.O_CREAT, PRIVATE)
         except OSError as error:
             raise ConfigurationError(
                 f"FHIR_ASSETS_HOME {self.home} cannot be written ({error.strerror}): "
@@ -262,7 +263,7 @@ class _Server:
             return
         link = self.home / "postgres"
         if self.account.switch and not _may_traverse(self.account, self.home):
-            _SYSTEM_FOLDER.mkdir(parents=True, exist_ok=True)
+            create_home(_SYSTEM_FOLDER)
             target = Path(tempfile.mkdtemp(prefix="postgres-", dir=_SYSTEM_FOLDER))
             link.unlink(missing_ok=True)
         else:
@@ -432,7 +433,7 @@ def _may_traverse(account: _Account, folder: Path) -> bool:
 
 def _copy_readable_for_all(source: Path, target: Path) -> None:
     """Copy a folder atomically, readable and executable for every user."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    create_home(target.parent)
     staging = Path(tempfile.mkdtemp(prefix="copy-", dir=target.parent))
     shutil.copytree(source, staging, symlinks=True, dirs_exist_ok=True)
     for path in (staging, *staging.rglob("*")):

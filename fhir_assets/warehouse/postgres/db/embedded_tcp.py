@@ -37,7 +37,7 @@ def prepare(data: Path, socket_folder: Path, port: int | None, uid: int, gid: in
     if port is None:
         return {"listen_addresses": ""}
     rules = data / _ACCESS_FILE
-    replace_content(rules, _ACCESS_RULES, mode=0o600)
+    replace_content(rules, _ACCESS_RULES)
     os.chown(rules, uid, gid)
     if (name := f".s.PGSQL.{port}") != SOCKET:
         # Before the server starts: a process that is killed in between leaves a link, which a start replaces, not a
