@@ -55,6 +55,29 @@ def set_file_mode(descriptor: int, mode: int) -> None:
 
 def create_folders(folder: Path, *, mode: int = PRIVATE) -> None:
     """Create a folder and its missing parents, for files with the permissions ``mode``. Raises OSError."""
+    _create_missing(folder, find_folder_mode(mode))
+
+
+def create_home(home: Path) -> None:
+    """Create FHIR_ASSETS_HOME unless it exists. Raises OSError.
+
+    In a home of root, the embedded Postgres runs as another user. That user may pass through the home, but not list it.
+    """
+    _create_missing(home, 0o711 if os.geteuid() == 0 else 0o700)
+
+
+def narrow_folder(folder: Path) -> None:
+    """Take the permissions of group and others from a folder of this user, for example one of an earlier version.
+
+    What is in it becomes unreachable for them. A folder that does not exist or belongs to another user is not changed.
+    """
+    with suppress(OSError):
+        status = folder.stat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and status.st_mode & _OTHERS:
+            _set_permissions(folder, status.st_mode & 0o700)
+
+
+def _create_missing(folder: Path, permissions: int) -> None:
     missing = []
     for part in (folder, *folder.parents):
         if part.is_dir():
@@ -67,29 +90,7 @@ def create_folders(folder: Path, *, mode: int = PRIVATE) -> None:
             if not part.is_dir():
                 raise
         else:
-            _set_permissions(part, find_folder_mode(mode))
-
-
-def create_home(home: Path) -> None:
-    """Create FHIR_ASSETS_HOME unless it exists. Raises OSError.
-
-    In a home of root, the embedded Postgres runs as another user. That user may pass through the home, but not list it.
-    """
-    if not home.is_dir():
-        create_folders(home)
-        if os.geteuid() == 0:
-            _set_permissions(home, 0o711)
-
-
-def narrow_folder(folder: Path) -> None:
-    """Take the permissions of group and others from a folder of this user, for example one of an earlier version.
-
-    What is in it becomes unreachable for them. A folder that does not exist or belongs to another user is not changed.
-    """
-    with suppress(OSError):
-        status = folder.stat()
-        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and status.st_mode & _OTHERS:
-            _set_permissions(folder, status.st_mode & 0o700)
+            _set_permissions(part, permissions)
 
 
 def _set_permissions(folder: Path, mode: int) -> None:
