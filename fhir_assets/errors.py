@@ -27,9 +27,14 @@ A message states what happened, where, and what to do next. It contains no patie
 element, no response body.
 """
 
+from fhir_assets.control_characters import escape_control_characters
+
 
 class FhirAssetsError(Exception):
-    """The base class of all errors of the project."""
+    """The base class of all errors of the project. The message is one line without control characters."""
+
+    def __str__(self) -> str:
+        return escape_control_characters(super().__str__())
 
 
 class ConfigurationError(FhirAssetsError):

@@ -14,6 +14,7 @@ from typing import TextIO
 
 import orjson
 
+from fhir_assets.control_characters import escape_control_characters
 from fhir_assets.errors import FhirAssetsError
 
 MAX_VALUE_LENGTH = 200
@@ -44,7 +45,7 @@ class JsonFormatter(logging.Formatter):
                 line[name] = _to_loggable(value)
         if record.exc_info and record.exc_info[1] is not None:
             line["error"] = describe_error(record.exc_info[1])
-        return orjson.dumps(line, option=orjson.OPT_NON_STR_KEYS).decode()
+        return escape_control_characters(orjson.dumps(line, option=orjson.OPT_NON_STR_KEYS).decode())
 
 
 def configure(service: str, level: str = "INFO", *, stream: TextIO | None = None, libraries: bool = True) -> None:

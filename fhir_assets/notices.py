@@ -11,6 +11,8 @@ from typing import Literal
 
 import msgspec
 
+from fhir_assets.control_characters import escape_control_characters
+
 _log = logging.getLogger(__name__)
 Severity = Literal["warning", "error"]
 
@@ -43,7 +45,8 @@ class Notices:
     def add(self, severity: Severity, code: str, message: str, resource_type: str | None = None) -> None:
         """Add a notice, unless it has been added already since the last ``drain``."""
         with self._lock:
-            self._notices.setdefault(Notice(severity, code, message, resource_type))
+            notice = Notice(severity, code, escape_control_characters(message), resource_type)
+            self._notices.setdefault(notice)
 
     def drain(self) -> tuple[Notice, ...]:
         """Return the notices in the order in which they were added, and clear them."""

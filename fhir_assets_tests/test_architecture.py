@@ -12,20 +12,31 @@ from fhir_assets.settings import Settings
 
 PACKAGE = Path(__file__).parent.parent / "fhir_assets"
 
-GROUND = {"errors", "windows", "catalog", "sources", "retries", "notices", "atomic_files", "file_modes"}
+GROUND = {
+    "errors",
+    "windows",
+    "catalog",
+    "sources",
+    "retries",
+    "notices",
+    "atomic_files",
+    "file_modes",
+    "control_characters",
+}
 """The modules that every component may import."""
 
 MAY_IMPORT: dict[str, set[str]] = {
-    "errors": set(),
+    "control_characters": set(),
+    "errors": {"control_characters"},
     "file_modes": set(),
     "atomic_files": {"file_modes"},
     "windows": set(),
     "catalog": set(),
     "sources": set(),
-    "notices": set(),
+    "notices": {"control_characters"},
     "retries": {"errors"},
     "settings": {"errors", "windows", "catalog", "sources", "file_modes"},
-    "logs": {"errors"},
+    "logs": {"control_characters", "errors"},
     "fhir": GROUND,
     "privacy": GROUND,
     "storage": GROUND | {"privacy"},

@@ -11,6 +11,7 @@ import typer
 
 from fhir_assets.cli.commands import COMMANDS
 from fhir_assets.cli.lazy_commands import build_group
+from fhir_assets.control_characters import escape_control_characters
 from fhir_assets.errors import ConfigurationError, FhirAssetsError
 from fhir_assets.file_modes import restrict_umask
 from fhir_assets.logs import describe_error
@@ -90,5 +91,7 @@ def _discard_stdout() -> None:
 def _fail(message: str) -> NoReturn:
     from rich.console import Console  # only for a failure: `--help` and a command that succeeds do not need it
 
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"fhir-assets: {message}", markup=False)
+    Console(stderr=True, soft_wrap=True, highlight=False).print(
+        f"fhir-assets: {escape_control_characters(message)}", markup=False
+    )
     sys.exit(1)

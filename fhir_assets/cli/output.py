@@ -7,21 +7,32 @@ from contextlib import contextmanager, redirect_stderr
 from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import orjson
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fhir_assets.atomic_files import replace_file
+from fhir_assets.control_characters import escape_control_characters
 from fhir_assets.errors import ConfigurationError
 
 _WIDTH_WITHOUT_TERMINAL = 160
 """Width of a table, in characters, if stdout is not a terminal."""
 
-console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL)
-errors = Console(stderr=True, highlight=False)
+
+class _Console(Console):
+    """A console that shows control characters as escapes: names of files and texts of servers pass here."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return a text of ``print`` without control characters."""
+        return super().render_str(escape_control_characters(text), **options)
+
+
+console = _Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL)
+errors = _Console(stderr=True, highlight=False, emoji=False)
 
 
 @contextmanager
@@ -73,7 +84,7 @@ def warn_of_clear_data() -> None:
 
 def print_json(value: object) -> None:
     """Print ``value`` as one line of JSON on stdout."""
-    sys.stdout.write(orjson.dumps(value, default=_plain).decode() + "\n")
+    sys.stdout.write(escape_control_characters(orjson.dumps(value, default=_plain).decode()) + "\n")
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, object]], columns: Iterable[str]) -> None:
@@ -84,7 +95,8 @@ def print_table(title: str, rows: Sequence[Mapping[str, object]], columns: Itera
         numeric = any(isinstance(row.get(name), int | float | Decimal) for row in rows)
         table.add_column(name.replace("_", " "), justify="right" if numeric else "left")
     for row in rows:
-        table.add_row(*(format_cell(row.get(name)) for name in names))
+        # As Text, because a name such as [red] is no markup.
+        table.add_row(*(Text(escape_control_characters(format_cell(row.get(name)))) for name in names))
     console.print(table)
 
 

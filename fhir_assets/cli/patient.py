@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fhir_assets.cli.output import console, errors
+from fhir_assets.control_characters import escape_control_characters
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
@@ -52,7 +53,9 @@ def show(
             for resource in read_patient(conn, found_id, actor=f"cli:{getpass.getuser()}", everything=everything)
         ]
     for resource in resources:
-        sys.stdout.write(resource.body.decode() + "\n")
+        line = resource.body.decode()
+        # A program gets the bytes as received.
+        sys.stdout.write((escape_control_characters(line) if sys.stdout.isatty() else line) + "\n")
     if not resources:
         errors.print("The tables contain no such patient.")
         raise typer.Exit(1)

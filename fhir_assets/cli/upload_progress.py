@@ -6,6 +6,7 @@ from typing import Self
 from rich import progress
 
 from fhir_assets.cli.output import console
+from fhir_assets.control_characters import escape_control_characters
 from fhir_assets.delivery.upload.journal import BatchKey, BatchResult
 
 _MAX_FINISHED_BARS = 10
@@ -18,7 +19,7 @@ class Progress:
     def __init__(self, steps: Mapping[str, Mapping[str, int]]) -> None:
         self._steps = list(steps)
         self._bars = progress.Progress(
-            progress.TextColumn("{task.description}"),
+            progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
             progress.TextColumn("{task.fields[failed]} failed"),
@@ -49,7 +50,10 @@ class Progress:
         self._files = files
         self._failed = dict.fromkeys(files, 0)
         self._sent = dict.fromkeys(files, 0)
-        self._tasks = {name: self._bars.add_task(name, total=count, failed=0) for name, count in files.items()}
+        self._tasks = {
+            name: self._bars.add_task(escape_control_characters(name), total=count, failed=0)
+            for name, count in files.items()
+        }
 
     def on_batch(self, key: BatchKey, done: BatchResult, size: int) -> None:
         """Print a line for a batch of ``size`` resources, and advance the bar of its file."""

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from fhir_assets.control_characters import escape_control_characters
+
 Report = Callable[[str], None]
 
 
@@ -21,10 +23,10 @@ class ProgressRelay:
         self._receiver: ContextVar[Report | None] = ContextVar("progress receiver", default=None)
 
     def __call__(self, text: str) -> None:
-        """Pass a message on to the receiver."""
+        """Pass a message on to the receiver, without control characters: a server may have sent a part of it."""
         receiver = self._receiver.get()
         if receiver is not None:
-            receiver(text)
+            receiver(escape_control_characters(text))
 
     @contextmanager
     def send_to(self, receiver: Report) -> Iterator[None]:

@@ -9,13 +9,15 @@ from collections.abc import Mapping
 
 import dagster as dg
 
+from fhir_assets.control_characters import escape_control_characters
+
 _MAX_RULES = 5
 
 
 def log_line(context: dg.AssetExecutionContext, text: str) -> None:
     """Add a line to the log view of the run."""
     step = context.op_execution_context.get_step_execution_context().step
-    context.instance.report_engine_event(text, context.run, step_key=step.key)
+    context.instance.report_engine_event(escape_control_characters(text), context.run, step_key=step.key)
 
 
 def describe_counts(resource_type: str, counts: Mapping[str, int], seconds: float) -> str:

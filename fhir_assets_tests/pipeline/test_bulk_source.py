@@ -13,7 +13,7 @@ import pytest
 
 from fhir_assets.errors import FhirAssetsError, NotFhir
 from fhir_assets.fhir.auth.credentials import Basic, Bearer
-from fhir_assets.fhir.bulk.client import ExportFailed, ExportGone
+from fhir_assets.fhir.bulk.client import BulkClient, ExportFailed, ExportGone, ExportPending
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.client.response import HttpStatusError
 from fhir_assets.fhir.record import Record
@@ -294,6 +294,14 @@ def test_an_export_whose_poll_is_forbidden_is_kept(store: Store, database: str, 
     with scripted(MANIFEST, poll=Reply(status=403)) as server, pytest.raises(HttpStatusError, match="403"):
         ids(source(server.url, store, database))
     assert conn.execute("SELECT status FROM ops.bulk_exports").fetchall() == [("waiting",)]
+
+
+def test_control_characters_in_the_progress_of_a_server_are_escaped() -> None:
+    headers = {"X-Progress": "50%\x1b[2J\x9b", "Retry-After": "0"}
+    with ScriptedServer([Reply(status=202, headers=headers)]) as server:
+        status = BulkClient(FhirClient(server.url, retrier=QUICK_RETRIES)).poll(f"{server.url}/status", 0)
+    assert isinstance(status, ExportPending)
+    assert status.progress == r"50%\u001b[2J\u009b"
 
 
 def test_the_progress_of_the_server_and_of_the_download_is_reported(

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import orjson
 
+from fhir_assets.control_characters import escape_control_characters
 from fhir_assets.errors import ConfigurationError, NotFhir, PermanentError, ServerRefused, ServerUnavailable
 from fhir_assets.fhir.bulk.downloads import Downloads
 from fhir_assets.fhir.bulk.kick_off import REFUSALS, explain_refusal
@@ -134,7 +135,7 @@ class BulkClient:
             retry_after = read_retry_after(response.headers.get("Retry-After"))
             backoff = min(MAX_POLL_SECONDS, FIRST_POLL_SECONDS * 1.5**polls)
             seconds = backoff if retry_after is None else min(max(retry_after, 0.1), 10 * MAX_POLL_SECONDS)
-            return ExportPending(seconds, response.headers.get("X-Progress", "")[:100])
+            return ExportPending(seconds, escape_control_characters(response.headers.get("X-Progress", "")[:100]))
 
         try:
             # 429 does not count as a failed poll: like 202, it carries the time of the next poll.

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from fhir_assets.control_characters import escape_control_characters
 from fhir_assets.errors import ConfigurationError, NotFhir
 from fhir_assets.fhir.intake import formulas
 from fhir_assets.fhir.views.compiled_views import CompiledViews, Row, RowError
@@ -146,7 +147,7 @@ def write_table(rows: Iterable[Row], columns: Sequence[Column], out: IO[bytes]) 
     for column in columns:
         table.add_column(column.name, justify="right" if column.type in {*_WHOLE_NUMBERS, "decimal"} else "left")
     for row in rows:
-        table.add_row(*map(_text, row))
+        table.add_row(*(escape_control_characters(_text(value), lines=True) for value in row))
     text = StringIO()
     width = (
         Console().width if out.isatty() else Measurement.get(_UNLIMITED_WIDTH, _UNLIMITED_WIDTH.options, table).maximum
