@@ -18,6 +18,8 @@ from fhir_assets.errors import ConfigurationError
 from fhir_assets.logs import JsonFormatter
 from fhir_assets.notices import Notices
 from fhir_assets.orchestration.progress import ProgressRelay
+from fhir_assets.storage.landing_zone import FolderZone
+from fhir_assets.warehouse.ops import landing_files
 from fhir_assets.warehouse.postgres.db.connections import Session
 
 HOSTILE = "a\x1b]0;title\x07\r\n\x7f\x9b31m\u202efdp.\u2066\u2028\udcff"
@@ -68,7 +70,10 @@ def test_a_landed_file_with_a_hostile_name_is_listed_visibly(
     monkeypatch.setenv("FHIR_LANDING_URL", str(tmp_path))
     (tmp_path / "\x1b[").mkdir()
     (tmp_path / "\x1b[" / "red]\r.ndjson").write_bytes(b"")
-    for command in (["landing", "load"], ["landing", "list"], ["landing", "list", "--json"]):
+    zone = FolderZone(tmp_path)
+    landing_files.record_listing(conn, zone.url, [(file, True) for file in zone.files()])
+    conn.commit()
+    for command in (["landing", "list"], ["landing", "list", "--json"]):
         result = CliRunner().invoke(app, command, catch_exceptions=False)
         assert "\x1b" not in result.output
         assert "\r" not in result.output

@@ -14,7 +14,7 @@ from time import sleep
 import psutil
 import pytest
 
-from fhir_assets.cli.dev import free_port
+from fhir_assets.cli.local_ports import find_free_port
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db import embedded
 from fhir_assets_tests.support.content import add, patient
@@ -119,7 +119,7 @@ def test_the_setting_opens_the_lake_and_exports_only(site: Site) -> None:
 
 def test_a_code_server_of_dagster_creates_private_files(site: Site) -> None:
     program = str(Path(sys.executable).with_name("dagster"))
-    command = [program, "api", "grpc", "--port", str(free_port(0)), "--module-name", "fhir_assets.definitions"]
+    command = [program, "api", "grpc", "--port", str(find_free_port()), "--module-name", "fhir_assets.definitions"]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, env=site.environment, umask=site.umask, cwd=ROOT, stdout=log, stderr=log)
         try:
