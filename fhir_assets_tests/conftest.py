@@ -24,6 +24,8 @@ settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "project")
 
 _HOME = "FHIR_ASSETS_TEST_HOME"
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
 _DATABASES_BYTES = 4 * 2**30
 
 
@@ -46,7 +48,11 @@ def _find_memory_folder() -> Path | None:
 
 
 def pytest_runtest_teardown() -> None:
-    """Remove the log handlers that a test configured: they write to streams of pytest that are closed after it."""
+    """Restore the umask, which an entry point restricts, and remove the log handlers that a test configured.
+
+    The handlers write to streams of pytest that are closed after the test.
+    """
+    os.umask(_UMASK)
     project_logger = logging.getLogger("fhir_assets")
     for logger in (logging.getLogger(), project_logger):
         logger.handlers[:] = [
