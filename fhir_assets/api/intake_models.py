@@ -77,6 +77,7 @@ RECORDS_BODY: dict[str, Any] = {
                                 "anyOf": [
                                     without_keywords(load_schema("patient_record")),
                                     without_keywords(load_schema("observation_record")),
+                                    without_keywords(load_schema("clinical_record")),
                                     {
                                         "type": "object",
                                         "title": "A FHIR R4 resource",
@@ -106,6 +107,7 @@ RECORDS_BODY: dict[str, Any] = {
                             "unit": "/min",
                             "effectiveDateTime": "2026-01-30T08:15:00+01:00",
                         },
+                        {"resourceType": "Condition", "mrn": "MRN-0001", "code": "Asthma", "date": "2026-01-30"},
                         {
                             "resourceType": "Observation",
                             "status": "final",

@@ -130,6 +130,11 @@ def find_observation_problems(record: Mapping[str, object]) -> Iterator[tuple[st
         yield "value", "must not be blank"
 
 
+def find_clinical_problems(record: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Yield the problems of a clinical record that conforms to its schema, as pairs of a member and a message."""
+    yield from _find_mrn_problem(record)
+
+
 def _find_mrn_problem(record: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     mrn = str(record["mrn"])
     if problem := find_invisible(mrn) or find_number_problem(mrn):

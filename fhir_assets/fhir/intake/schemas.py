@@ -13,7 +13,7 @@ import orjson
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
-SchemaName = Literal["visit", "patient_record", "observation_record"]
+SchemaName = Literal["visit", "patient_record", "observation_record", "clinical_record"]
 
 _TRIMMED_TEXT = r"^[^\s\u0000-\u001f]([^\u0000-\u001f]*[^\s\u0000-\u001f])?$(?!\n)"
 _PATTERN_MESSAGES = {

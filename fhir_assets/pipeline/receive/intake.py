@@ -13,7 +13,7 @@ import orjson
 from fhir_assets.catalog import LOAD_ORDER
 from fhir_assets.fhir import containers
 from fhir_assets.fhir.containers import CONTAINERS, ContainedResource, Pages
-from fhir_assets.fhir.intake import cells, resources, schemas
+from fhir_assets.fhir.intake import cells, clinical_records, resources, schemas
 from fhir_assets.fhir.intake.resources import DeriveId
 from fhir_assets.fhir.record import MalformedResource, Record, build_record, read_header, to_single_line
 from fhir_assets.fhir.validation import Validator
@@ -58,7 +58,7 @@ class IntakeValidator:
         self._types = frozenset(resource_types)
         self._origin = origin
         self._now = now
-        self._observations: dict[str, bytes] = {}
+        self._derived: dict[str, bytes] = {}
 
     def validate_bodies(self, bodies: Iterable[bytes]) -> list[ValidatedRecord]:
         """Validate bodies, each a FHIR resource or an intake record, and return the results in the same order."""
@@ -78,6 +78,10 @@ class IntakeValidator:
             return ValidatedRecord(known_name, None, (Issue(STRUCTURE, "error", "Resource", message),))
         if name == "Observation" and b'"mrn"' in body and resources.is_observation_record(value := _parse_digits(body)):
             return self._validate_observation_record(value)
+        if name in clinical_records.TYPES and b'"mrn"' in body:
+            value = _parse_json(body)
+            if clinical_records.is_clinical_record(value):
+                return self._validate_clinical_record(value)
         if header.id is None and body[:1] == b"{":
             header.id = self._assign_id(index)
             body = containers.insert_id(body, header.id)
@@ -109,18 +113,24 @@ class IntakeValidator:
     def _validate_observation_record(self, record: dict[str, Any]) -> ValidatedRecord:
         if issues := _find_issues("observation_record", record, cells.find_observation_problems):
             return ValidatedRecord("Observation", None, issues)
-        resource = resources.build_observation(record, self._derive_id)
-        body = resources.encode_resource(resource)
+        return self._accept(resources.build_observation(record, self._derive_id), "patient, code, time and value")
+
+    def _validate_clinical_record(self, record: dict[str, Any]) -> ValidatedRecord:
+        if issues := _find_issues("clinical_record", record, cells.find_clinical_problems):
+            return ValidatedRecord(record["resourceType"], None, issues)
+        return self._accept(clinical_records.build_clinical_resource(record, self._derive_id), "patient, code and date")
+
+    def _accept(self, resource: dict[str, Any], identity: str) -> ValidatedRecord:
+        """Validate the resource of a short record; ``identity`` names the members that its id is derived from."""
+        name, body = resource["resourceType"], resources.encode_resource(resource)
         result = self._validator.check(body)
-        if result.valid and self._observations.setdefault(resource["id"], body) != body:
-            message = (
-                "another record of the request has the same patient, code, time and value: give each of them an id"
-            )
-            return ValidatedRecord("Observation", None, (Issue(SCHEMA, "error", "Observation.id", message),))
+        if result.valid and self._derived.setdefault(f"{name}/{resource['id']}", body) != body:
+            message = f"another record of the request has the same {identity}: give each of them an id"
+            return ValidatedRecord(name, None, (Issue(SCHEMA, "error", f"{name}.id", message),))
         if not result.valid:
-            return ValidatedRecord("Observation", None, result.issues)
+            return ValidatedRecord(name, None, result.issues)
         built = build_record(body, read_header(body), self._now, posted=True)
-        return ValidatedRecord("Observation", built.id, result.issues, (built,))
+        return ValidatedRecord(name, built.id, result.issues, (built,))
 
     def _assign_id(self, index: int) -> str:
         return hashlib.sha256(f"{self._origin}#{index}".encode()).hexdigest()[:32]
