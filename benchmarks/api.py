@@ -114,17 +114,17 @@ def _intake_body(start: int, count: int) -> bytes:
 
 
 def _insert_patients(conn: Connection, patients: int, known: list[str]) -> None:
-    for table in ("resource_patient", "patient"):
+    for schema, table in (("fhir_partitions", "resource_patient"), ("fhir", "patient")):
         columns = [
             name
             for (name,) in conn.execute(
                 """
                 SELECT column_name
                 FROM information_schema.columns
-                WHERE table_schema = 'fhir' AND table_name = %s AND is_generated = 'NEVER'
+                WHERE table_schema = %s AND table_name = %s AND is_generated = 'NEVER'
                 ORDER BY ordinal_position
                 """,
-                [table],
+                [schema, table],
             )
         ]
         own: dict[str, str] = {
@@ -141,11 +141,11 @@ def _insert_patients(conn: Connection, patients: int, known: list[str]) -> None:
                 FROM generate_series(1, {}) n, (SELECT * FROM {} LIMIT 1) original
                 """
             ).format(
-                sql.Identifier("fhir", table),
+                sql.Identifier(schema, table),
                 sql.SQL(", ").join(map(sql.Identifier, columns)),
                 sql.SQL(", ").join(values),
                 sql.Literal(patients),
-                sql.Identifier("fhir", table),
+                sql.Identifier(schema, table),
             )
         )
     with_known_mrn = random.Random(1).sample(range(1, patients + 1), min(len(known), patients))
@@ -157,7 +157,7 @@ def _insert_patients(conn: Connection, patients: int, known: list[str]) -> None:
     conn.commit()
     conn.autocommit = True
     conn.execute("VACUUM ANALYZE fhir.patient")
-    conn.execute("VACUUM ANALYZE fhir.resource_patient")
+    conn.execute("VACUUM ANALYZE fhir_partitions.resource_patient")
     print(f"{patients:,} encrypted patients in the tables; {os.cpu_count()} cores, two workers, {CALLERS} clients")
 
 

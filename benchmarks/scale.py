@@ -27,13 +27,13 @@ RESOURCES = 100_000
 COUNTS = (1, 2)
 
 _TABLE_SIZES = """
-SELECT CASE WHEN n.nspname = 'ops' THEN 'ops' WHEN c.relname LIKE 'resource%' THEN 'fhir.resource, indexes included'
+SELECT CASE WHEN n.nspname = 'ops' THEN 'ops' WHEN n.nspname = 'fhir_partitions' THEN 'fhir.resource, indexes included'
        ELSE 'tables of the views' END,
-       sum(CASE WHEN n.nspname = 'ops' OR c.relname LIKE 'resource%' THEN pg_total_relation_size(c.oid)
+       sum(CASE WHEN n.nspname IN ('ops', 'fhir_partitions') THEN pg_total_relation_size(c.oid)
            ELSE pg_table_size(c.oid) END)::bigint,
        sum(pg_indexes_size(c.oid))::bigint
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-WHERE n.nspname IN ('fhir', 'ops') AND c.relkind = 'r' GROUP BY 1 ORDER BY 1
+WHERE n.nspname IN ('fhir', 'fhir_partitions', 'ops') AND c.relkind = 'r' GROUP BY 1 ORDER BY 1
 """
 
 

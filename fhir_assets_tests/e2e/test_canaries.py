@@ -143,11 +143,12 @@ def test_no_patient_data_leaks_outside_encrypted_storage(
         assert pipeline.ingest(DAY, **source) == 0
         assert deployment.count_dead_letters()["unloadable"]
         with connect(site.url) as conn:
-            refuse(conn, "fhir.resource_patient", "true", mark("check violation"), "23514")
+            refuse(conn, "fhir_partitions.resource_patient", "true", mark("check violation"), "23514")
         add(server, population.patient("one-more"))
         assert pipeline.ingest(DAY, **source) == 1
         with connect(site.url) as conn:
-            conn.execute("DROP TRIGGER refuse ON fhir.patient_name; DROP TRIGGER refuse ON fhir.resource_patient")
+            for table in ("fhir.patient_name", "fhir_partitions.resource_patient"):
+                conn.execute(f"DROP TRIGGER refuse ON {table}".encode())
 
         # A second server that refuses with an echo: deliveries, uploads, the connector
         for status in (422, 500):

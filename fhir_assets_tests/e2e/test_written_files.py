@@ -330,11 +330,11 @@ def test_a_migration_that_is_killed_is_completed_by_the_next_one(
         born = {**VIEW, "name": f"born_{number}", "select": [{"column": [{"name": "id", "path": "id"}]}]}
         (folder / "views" / f"born_{number}.json").write_text(json.dumps(born))
         with connect(loaded.url) as conn:
-            conn.execute("DROP TABLE IF EXISTS fhir.resource_immunization")
+            conn.execute("DROP TABLE IF EXISTS fhir_partitions.resource_immunization")
         done = commands("migrate", folder=folder, mishap="killed", environment=environment, kill_at=(point, 1))
         assert done.code == -signal.SIGKILL, point
         assert {name: rows for name, rows in loaded.tables().items() if name in before} == before
         done = commands("migrate", folder=folder, environment=environment)
         assert done.code == 0, done.stderr
         assert loaded.query(f"SELECT count(*) FROM fhir.born_{number}") == [(len(IDS),)], point
-        assert loaded.query("SELECT to_regclass('fhir.resource_immunization') IS NOT NULL") == [(True,)]
+        assert loaded.query("SELECT to_regclass('fhir_partitions.resource_immunization') IS NOT NULL") == [(True,)]

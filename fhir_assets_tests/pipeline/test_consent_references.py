@@ -154,7 +154,7 @@ def test_a_resource_that_names_its_patient_by_an_identifier_is_withheld_until_th
     tables.load(*map(patient_of, numbers))
     tables.apply_consent()
     assert tables.withheld() == {"Observation/y"}
-    assert tables.all("SELECT id, array_to_string(patients, ' ') FROM fhir.resource_observation") == {
+    assert tables.all("SELECT id, array_to_string(patients, ' ') FROM fhir_partitions.resource_observation") == {
         (f"x{n}", f"p{n}") for n in numbers
     }
     tables.load(*(consent(f"c{n}", f"p{n}", DENY) for n in numbers))

@@ -138,7 +138,7 @@ def migrate(case: Case) -> None:
     """Remove the table of a type without resources, and migrate, as an upgrade to a version with a new type does."""
     with case.hospital.connect() as conn, conn.transaction():
         schema_state.lock_schema(conn)
-        conn.execute("DROP TABLE IF EXISTS fhir.resource_immunization")
+        conn.execute("DROP TABLE IF EXISTS fhir_partitions.resource_immunization")
     migrations.upgrade(case.hospital.url)
 
 

@@ -101,8 +101,7 @@ class Deployment:
         rows_by_table: dict[str, list[str]] = {}
         with connect(self.url) as conn:
             names = conn.execute(
-                "SELECT table_name FROM information_schema.tables WHERE table_schema = 'fhir'"
-                " AND table_name NOT LIKE 'resource\\_%' ORDER BY 1"
+                "SELECT table_name FROM information_schema.tables WHERE table_schema = 'fhir' ORDER BY 1"
             ).fetchall()
             for (name,) in names:
                 columns = [

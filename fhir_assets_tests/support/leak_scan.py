@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def statistics(url: str) -> Content:
         for schema, table, column, values in conn.execute(
             "SELECT schemaname, tablename, attname,"
             " concat_ws(' ', most_common_vals::text, histogram_bounds::text, most_common_elems::text)"
-            " FROM pg_stats WHERE schemaname IN ('fhir', 'ops', 'public')"
+            " FROM pg_stats WHERE schemaname IN ('fhir', 'fhir_partitions', 'ops', 'public')"
         ):
             yield f"pg_stats of {schema}.{table}.{column}", values.encode()
 
@@ -124,7 +125,7 @@ LOCATIONS: Mapping[str, Callable[[Site], Content]] = {
     "Dagster's database": lambda site: tables(site.url, "public"),
     "Dagster's home and compute logs": lambda site: files(site.home / "dagster"),
     "operations": lambda site: tables(site.url, "ops"),
-    "tables": lambda site: tables(site.url, "fhir"),
+    "tables": lambda site: chain(tables(site.url, "fhir"), tables(site.url, "fhir_partitions")),
     "outbox": lambda site: tables(site.url, "health"),
     "statistics of the planner": lambda site: statistics(site.url),
     "store and spool": lambda site: files(site.home / "store"),

@@ -30,7 +30,12 @@ def test_an_empty_database_becomes_current(empty_database: str) -> None:
         rows = conn.execute(
             "SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'fhir.resource'::regclass"
         ).fetchall()
-    assert {row[0] for row in rows} == {f"fhir.resource_{t.key}" for t in CATALOG} | {"fhir.resource_other"}
+        listed = conn.execute(
+            "SELECT relname FROM pg_class WHERE relnamespace = 'fhir'::regnamespace AND relkind = 'r'"
+        )
+        assert listed.fetchall() == [], "tools list no partition beside the tables"
+    names = {"other", *(resource_type.key for resource_type in CATALOG)}
+    assert {name for (name,) in rows} == {f"fhir_partitions.resource_{name}" for name in names}
 
 
 def test_migrating_again_changes_nothing(database: str) -> None:
@@ -47,7 +52,7 @@ def test_several_processes_may_migrate_at_once(empty_database: str) -> None:
 
 def test_a_type_that_is_new_in_the_catalog_gets_its_partition(database: str) -> None:
     with connect(database) as conn:
-        conn.execute("DROP TABLE fhir.resource_patient")
+        conn.execute("DROP TABLE fhir_partitions.resource_patient")
     assert not schema_state.is_current(database)
     migrations.upgrade(database)
     assert schema_state.is_current(database)
@@ -116,7 +121,7 @@ def test_a_missing_schema_at_db_url_is_reported_and_not_created(
 
 def test_a_missing_partition_is_reported_by_its_type(database: str) -> None:
     with connect(database) as conn:
-        conn.execute("DROP TABLE fhir.resource_patient")
+        conn.execute("DROP TABLE fhir_partitions.resource_patient")
     with pytest.raises(ConfigurationError, match=r"no partition of fhir\.resource for Patient: run"):
         schema_state.require_current(database)
 

@@ -86,7 +86,7 @@ def test_the_login_reads_tables_and_marts_and_nothing_else(port: int) -> None:
     assert not [name for name in names if name.startswith("resource")], "tools list only what the login may read"
     for statement in (
         "SELECT FROM fhir.resource",
-        "SELECT FROM fhir.resource_patient",
+        "SELECT FROM fhir_partitions.resource_patient",
         "SELECT FROM ops.dead_letters",
         "SELECT FROM ops.encryption",
         "DELETE FROM fhir.patient",

@@ -119,7 +119,7 @@ def test_a_reader_may_select_from_the_tables_of_views_only(filled: str, user: Us
         assert conn.execute("SELECT type, id, why FROM fhir.deleted").fetchall() == []
     for statement in (
         "SELECT FROM fhir.resource",
-        "SELECT FROM fhir.resource_patient",
+        "SELECT FROM fhir_partitions.resource_patient",
         "SELECT FROM ops.dead_letters",
         "SELECT FROM ops.encryption",
         "DELETE FROM fhir.patient",
@@ -177,7 +177,7 @@ def test_a_loader_may_load_correct_delete_and_create_tables(filled: str, user: U
         "DELETE FROM ops.encryption",
         "UPDATE ops.encryption SET key_id = ''",
         "UPDATE ops.alembic_version SET version_num = '0001'",
-        "DROP TABLE fhir.resource_patient",
+        "DROP TABLE fhir_partitions.resource_patient",
         "TRUNCATE fhir.resource",
     ):
         assert is_refused(url, statement), statement
@@ -213,7 +213,7 @@ def test_a_table_that_a_loader_creates_is_shared_with_readers_and_other_loaders(
 def test_a_loader_may_run_migrate_on_a_current_database(database: str, user: User) -> None:
     migrations.upgrade(user(roles.LOADER))
     with connect(database) as conn:
-        conn.execute("DROP TABLE fhir.resource_claim")
+        conn.execute("DROP TABLE fhir_partitions.resource_claim")
     with pytest.raises(ConfigurationError, match="run `fhir-assets migrate` as the user that owns them"):
         migrations.upgrade(user(roles.LOADER))
 
@@ -276,7 +276,7 @@ def test_a_vacuum_that_ends_while_rights_are_granted_is_no_deadlock(database: st
 
 def test_an_upgrade_is_repeated_after_a_deadlock(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with connect(database) as conn:
-        conn.execute("DROP TABLE fhir.resource_claim")
+        conn.execute("DROP TABLE fhir_partitions.resource_claim")
     attempts = []
 
     def grant_rights(conn: Connection) -> None:
@@ -289,7 +289,7 @@ def test_an_upgrade_is_repeated_after_a_deadlock(database: str, monkeypatch: pyt
     migrations.upgrade(database)
     assert len(attempts) == 3
     with connect(database) as conn:
-        conn.execute("DROP TABLE fhir.resource_claim")
+        conn.execute("DROP TABLE fhir_partitions.resource_claim")
     del attempts[:]
     monkeypatch.setattr(connections, "_ATTEMPTS", 2)
     with pytest.raises(DatabaseUnavailable, match="cancelled the upgrade of the schema 2 times"):

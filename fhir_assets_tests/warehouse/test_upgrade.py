@@ -18,6 +18,7 @@ from fhir_assets.warehouse.postgres.db import migrations, schema_state
 from fhir_assets.warehouse.postgres.db.connections import Session, connect
 from fhir_assets.warehouse.postgres.tables.layout import KEY_ID_COLUMN, build_layout
 from fhir_assets.warehouse.postgres.tables.view_tables import ensure_tables, find_drift
+from fhir_assets_tests.support.earlier_revisions import restore_partitions
 from fhir_assets_tests.support.key_rotation import open_session
 from fhir_assets_tests.support.views import load, patient, select
 
@@ -129,6 +130,7 @@ def restore_revision_0019(session: Session, *, encrypted: bool) -> None:
 
     Remove the columns that were added later.
     """
+    restore_partitions(session)
     session.execute("DROP VIEW fhir.deleted")
     session.execute("DROP INDEX fhir.resource_deleted")
     for table, key in KEYS_WITHOUT_SOURCE.items():

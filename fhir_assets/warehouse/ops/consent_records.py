@@ -70,7 +70,7 @@ _MARK_PATIENTS = sql.SQL("""
     JOIN ops.consent_records known ON known.consent_id = s.id AND known.source = ops.current_source()
     UNION
     SELECT r.id, '-infinity'
-    FROM fhir.resource_patient r
+    FROM fhir_partitions.resource_patient r
     WHERE r.source = ops.current_source()
         AND r.deleted_at IS NULL
         AND r.mentions && ARRAY(SELECT key FROM named WHERE starts_with(key, '#'))
@@ -91,7 +91,7 @@ _COPY_CONSENTS = sql.SQL("""
     FROM {source} s
     WHERE s.resource IS NOT NULL
         AND NOT EXISTS (
-            SELECT FROM fhir.resource_consent r
+            SELECT FROM fhir_partitions.resource_consent r
             WHERE r.source = ops.current_source()
                 AND r.id = s.id
                 AND r.deleted_at IS NOT NULL
@@ -114,7 +114,7 @@ _RECORDED_CONSENTS = sql.SQL("""
         SELECT
             id, version_id, version_number, last_updated, as_of, arrived, partition_key, patients, mentions, resource,
             key_id
-        FROM fhir.resource_consent
+        FROM fhir_partitions.resource_consent
         WHERE source = ops.current_source()
         UNION ALL
         SELECT
@@ -166,7 +166,7 @@ def remove_deleted(conn: Connection, consent_ids: Sequence[str]) -> None:
     conn.execute(
         """
         WITH deleted AS (
-            DELETE FROM ops.consent_records c USING fhir.resource_consent r
+            DELETE FROM ops.consent_records c USING fhir_partitions.resource_consent r
             WHERE c.source = ops.current_source()
                 AND c.consent_id = ANY(%s)
                 AND r.source = c.source

@@ -209,7 +209,11 @@ def _read_consents(conn: Session, patients: Sequence[str]) -> Mapping[str, list[
             SELECT
                 key,
                 ARRAY[key]
-                || (SELECT r.mentions FROM fhir.resource_patient r WHERE r.source = ops.current_source() AND r.id = key)
+                || (
+                    SELECT r.mentions
+                    FROM fhir_partitions.resource_patient r
+                    WHERE r.source = ops.current_source() AND r.id = key
+                )
                 || (
                     SELECT w.mentions
                     FROM ops.withheld w

@@ -127,7 +127,7 @@ _RECORD = """
         SELECT
             %(patients)s::text[] || ARRAY(
                 SELECT r.id
-                FROM fhir.resource_patient r
+                FROM fhir_partitions.resource_patient r
                 WHERE r.source = ops.current_source()
                     AND r.mentions && %(tokens)s::text[]
                     AND r.deleted_at IS NULL
@@ -182,7 +182,7 @@ _MARK = """
     SELECT key, '-infinity'::timestamptz FROM named
     UNION
     SELECT r.id, '-infinity'
-    FROM fhir.resource_patient r
+    FROM fhir_partitions.resource_patient r
     CROSS JOIN tokens
     WHERE r.source = ops.current_source() AND r.deleted_at IS NULL AND r.mentions && tokens.keys
     UNION

@@ -126,7 +126,7 @@ def build_resolved_patients(table: str) -> sql.Composed:
             FROM unnest({table}.patients) p
             LEFT JOIN LATERAL (
                 SELECT r.id
-                FROM fhir.resource_patient r
+                FROM fhir_partitions.resource_patient r
                 WHERE r.source = ops.current_source()
                     AND starts_with(p, '#')
                     AND r.mentions && string_to_array(p, ' ')

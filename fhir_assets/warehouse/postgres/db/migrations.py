@@ -9,9 +9,10 @@ from psycopg import sql
 from sqlalchemy.pool import NullPool
 
 from fhir_assets.catalog import CATALOG
-from fhir_assets.errors import ConfigurationError
+from fhir_assets.errors import ConfigurationError, DatabaseUnavailable
 from fhir_assets.warehouse.postgres.db import advisory_locks, roles
 from fhir_assets.warehouse.postgres.db.connections import Connection, normalise_url, repeat_after_deadlock
+from fhir_assets.warehouse.postgres.db.resource_partitions import partition_of
 from fhir_assets.warehouse.postgres.db.schema_state import (
     build_newer_error,
     is_current,
@@ -54,6 +55,11 @@ def _upgrade(engine: sqlalchemy.Engine) -> None:
     except sqlalchemy.exc.DBAPIError as error:
         if isinstance(error.orig, psycopg.errors.DeadlockDetected):
             raise error.orig from None
+        if isinstance(error.orig, psycopg.errors.LockNotAvailable):
+            raise DatabaseUnavailable(
+                "Other sessions have used fhir.resource for minutes, and the upgrade needs it alone for a moment. "
+                "Nothing was changed: end them (pg_stat_activity lists them), or run it again later"
+            ) from None
         if isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
             raise ConfigurationError(
                 "The database user may not create schemas and tables: grant CREATE on the database to the user of "
@@ -83,5 +89,5 @@ def _create_partitions(conn: Connection) -> None:
                     CREATE TABLE {}
                     PARTITION OF fhir.resource
                     FOR VALUES IN ({})
-                """).format(sql.Identifier("fhir", f"resource_{resource_type.key}"), sql.Literal(resource_type.name))
+                """).format(partition_of(resource_type.name), sql.Literal(resource_type.name))
             )

@@ -11,6 +11,7 @@ import psycopg
 from psycopg import sql
 
 from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.db.resource_partitions import SCHEMA as PARTITIONS
 from fhir_assets.warehouse.postgres.db.schema_state import sql_folder
 
 READER, OPERATOR, LOADER = "fhir_reader", "fhir_operator", "fhir_loader"
@@ -77,7 +78,6 @@ def grant_rights(conn: Connection) -> None:
     """
     existing = _list_roles(conn)
     ops = _list_relations(conn, "ops")
-    resources = [name for name in _list_relations(conn, "fhir") if name == "resource" or name.startswith("resource_")]
     if READER in existing:
         _execute(conn, "GRANT USAGE ON SCHEMA fhir TO {}", sql.Identifier(READER))
         _execute(conn, "GRANT SELECT ON fhir.deleted TO {}", sql.Identifier(READER))
@@ -92,7 +92,9 @@ def grant_rights(conn: Connection) -> None:
         _execute(conn, "GRANT USAGE, CREATE ON SCHEMA marts TO {}", sql.Identifier(LOADER))
         _set_rights(conn, LOADER, "ops", {name: _LOADER_EXCEPTIONS.get(name, _LOAD_RIGHTS) for name in ops})
         _execute(conn, "GRANT USAGE ON SEQUENCE ops.dead_letter_records TO {}", sql.Identifier(LOADER))
-        _set_rights(conn, LOADER, "fhir", dict.fromkeys(resources, _LOAD_RIGHTS))
+        _set_rights(conn, LOADER, "fhir", {"resource": _LOAD_RIGHTS})
+        _execute(conn, "GRANT USAGE ON SCHEMA {} TO {}", sql.Identifier(PARTITIONS), sql.Identifier(LOADER))
+        _set_rights(conn, LOADER, PARTITIONS, dict.fromkeys(_list_relations(conn, PARTITIONS), _LOAD_RIGHTS))
     tables = conn.execute(
         """
         SELECT name

@@ -14,7 +14,7 @@ import psycopg
 
 from fhir_assets.catalog import CATALOG
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.warehouse.postgres.db import advisory_locks
+from fhir_assets.warehouse.postgres.db import advisory_locks, resource_partitions
 from fhir_assets.warehouse.postgres.db.connections import Connection, connect
 
 _REVISION = re.compile(r"""^revision(?:: str)? = ["'](\w+)["']""", re.MULTILINE)
@@ -124,13 +124,15 @@ def _query_revision(conn: Connection) -> str | None:
 
 def list_missing_partitions(conn: Connection) -> list[str]:
     """Return the resource types of the catalog that have no partition of fhir.resource."""
-    # A database at an early revision has no schema fhir; to_regnamespace then returns NULL and no row matches.
+    # A database at an earlier revision lacks the schema; to_regnamespace then returns NULL and no row matches.
     rows = conn.execute(
         """
         SELECT relname
         FROM pg_class
-        WHERE relnamespace = to_regnamespace('fhir')
-        """
+        WHERE relnamespace = to_regnamespace(%s)
+        """,
+        [resource_partitions.SCHEMA],
     )
     tables = {name for (name,) in rows}
-    return [resource_type.name for resource_type in CATALOG if f"resource_{resource_type.key}" not in tables]
+    names = [resource_type.name for resource_type in CATALOG]
+    return [name for name in names if resource_partitions.partition_name(name) not in tables]

@@ -131,7 +131,7 @@ def find_withheld(conn: Connection, consent_gate: ConsentGate, ids: Sequence[str
                 coalesce(r.mentions, '{{}}') AS mentions,
                 r.arrived
             FROM unnest(%s::text[]) AS wanted (id)
-            LEFT JOIN fhir.resource_patient r
+            LEFT JOIN fhir_partitions.resource_patient r
                 ON r.source = ops.current_source() AND r.resource_type = 'Patient' AND r.id = wanted.id
         ) AS p
         WHERE {withheld}

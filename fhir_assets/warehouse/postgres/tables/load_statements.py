@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 from psycopg import sql
 
-from fhir_assets.catalog import BY_NAME
 from fhir_assets.fhir.views import View
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.warehouse.ops import consent_records, withheld_resources
 from fhir_assets.warehouse.postgres import version_order
+from fhir_assets.warehouse.postgres.db.resource_partitions import partition_name, partition_of
 from fhir_assets.warehouse.postgres.tables.layout import build_layout
 
 _CREATE_STAGE = """
@@ -114,9 +114,8 @@ class LoadStatements:
         reencrypt: bool = False,
         record_consents: bool = True,
     ) -> None:
-        catalog_type = BY_NAME.get(resource_type)
-        table = sql.Identifier("fhir", f"resource_{catalog_type.key}" if catalog_type else "resource_other")
-        stage = sql.Identifier("pg_temp", f"stage_{catalog_type.key if catalog_type else 'other'}")
+        table = partition_of(resource_type)
+        stage = sql.Identifier("pg_temp", f"stage_{partition_name(resource_type)}")
         type_name = sql.Literal(resource_type)
         self.create_stage = sql.SQL(_CREATE_STAGE).format(stage=stage)
         self.copy_to_stage = sql.SQL("COPY {stage} FROM STDIN").format(stage=stage)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
-from fhir_assets.catalog import BY_NAME
 from fhir_assets.fhir.views import View
+from fhir_assets.warehouse.postgres.db import resource_partitions
 from fhir_assets.warehouse.postgres.db.connections import Connection
 from fhir_assets.warehouse.postgres.tables.layout import (
     BLIND_INDEX_SUFFIX,
@@ -59,17 +59,17 @@ def scan_view(conn: Connection, view: View) -> list[ColumnSample]:
             tests[column.name] = _IS_NOT_YEAR.format(sql.SQL("{}::timestamptz").format(name))
         elif phi is PhiTreatment.DROP:
             tests[column.name] = _IS_NOT_NULL.format(name)
-    return _scan_table(conn, view.name, tests)
+    return _scan_table(conn, "fhir", view.name, tests)
 
 
 def scan_resources(conn: Connection, resource_type: str) -> list[ColumnSample]:
     """Sample the resources of a type in ``fhir.resource``, and count those that are not encrypted."""
-    catalog_type = BY_NAME.get(resource_type)
     test = sql.SQL("jsonb_typeof(resource) <> 'string' OR key_id IS NULL").format()
-    return _scan_table(conn, f"resource_{catalog_type.key}" if catalog_type else "resource_other", {"resource": test})
+    name = resource_partitions.partition_name(resource_type)
+    return _scan_table(conn, resource_partitions.SCHEMA, name, {"resource": test})
 
 
-def _scan_table(conn: Connection, table: str, tests: dict[str, sql.Composed]) -> list[ColumnSample]:
+def _scan_table(conn: Connection, schema: str, table: str, tests: dict[str, sql.Composed]) -> list[ColumnSample]:
     if not tests:
         return []
     counts = sql.SQL(", ").join(
@@ -81,8 +81,8 @@ def _scan_table(conn: Connection, table: str, tests: dict[str, sql.Composed]) ->
         ]
     )
     pages = conn.execute(
-        "SELECT pg_relation_size(format('fhir.%%I', %s::text)) / current_setting('block_size')::int",
-        [table],
+        "SELECT pg_relation_size(format('%%I.%%I', %s::text, %s::text)) / current_setting('block_size')::int",
+        [schema, table],
     ).fetchone()
     percentage = min(100.0, 100.0 * SAMPLE_PAGES / max(1, pages[0] if pages else 1))
     query = sql.SQL("""
@@ -90,7 +90,7 @@ def _scan_table(conn: Connection, table: str, tests: dict[str, sql.Composed]) ->
         FROM (SELECT * FROM {table} TABLESAMPLE SYSTEM ({percentage}) LIMIT {rows}) sample
     """).format(
         counts=counts,
-        table=sql.Identifier("fhir", table),
+        table=sql.Identifier(schema, table),
         percentage=sql.Literal(percentage),
         rows=sql.Literal(SAMPLE_ROWS),
     )

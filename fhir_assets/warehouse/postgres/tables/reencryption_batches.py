@@ -144,7 +144,7 @@ def find_tables_with_phi(conn: Connection, views: Sequence[View]) -> dict[str, b
 
 def find_resource_types(conn: Connection) -> list[str]:
     """Return the resource types of the catalog and all other types that are stored in ``fhir.resource``."""
-    others = conn.execute("SELECT DISTINCT resource_type FROM fhir.resource_other ORDER BY 1")
+    others = conn.execute("SELECT DISTINCT resource_type FROM fhir_partitions.resource_other ORDER BY 1")
     return [*(catalog_type.name for catalog_type in CATALOG), *(name for (name,) in others)]
 
 
