@@ -314,6 +314,16 @@ def test_only_views_that_we_created_in_schema_marts_get_rights(conn: Session) ->
     assert rows == [("patient_current",), ("patients",), ("persons",)]
 
 
+def test_rights_that_are_granted_again_do_not_wait_for_readers_of_tables_and_marts(database: str) -> None:
+    with connect(database, cipher=NO_ENCRYPTION) as conn:
+        view_tables.ensure_tables(conn, views_of_type("Patient"))
+        roles.grant_rights(conn)
+    with connect(database) as reader, connect(database) as conn:
+        reader.execute("SELECT FROM marts.patients, marts.patient_current, fhir.deleted")
+        conn.execute("SET lock_timeout = 1")
+        roles.grant_rights(conn)
+
+
 @pytest.mark.slow
 def test_a_migration_without_the_right_to_create_roles_continues_with_a_warning(
     own_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -151,11 +151,15 @@ def list_own_marts(conn: Connection) -> frozenset[str]:
 def grant_mart_rights(conn: Connection, marts: Iterable[str]) -> None:
     """Grant readers their right to views of schema ``marts``. Only the owner of the views may call this."""
     existing = _list_roles(conn)
+    transferred = frozenset[str]()
+    if LOADER in existing and _may_transfer_ownership(conn):
+        # Of others only, because ALTER VIEW waits for readers of the view, which may wait for this transaction.
+        transferred = _list_grantable_tables(conn, "marts", of_others_than=LOADER)
     for name in marts:
         view = sql.Identifier("marts", name)
         if READER in existing:
             _execute(conn, "GRANT SELECT ON {} TO {}", view, sql.Identifier(READER))
-        if LOADER in existing and _may_transfer_ownership(conn):
+        if name in transferred:
             # The role owns the view, as it owns the tables: every loader can drop it before it changes a table.
             _execute(conn, "ALTER VIEW {} OWNER TO {}", view, sql.Identifier(LOADER))
 
