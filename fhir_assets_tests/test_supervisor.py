@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +35,8 @@ def supervisor(sentences: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 def children() -> list[psutil.Process]:
     alive = psutil.Process().children(recursive=True)
-    return [child for child in alive if child.status() != psutil.STATUS_ZOMBIE and "time.sleep" in str(child.cmdline())]
+    sleeping = [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in sleeping if child.cmdline()[-1:] in ([SLEEP], [PARENT])]
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -55,6 +57,26 @@ def test_a_killed_process_is_started_again(supervisor: Supervisor, sentences: li
     assert sentences == [f"The UI (process {process.pid}) was ended by SIGKILL: restarting it"]
     (second,) = children()
     assert second.pid != process.pid
+
+
+SUPERVISOR = f"""
+import os, sys
+from fhir_assets.cli.supervisor import Service, Supervisor
+supervisor = Supervisor(os.environ, print)
+supervisor.start(Service("The UI", [sys.executable, "-c", {SLEEP!r}]))
+print("started", flush=True)
+supervisor.run()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no signal for it")
+def test_the_processes_of_a_killed_supervisor_end() -> None:
+    with subprocess.Popen([sys.executable, "-c", SUPERVISOR], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        (child,) = children()
+        process.kill()
+        assert psutil.wait_procs([child], timeout=60)[1] == []
 
 
 def test_a_process_whose_child_is_killed_is_started_again(supervisor: Supervisor, sentences: list[str]) -> None:

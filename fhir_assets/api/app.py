@@ -14,6 +14,7 @@ from fhir_assets.api import WORKERS_VARIABLE, audit, docs, exports, health, inta
 from fhir_assets.api.access import PUBLIC_PATHS, ROUTE_ROLES, Authenticator, RateLimiter, parse_tokens
 from fhir_assets.api.context import AppContext
 from fhir_assets.api.middleware import RequestMiddleware
+from fhir_assets.api.parent import end_with_parent
 from fhir_assets.api.problems import Problem, ProblemDocument
 from fhir_assets.file_modes import restrict_umask
 from fhir_assets.settings import Settings, load_settings
@@ -62,6 +63,7 @@ def create_app(settings: Settings, *, workers: int = 1) -> FastAPI:
 def create_worker_app() -> FastAPI:
     """Build the application of a worker process of `fhir-assets api`, from the settings of its environment."""
     restrict_umask()
+    end_with_parent()
     settings = load_settings()
     logs.configure("api", settings.log_level)
     return create_app(settings, workers=int(os.environ.get(WORKERS_VARIABLE, "1")))

@@ -1,8 +1,10 @@
 """Runs processes side by side and restarts those that exit."""
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic, sleep
@@ -138,7 +140,21 @@ class Supervisor:
             _stop(self._running.pop().process)
 
     def _open(self, service: Service) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(list(service.command), env=self._environment, start_new_session=True)
+        return subprocess.Popen(
+            list(service.command),
+            env=self._environment,
+            start_new_session=True,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+
+
+_SET_PARENT_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of <linux/prctl.h>."""
+
+
+def _end_with_parent() -> None:
+    """Let this process receive SIGTERM when the supervisor ends in any way: two daemons would repeat each other."""
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

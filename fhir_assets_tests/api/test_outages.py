@@ -113,6 +113,19 @@ def test_the_processes_of_the_api_outlive_an_outage_and_a_kill(database: str, po
         assert api.process.wait(60) == 0
 
 
+@pytest.mark.slow
+def test_the_workers_of_a_killed_api_end_and_it_can_be_started_again(database: str, tmp_path: Path) -> None:
+    values = api_settings(database, tmp_path, {"fhir_resource_types": "Patient"})
+    with api_process(values, tmp_path, workers=2) as api:
+        assert api.process is not None
+        workers = find_workers(psutil.Process(api.process.pid))
+        assert len(workers) == 2
+        api.process.kill()
+        assert psutil.wait_procs(workers, timeout=60)[1] == []
+        with api_process(values, tmp_path, workers=2, port=int(api.url.rpartition(":")[2])) as again:
+            assert again.post("/api/v1/ingest", json=RECORD).status_code == 202
+
+
 def find_workers(supervisor: psutil.Process) -> list[psutil.Process]:
     """Return the living processes that answer requests."""
     living = [child for child in supervisor.children() if child.status() != psutil.STATUS_ZOMBIE]

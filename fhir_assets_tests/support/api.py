@@ -134,6 +134,7 @@ def api_process(
             time.sleep(0.1)
         else:
             raise AssertionError(f"the API does not answer: {log.read_text()}")
+        assert process.poll() is None, f"another process answers on the port: {log.read_text()}"
         yield api
     finally:
         process.terminate()

@@ -85,8 +85,15 @@ class Soak:
     def _start_api(self, stack: ExitStack, port: int | None = None) -> Api:
         return stack.enter_context(api_process(self._values, self._folder, workers=2, port=port))
 
+    def _restart_api(self, stack: ExitStack, api: Api) -> Api:
+        """Kill the API, whose workers must end by themselves, and start it again on its port."""
+        assert api.process is not None
+        workers = psutil.Process(api.process.pid).children()
+        api.process.kill()
+        psutil.wait_procs(workers, timeout=60)
+        return self._start_api(stack, int(api.url.rsplit(":", 1)[1]))
+
     def _soak(self, traffic: Traffic, stack: ExitStack, api: Api, deadline: float) -> None:
-        port = int(api.url.rsplit(":", 1)[1])
         next_kill = time.monotonic() + _KILL_SECONDS
         next_sample = back_at = 0.0
         while (now := time.monotonic()) < deadline:
@@ -100,9 +107,7 @@ class Soak:
                 self.kills += 1
                 match next(self._victims):
                     case "The API":
-                        assert api.process is not None
-                        api.process.kill()
-                        api = self._start_api(stack, port)
+                        api = self._restart_api(stack, api)
                     case "The source":
                         self._source.kill()
                         back_at = now + _OUTAGE_SECONDS
@@ -129,7 +134,9 @@ class Soak:
         for name, process in processes.items():
             with suppress(psutil.NoSuchProcess):
                 if process is not None and name != "The embedded Postgres":
-                    self._memory[name].append((time.monotonic(), process.memory_info().rss / 2**20))
+                    tree = [process, *(process.children() if name == "The API" else ())]
+                    used = sum(member.memory_info().rss for member in tree)
+                    self._memory[name].append((time.monotonic(), used / 2**20))
 
     def _settle(self, traffic: Traffic) -> list[str]:
         """Wait until nothing waits any more, and return what is still wrong after that time."""
