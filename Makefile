@@ -24,10 +24,10 @@ check: lint types ## Lint, types and the fast tests: under five minutes
 	$(PYTEST) --dist loadfile $(FAST)
 
 # The tests of single components, without those that take the longest. The others start servers, daemons and whole loads.
-SLOWER := test_commands test_psql warehouse/test_exports warehouse/test_dbt_models pipeline/test_consent_references \
-  pipeline/test_dead_consents pipeline/test_load_beside_replay pipeline/test_operations_at_once pipeline/test_prune \
-  pipeline/test_reencrypt_online pipeline/test_visit_files pipeline/test_workers privacy/test_unencrypted_data \
-  sandbox/test_population
+SLOWER := test_commands test_psql warehouse/test_exports warehouse/test_dbt_claims warehouse/test_dbt_models \
+  pipeline/test_consent_references pipeline/test_dead_consents pipeline/test_load_beside_replay \
+  pipeline/test_operations_at_once pipeline/test_prune pipeline/test_reencrypt_online \
+  pipeline/test_visit_files pipeline/test_workers privacy/test_unencrypted_data sandbox/test_population
 FAST := $(addprefix fhir_assets_tests/,fhir privacy storage warehouse pipeline sandbox) \
   $(filter-out $(SLOWER:%=fhir_assets_tests/%.py),$(wildcard fhir_assets_tests/test_*.py)) \
   $(SLOWER:%=--ignore=fhir_assets_tests/%.py)

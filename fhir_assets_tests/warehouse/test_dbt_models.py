@@ -3,72 +3,25 @@
 `make dbt-story` runs the models with dbt itself.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from datetime import date, datetime
 from typing import Any
 
-import duckdb
-import psycopg
 import pytest
 
-from fhir_assets.warehouse.dbt.package import build_package, find_package_folder
+from fhir_assets.warehouse.dbt.package import find_package_folder
 from fhir_assets.warehouse.dbt.targets import TARGETS, read_target
-from fhir_assets_tests.support.databases import fresh_database
-from fhir_assets_tests.support.dbt_models import build_staging_tables, render_models
-from fhir_assets_tests.support.shipped_views import views
+from fhir_assets_tests.support.dbt_tables import Execute, connect_to, create_models, insert, insert_claim
+from fhir_assets_tests.support.dbt_tables import execute as execute
+from fhir_assets_tests.support.dbt_tables import models as models
 
-Execute = Callable[[str], list[tuple[Any, ...]]]
 LOCAL = "http://hospital.test/diagnoses"
 ICD = "http://hl7.org/fhir/sid/icd-10-cm"
 LOINC = "http://loinc.org"
+SNOMED = "http://snomed.info/sct"
+UCUM = "http://unitsofmeasure.org"
+NPI = "http://hl7.org/fhir/sid/us-npi"
 TYPE_NAMES = {"varchar": "text", "decimal": "numeric", "timestamp without time zone": "timestamp"}
 """The names of types in the targets, by those of the databases where they differ."""
-
-
-@contextmanager
-def connect_to(engine: str, postgres: str) -> Iterator[Execute]:
-    if engine == "duckdb":
-        with duckdb.connect() as lake:
-            yield lambda statement: lake.execute(statement).fetchall()
-        return
-    with fresh_database(postgres, "template0") as url, psycopg.connect(url, autocommit=True) as tables:
-
-        def run(statement: str) -> list[tuple[Any, ...]]:
-            cursor = tables.execute(statement.encode())
-            return cursor.fetchall() if cursor.description else []
-
-        yield run
-
-
-def create_models(execute: Execute, engine: str, *, encrypted: bool) -> None:
-    """Create empty tables for the staging models, and the other models as views of them."""
-    files = build_package(list(views().values()), lake_url=None, encrypted=encrypted)
-    execute(build_staging_tables(files, views(), engine, encrypted=encrypted))
-    for name, select in render_models(files, engine):
-        execute(f"CREATE VIEW {name} AS {select}")
-
-
-@pytest.fixture(scope="module", params=["postgres", "duckdb"])
-def models(request: pytest.FixtureRequest, postgres: str) -> Iterator[Execute]:
-    """The models over empty tables without encryption, for all tests of an engine."""
-    with connect_to(request.param, postgres) as execute:
-        create_models(execute, request.param, encrypted=False)
-        yield execute
-
-
-@pytest.fixture
-def execute(models: Execute) -> Iterator[Execute]:
-    """The models over tables whose rows are gone after the test."""
-    models("BEGIN")
-    yield models
-    models("ROLLBACK")
-
-
-def insert(execute: Execute, table: str, **values: object) -> None:
-    row = {"_source": "default", "loaded_at": "2024-01-01 00:00:00+00", **values}
-    columns = ", ".join(f'"{column}"' for column in row)
-    literals = ", ".join(f"'{value}'" for value in row.values())
-    execute(f"INSERT INTO {table} ({columns}) VALUES ({literals})")
 
 
 @pytest.mark.parametrize("engine", ["postgres", "duckdb"])
@@ -111,6 +64,11 @@ def test_resources_of_two_sources_with_the_same_id_have_different_keys_in_tuva(e
         insert(execute, "stg_coverage", _source=source, id="1", patient_key="1", subscriber_key="1")
         insert(execute, "stg_explanation_of_benefit", _source=source, id="1", patient_key="1")
         insert(execute, "stg_explanation_of_benefit_item", _source=source, explanation_of_benefit_key="1", index="0")
+        insert(execute, "stg_explanation_of_benefit", _source=source, id="2", patient_key="1", type_code="pharmacy")
+        insert(execute, "stg_explanation_of_benefit_item", _source=source, explanation_of_benefit_key="2", index="0")
+        insert(execute, "stg_immunization", **keys, location_key="1")
+        insert(execute, "stg_location", _source=source, id="1")
+        insert(execute, "stg_practitioner", _source=source, id="1")
     for table, key in (
         ("patient", "person_id"),
         ("encounter", "encounter_id"),
@@ -119,17 +77,26 @@ def test_resources_of_two_sources_with_the_same_id_have_different_keys_in_tuva(e
         ("observation", "observation_id"),
         ("lab_result", "lab_result_id"),
         ("medication", "medication_id"),
+        ("immunization", "immunization_id"),
         ("medical_claim", "claim_id"),
+        ("pharmacy_claim", "claim_id"),
         ("eligibility", "subscriber_id"),
     ):
         rows = execute(f"SELECT person_id, {key} FROM tuva__{table} ORDER BY data_source")
         assert [row[0] for row in rows] == ["1", "north/1"], table
         assert rows[1][1] == f"north/{rows[0][1]}", table
-    for table in ("condition", "procedure", "observation", "lab_result", "medication"):
+    for table in ("condition", "procedure", "observation", "lab_result", "medication", "immunization"):
         rows = execute(f"SELECT encounter_id FROM tuva__{table} ORDER BY data_source")
         assert rows == [("1",), ("north/1",)], table
-    rows = execute("SELECT attending_provider_id FROM tuva__encounter ORDER BY data_source")
-    assert rows == [("1",), ("north/1",)]
+    for table, key in (
+        ("encounter", "attending_provider_id"),
+        ("immunization", "location_id"),
+        ("immunization", "practitioner_id"),
+        ("location", "location_id"),
+        ("practitioner", "practitioner_id"),
+    ):
+        rows = execute(f"SELECT {key} FROM tuva__{table} ORDER BY data_source")
+        assert rows == [("1",), ("north/1",)], (table, key)
 
 
 def test_the_primary_diagnosis_has_the_type_of_its_own_code(execute: Execute) -> None:
@@ -202,7 +169,7 @@ def test_the_facility_of_an_encounter_has_the_npi_of_its_service_provider(execut
 
 
 def test_a_unit_is_normalized_if_its_code_is_of_ucum(execute: Execute) -> None:
-    for key, system in (("a", "http://unitsofmeasure.org"), ("b", LOCAL)):
+    for key, system in (("a", UCUM), ("b", LOCAL)):
         for table in ("observation", "lab_result"):
             unit = {"value_quantity_value": "1", "value_quantity_unit": "gram", "value_quantity_code": "g"}
             insert(execute, "stg_observation", id=f"{table}-{key}", value_quantity_system=system, **unit)
@@ -219,4 +186,95 @@ def test_a_condition_without_a_code_system_has_an_unknown_one(execute: Execute) 
         ("a", "icd-10-cm"),
         ("b", LOCAL),
         ("c", "unknown"),
+    ]
+
+
+def test_an_immunization_has_its_cvx_code_and_dose_and_one_that_was_not_done_its_reason(execute: Execute) -> None:
+    given = {
+        "vaccine_system": LOCAL,
+        "vaccine_code": "FLU",
+        "vaccine_display": "Influenza vaccine",
+        "cvx_code": "140",
+        "occurrence_date_time_date": "2024-10-01",
+        "dose_quantity_value": "0.50",
+        "dose_quantity_unit": "mL",
+        "site_code": "LA",
+        "route_text": "into the muscle",
+    }
+    refused = {"vaccine_system": LOCAL, "vaccine_code": "FLU", "status_reason_code": "IMMUNE"}
+    insert(execute, "stg_immunization", id="a", status="completed", **given)
+    insert(execute, "stg_immunization", id="b", status="not-done", recorded_date="2024-10-02", **refused)
+    insert(execute, "stg_immunization", id="c", status="entered-in-error", **given)
+    assert execute(
+        "SELECT immunization_id, source_code_type, source_code, source_description, status, status_reason,"
+        " occurrence_date, source_dose, body_site, route FROM tuva__immunization ORDER BY 1"
+    ) == [
+        (
+            *("a", "cvx", "140", "Influenza vaccine", "completed", None),
+            *(date(2024, 10, 1), "0.5 mL", "LA", "into the muscle"),
+        ),
+        ("b", LOCAL, "FLU", None, "not-done", "IMMUNE", date(2024, 10, 2), None, None, None),
+    ]
+
+
+def test_the_strength_of_a_medication_has_no_zeros_at_its_end(execute: Execute) -> None:
+    insert(execute, "stg_medication", id="m", amount_numerator_value="500.0", amount_numerator_unit="mg")
+    insert(execute, "stg_medication_request", id="r", medication_key="m")
+    assert execute("SELECT strength FROM tuva__medication") == [("500 mg",)]
+
+
+def test_a_location_has_its_npi_or_that_of_its_organization_and_so_has_the_facility_of_a_claim(
+    execute: Execute,
+) -> None:
+    insert(execute, "stg_organization", id="o", name="Hospital", npi="1234567893")
+    insert(execute, "stg_location", id="ward", managing_organization_key="o", type_display="Ward", latitude="47.5")
+    insert(execute, "stg_location", id="room", part_of_key="site", physical_type_code="ro", address_city="Basel")
+    insert(execute, "stg_location", id="site", name="Site")
+    insert(execute, "stg_location_identifier", location_key="site", index="0", system=LOCAL, value="1")
+    insert(execute, "stg_location_identifier", location_key="site", index="1", system=NPI, value="1000000004")
+    query = "SELECT location_id, npi, facility_type, parent_organization, city, latitude FROM tuva__location ORDER BY 1"
+    assert [tuple(map(as_number, row[-1:])) + row[:-1] for row in execute(query)] == [
+        (None, "room", None, "ro", "Site", "Basel"),
+        (None, "site", "1000000004", None, None, None),
+        (47.5, "ward", "1234567893", "Ward", "Hospital", None),
+    ]
+    insert_claim(execute, "claim", {}, facility_key="ward")
+    assert execute("SELECT facility_npi FROM tuva__medical_claim") == [("1234567893",)]
+
+
+def test_a_practitioner_has_the_organization_and_specialty_of_the_role_that_began_last(execute: Execute) -> None:
+    insert(execute, "stg_practitioner", id="p", npi="1234567893", given="Ann", family="Lee")
+    for key, start, specialty in (("r1", "2020-01-01", "Surgery"), ("r2", "2024-01-01", "Cardiology")):
+        organization = {"organization_key": f"{key}-org", "specialty_display": specialty, "specialty_code": key}
+        insert(execute, "stg_practitioner_role", id=key, practitioner_key="p", period_start=start, **organization)
+        insert(execute, "stg_organization", id=f"{key}-org", name=f"Clinic {key}")
+    columns = "practitioner_id, npi, first_name, last_name, practice_affiliation, specialty"
+    assert execute(f"SELECT {columns} FROM tuva__practitioner") == [
+        ("p", "1234567893", "Ann", "Lee", "Clinic r2", "Cardiology")
+    ]
+    assert execute("SELECT specialty_source_value FROM omop__provider") == [("r2",)]
+
+
+def test_a_specimen_of_a_patient_has_its_material_quantity_and_site(execute: Execute) -> None:
+    material = {"type_system": LOCAL, "type_code": "BLD", "type_snomed_code": "122555007"}
+    collected = {
+        "collected_start": "2024-01-01 08:30:00+00",
+        "collected_start_date": "2024-01-01",
+        "collected_start_offset": "+01:00",
+        "quantity_value": "4",
+        "quantity_unit": "mL",
+        "body_site_system": SNOMED,
+        "body_site_code": "368208006",
+    }
+    insert(execute, "stg_specimen", id="a", patient_key="p", **material, **collected)
+    insert(execute, "stg_specimen", id="b", patient_key="p", type_text="swab", received_time_date="2024-01-02")
+    insert(execute, "stg_specimen", id="water", type_text="tap water")
+    insert(execute, "stg_specimen", id="wrong", patient_key="p", status="entered-in-error")
+    assert execute(
+        "SELECT specimen_source_id, specimen_source_value, specimen_date, specimen_datetime, quantity,"
+        " unit_concept_id, unit_source_value, anatomic_site_concept_id, anatomic_site_source_value"
+        " FROM omop__specimen ORDER BY 1"
+    ) == [
+        ("a", "122555007", date(2024, 1, 1), datetime(2024, 1, 1, 9, 30), 4, 0, "mL", 0, "368208006"),
+        ("b", "swab", date(2024, 1, 2), datetime(2024, 1, 2), None, None, None, None, None),
     ]

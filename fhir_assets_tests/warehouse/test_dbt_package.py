@@ -137,7 +137,7 @@ def test_init_writes_the_package_and_keeps_what_its_user_has_changed(
     sources.write_text("an older version")
     (folder / "models/tuva/tuva__patient.sql").unlink()
     again = CliRunner().invoke(app, ["dbt", "init", str(folder)], catch_exceptions=False)
-    assert "2 of 77 files written" in again.output
+    assert "2 of 87 files written" in again.output
     assert "omop__death.sql" in again.output
     assert (model.read_text(), sources.read_text()) == ("select 1", generated)
     assert (folder / "models/tuva/tuva__patient.sql").exists()

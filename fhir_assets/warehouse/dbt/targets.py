@@ -82,5 +82,5 @@ def _build_column(target: str, column: TargetColumn, *, is_key: bool) -> dict[st
     return entry
 
 
-_WITHOUT_KEY = frozenset({"eligibility", "medical_claim"})
+_WITHOUT_KEY = frozenset({"eligibility", "medical_claim", "pharmacy_claim"})
 """Tables whose first column identifies no row."""

@@ -45,3 +45,21 @@
     cast({{ number }} as text)
   {%- endif -%}
 {%- endmacro %}
+
+{#- An NDC with the 11 digits of claims: the parts between dashes are filled to 5, 4 and 2 digits. -#}
+{% macro ndc_digits(code) -%}
+  case
+    when {{ code }} like '%-%-%'
+      then lpad(split_part({{ code }}, '-', 1), 5, '0') || lpad(split_part({{ code }}, '-', 2), 4, '0') || lpad(split_part({{ code }}, '-', 3), 2, '0')
+    else {{ code }}
+  end
+{%- endmacro %}
+
+{#- A number with its unit as text, the same on both databases. -#}
+{% macro quantity_text(number, unit) -%}
+  {%- if target.type == 'duckdb' -%}
+    {{ number_text(number) }} || coalesce(' ' || {{ unit }}, '')
+  {%- else -%}
+    cast(trim_scale({{ number }}) as text) || coalesce(' ' || {{ unit }}, '')
+  {%- endif -%}
+{%- endmacro %}

@@ -1,11 +1,4 @@
--- A row for each Practitioner, with the specialty and organization of the first role.
-with roles as (
-    select
-        r.*,
-        row_number() over (partition by r._source, r.practitioner_key order by r.period_start desc nulls last, r.id) as position
-    from {{ ref('stg_practitioner_role') }} r
-)
-
+-- A row for each Practitioner, with the specialty and organization of the role that began last.
 select
     {{ stable_id('Practitioner', 'p._source', 'p.id') }} as provider_id,
     nullif(trim(coalesce(p.given, '') || ' ' || coalesce(p.family, '')), '') as provider_name,
@@ -21,5 +14,5 @@ select
     p.gender as gender_source_value,
     0 as gender_source_concept_id
 from {{ ref('stg_practitioner') }} p
-left join roles r on r.practitioner_key = p.id and r._source = p._source and r.position = 1
+left join {{ ref('first_role') }} r on r.practitioner_key = p.id and r._source = p._source
 left join {{ ref('first_concept') }} m on m.system = r.specialty_system and m.code = r.specialty_code

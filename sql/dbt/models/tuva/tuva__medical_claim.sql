@@ -1,27 +1,6 @@
--- A row for each item of ExplanationOfBenefits that were neither cancelled nor entered in error.
+-- A row for each item of ExplanationOfBenefits that were neither cancelled nor entered in error, other than of pharmacies.
 -- Diagnoses and procedures of a claim are numbered by their sequence; Tuva has the first 25 of each.
-with adjudications as (
-    select
-        j._source,
-        j.explanation_of_benefit_key,
-        j.item_index,
-        sum(case when j.kind in ('benefit', 'paidtoprovider', 'line_prvdr_pmt_amt', 'line_nch_pmt_amt') then j.amount_value end) as paid,
-        sum(case when j.kind in ('eligible', 'line_alowd_chrg_amt') then j.amount_value end) as allowed,
-        sum(case when j.kind in ('submitted', 'line_sbmtd_chrg_amt') then j.amount_value end) as charge,
-        sum(case when j.kind in ('coinsurance', 'line_coinsrnc_amt') then j.amount_value end) as coinsurance,
-        sum(case when j.kind in ('copay') then j.amount_value end) as copayment,
-        sum(case when j.kind in ('deductible', 'line_bene_ptb_ddctbl_amt') then j.amount_value end) as deductible
-    from (
-        -- CARIN has codes such as benefit, Blue Button URLs that end with its variable.
-        select
-            r.*,
-            replace(r.category_code, 'https://bluebutton.cms.gov/resources/variables/', '') as kind
-        from {{ ref('stg_explanation_of_benefit_item_adjudication') }} r
-    ) j
-    group by j._source, j.explanation_of_benefit_key, j.item_index
-),
-
-modifiers as (
+with modifiers as (
     select
         r._source,
         r.explanation_of_benefit_key,
@@ -240,7 +219,7 @@ select
     cast(null as text) as rendering_tin,
     coalesce(b.npi, w.npi) as billing_npi,
     cast(null as text) as billing_tin,
-    cast(null as text) as facility_npi,
+    f.npi as facility_npi,
     e.payment_date as paid_date,
     a.paid as paid_amount,
     a.allowed as allowed_amount,
@@ -358,7 +337,7 @@ select
     e._source as data_source
 from {{ ref('stg_explanation_of_benefit') }} e
 join {{ ref('stg_explanation_of_benefit_item') }} i on i.explanation_of_benefit_key = e.id and i._source = e._source
-left join adjudications a
+left join {{ ref('claim_amounts') }} a
     on a.explanation_of_benefit_key = e.id and a._source = e._source and a.item_index = i."index"
 left join modifiers m
     on m.explanation_of_benefit_key = e.id and m._source = e._source and m.item_index = i."index"
@@ -371,4 +350,7 @@ left join {{ ref('stg_coverage') }} v on v.id = e.coverage_key and v._source = e
 left join {{ ref('stg_organization') }} o on o.id = e.insurer_key and o._source = e._source
 left join {{ ref('stg_organization') }} b on b.id = e.provider_organization_key and b._source = e._source
 left join {{ ref('stg_practitioner') }} w on w.id = e.provider_practitioner_key and w._source = e._source
+left join {{ ref('tuva__location') }} f on f.location_id = {{ source_key('e._source', 'e.facility_key') }}
 where coalesce(e.status, '') not in ('cancelled', 'draft', 'entered-in-error')
+    and coalesce(e.use, 'claim') = 'claim'
+    and coalesce(e.type_code, '') not in ('pharmacy', 'PDE')

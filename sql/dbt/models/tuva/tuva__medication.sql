@@ -71,7 +71,7 @@ select
     m.rxnorm_code as rxnorm_code,
     cast(null as text) as atc_code,
     m.route as route,
-    {{ number_text('m.amount_numerator_value') }} || coalesce(' ' || m.amount_numerator_unit, '') as strength,
+    {{ quantity_text('m.amount_numerator_value', 'm.amount_numerator_unit') }} as strength,
     m.quantity as quantity,
     m.quantity_unit as quantity_unit,
     m.days as days_supply,

@@ -17,5 +17,8 @@ from (
         ('http://www.ama-assn.org/go/cpt', 'CPT4', 'cpt'),
         ('https://www.cms.gov/Medicare/Coding/HCPCSReleaseCodeSets', 'HCPCS', 'hcpcs'),
         ('http://unitsofmeasure.org', 'UCUM', 'ucum'),
-        ('http://nucc.org/provider-taxonomy', 'NUCC', 'nucc')
+        ('http://nucc.org/provider-taxonomy', 'NUCC', 'nucc'),
+        ('https://www.nubc.org/CodeSystem/RevenueCodes', 'Revenue Code', 'revenue-code'),
+        ('https://nahdo.org/sopt', 'SOPT', 'sopt'),
+        ('urn:iso:std:iso:4217', 'Currency', 'currency')
 ) as known (system, vocabulary_id, code_type)
