@@ -80,7 +80,7 @@ class Soak:
             api = self._start_api(stack)
             traffic = Traffic(api.url, self._folder / "landing", self._source, self._seed)
             self._soak(traffic, stack, api, time.monotonic() + minutes * 60)
-            return [*traffic.faults, *self._settle(traffic), *self._find_growth()]
+            return [*traffic.faults, *self._settle(traffic), *self._judge_memory()]
 
     def _start_api(self, stack: ExitStack, port: int | None = None) -> Api:
         return stack.enter_context(api_process(self._values, self._folder, workers=2, port=port))
@@ -194,9 +194,9 @@ class Soak:
         )
         return [f"`fhir-assets reconcile` ended with {done.returncode}: {done.stdout}"] if done.returncode else []
 
-    def _find_growth(self) -> list[str]:
-        """Return the processes that use more memory in the last quarter than in the second one."""
-        grown = []
+    def _judge_memory(self) -> list[str]:
+        """Return the processes that use more memory in the last quarter than in the second one, or that had ended."""
+        wrong = []
         for name, samples in sorted(self._memory.items()):
             begin, end = samples[0][0], samples[-1][0]
             quarters = defaultdict[int, list[float]](list)
@@ -205,9 +205,11 @@ class Soak:
             if 1 in quarters and 3 in quarters:
                 before, after = statistics.median(quarters[1]), statistics.median(quarters[3])
                 _report(f"{name}: {before:.0f} MiB in the second quarter, {after:.0f} MiB in the last one")
+                if not (before and after):
+                    wrong.append(f"{name} had ended in half of the samples: nothing started it again")
                 if after > before * _GROWTH + 50:
-                    grown.append(f"{name} grew from {before:.0f} to {after:.0f} MiB")
-        return grown
+                    wrong.append(f"{name} grew from {before:.0f} to {after:.0f} MiB")
+        return wrong
 
 
 def _report(message: str) -> None:
