@@ -1,4 +1,4 @@
--- A row for each item of the ExplanationOfBenefits of pharmacies that were neither cancelled nor entered in error.
+-- A row for each item of the ExplanationOfBenefits of pharmacies: no drafts, none cancelled or entered in error.
 with information as (
     select
         r._source,
