@@ -8,13 +8,22 @@ from typing import Annotated
 import typer
 
 from fhir_assets.cli.output import console, errors, open_output, print_json, print_table
-from fhir_assets.deployment.views import build_views, find_view_folders
+from fhir_assets.deployment.views import build_views, find_view_folders, validate_view
 from fhir_assets.errors import ConfigurationError, NotFhir, ViewError
-from fhir_assets.fhir.views import RowError, View, find_problems, load_views, read_definition, read_view
+from fhir_assets.fhir.views import (
+    CompiledViews,
+    RowError,
+    View,
+    find_problems,
+    load_views,
+    read_definition,
+    read_view,
+)
 from fhir_assets.fhir.views.extension import EXTENDS
 from fhir_assets.fhir.views.preview import Format, run_view, write_rows
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.tables.layout import build_layout
+from fhir_assets.warehouse.postgres.tables.layout_warnings import find_warnings
 
 app = typer.Typer(help="List and check ViewDefinitions of SQL on FHIR, and run them over files.", no_args_is_help=True)
 
@@ -56,8 +65,8 @@ def check(
 ) -> None:
     """Print the problems of ViewDefinitions with their locations. The exit code is 1 if one is not valid.
 
-    A view is also not valid if Postgres could not have its table, with or without encryption keys, or, with --all, if
-    another view has its name.
+    A view is also not valid if Postgres could not have its table, with or without encryption keys, if its paths are
+    nested too deeply, or, with --all, if another view has its name.
     """
     own = [find_view_folders(load_settings())[-1]] if check_all else []
     paths = _list_files([*(view or ()), *own])
@@ -94,11 +103,13 @@ def _check_file(path: Path) -> bool:
         return False
     definition = read_view(path, views=views)
     try:
-        for encrypted in (False, True):
-            build_layout(definition, encrypted=encrypted)
+        CompiledViews([definition])
+        layouts = [build_layout(definition, encrypted=encrypted) for encrypted in (False, True)]
     except ViewError as error:
         errors.print(f"{path}: error: {error}", markup=False, soft_wrap=True)
         return False
+    for warning in dict.fromkeys(warning for layout in layouts for warning in find_warnings(layout)):
+        errors.print(f"{path}: warning: {warning}", markup=False, soft_wrap=True)
     console.print(
         f"{path}: {definition.name}: {len(definition.columns)} columns of {definition.resource_type}", markup=False
     )
@@ -115,7 +126,7 @@ def _load_others(path: Path) -> Mapping[str, View]:
     except ViewError:
         return {}
     settings = load_settings()
-    validate = partial(build_layout, encrypted=settings.encrypts)
+    validate = partial(validate_view, encrypted=settings.encrypts)
     others = load_views(find_view_folders(settings), leave_out={path}, validate=validate)
     return {view.name: view for view in others.views}
 

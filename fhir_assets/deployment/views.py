@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.references import Bases, normalize_bases
-from fhir_assets.fhir.views import ViewSet, load_views
+from fhir_assets.fhir.views import View, ViewSet, check_nesting, load_views
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.postgres.db.schema_state import sql_folder
 from fhir_assets.warehouse.postgres.tables.layout import build_layout
@@ -14,12 +14,19 @@ from fhir_assets.warehouse.postgres.tables.layout import build_layout
 def build_views(settings: Settings) -> ViewSet:
     """Load the ViewDefinitions of ``sql/views`` and of FHIR_VIEWS, in this order.
 
-    A view that cannot have a table in Postgres, because of its names or tags, is reported as broken. Raises
+    A view that cannot have a table in Postgres, because of its names or tags, or whose paths are nested too deeply is
+    reported as broken. Raises
     ConfigurationError if the folder of FHIR_VIEWS does not exist. Absolute references get keys if they begin with
     FHIR_BASE_URL or FHIR_LINK_BASE, through any ingestion channel; references to other servers get none.
     """
-    validate = partial(build_layout, encrypted=settings.encrypts)
+    validate = partial(validate_view, encrypted=settings.encrypts)
     return load_views(find_view_folders(settings), find_reference_bases(settings), validate=validate)
+
+
+def validate_view(view: View, *, encrypted: bool) -> None:
+    """Raise ViewError if a view can have no table in Postgres, or no rows because its paths are nested too deeply."""
+    build_layout(view, encrypted=encrypted)
+    check_nesting(view)
 
 
 def find_view_folders(settings: Settings) -> list[Path]:

@@ -208,6 +208,9 @@ WITHOUT_TABLE = {
     "own_digit": ([ID | {"name": "1st"}], "not begin with a digit"),
     "own_unicode": ([ID | {"name": "größe"}], "must consist of"),
     "own_key": ([ID | {"name": "_resource_key"}], "not begin with a digit or _"),
+    "own_nested": ([ID, {"name": "a", "path": "extension." * 30 + "url.first()"}], "column a: its path and"),
+    "own_endless": ([ID, {"name": "a", "path": "active" + ".not()" * 3000}], "nested too deeply"),
+    "own_nul": ([ID | {"description": "\0"}], "NUL"),
     "own_twice": ([ID, ID], "two columns"),
     "resource": ([ID], "belongs to a relation"),
 }

@@ -187,7 +187,6 @@ def test_manual_changes_of_a_table_are_reported(conn: Session) -> None:
         (view("v", "Patient", *(column(f"d{n}", "birthDate", "date") for n in range(800))), "1603 columns"),
         (view("v", "Patient", column("a", "active", "boolean", tag=[{"name": "index", "value": "brin"}])), "brin"),
         (view("v", "Patient", column("a", "id", "id", tag=[{"name": "phi", "value": "hide"}])), "tag phi is hide"),
-        (view("v", "Patient", column("a", "id", "id", description={"not": "text"})), "Postgres|42"),
     ],
 )
 def test_a_view_that_can_have_no_table_is_refused_by_its_name(conn: Session, wrong: View, words: str) -> None:

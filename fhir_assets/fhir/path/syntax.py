@@ -146,11 +146,20 @@ class _Token:
 
 
 def _unescape(text: str) -> str:
+    """Replace the escapes of a text. Raises FhirPathError if the result is no text that Postgres can store."""
+
     def replace(match: re.Match[str]) -> str:
         escape = match[1]
         return chr(int(escape[1:], 16)) if len(escape) > 1 else _ESCAPED.get(escape, escape)
 
-    return _ESCAPE.sub(replace, text)
+    unescaped = _ESCAPE.sub(replace, text)
+    try:
+        unescaped = unescaped.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise FhirPathError("a text has half of a surrogate pair, which is no character") from None
+    if "\0" in unescaped:
+        raise FhirPathError("a text has the character NUL (U+0000), which no text in Postgres can contain")
+    return unescaped
 
 
 def _tokens(text: str) -> Iterator[_Token]:

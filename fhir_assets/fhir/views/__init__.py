@@ -3,7 +3,7 @@
 ``definition`` parses a ViewDefinition, ``compiled_views`` compiles the views of a resource type to one Python function.
 """
 
-from fhir_assets.fhir.views.compiled_views import CompiledViews, RowError
+from fhir_assets.fhir.views.compiled_views import CompiledViews, RowError, check_nesting
 from fhir_assets.fhir.views.definition import Problem, View, check_view, parse_view
 from fhir_assets.fhir.views.plan import Column
 from fhir_assets.fhir.views.row_identity import ReferenceColumn, find_reference_columns
@@ -25,6 +25,7 @@ __all__ = [
     "RowError",
     "View",
     "ViewSet",
+    "check_nesting",
     "check_view",
     "find_problems",
     "find_reference_columns",

@@ -1,10 +1,10 @@
 """The code generator of views: compiles the views of a resource type to one function from a resource to rows."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fhir_assets.errors import FhirPathError, PermanentError
+from fhir_assets.errors import FhirPathError, PermanentError, ViewError
 from fhir_assets.fhir.path.emitter import Emitter
 from fhir_assets.fhir.path.expressions import Expression
 from fhir_assets.fhir.path.runtime import NOT_FHIR
@@ -37,7 +37,7 @@ class CompiledViews:
     ``empty_join`` determines the result of ``join()`` on an empty collection: True gives the empty string, which the
     published test suite expects; False gives null, as the newest revision of SQL on FHIR requires. A pickled instance
     contains only its views and is compiled again when it is unpickled. Raises ValueError if the views have several
-    resource types.
+    resource types, and ViewError if a path is nested deeper than Python can compile.
     """
 
     def __init__(self, views: Sequence[View], *, empty_join: bool = True) -> None:
@@ -87,11 +87,46 @@ def _compile(
     out = Emitter("resource", "resource", "resource")
     out.empty_join = empty_join
     out.reference_bases = reference_bases
-    results = [_Writer(out, view).write() for view in views]
+    try:
+        results = [_Writer(out, view).write() for view in views]
+    except RecursionError:
+        raise _build_depth_error(views, out.origin) from None
     out.origin = None
     out.line(f"return [{', '.join(results)}]")
-    function: Callable[..., Any] = out.function("rows", "resource")
+    try:
+        function: Callable[..., Any] = out.function("rows", "resource")
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        line = (getattr(error, "lineno", None) or 0) - 2
+        raise _build_depth_error(views, out.line_origins[line] if line >= 0 else None) from None
     return function, out.line_origins
+
+
+def _build_depth_error(views: Sequence[View], origin: object) -> ViewError:
+    """Return the error for a path or a select of ``origin`` that is nested too deeply for Python's compiler."""
+    view, column = origin if isinstance(origin, tuple) else (views[0].name, None)
+    place = f"view {view}" if column is None else f"view {view}, column {column}"
+    return ViewError(
+        f"{place}: its path and the selects around it are nested too deeply, in more than about 20 loops or 100 "
+        "parentheses; shorten the path, use repeat, or split the view"
+    )
+
+
+def check_nesting(view: View) -> None:
+    """Raise ViewError if a view is nested deeper than Python can compile. Compiles only views that may be."""
+    if max(map(_measure_nesting, view.definition.get("select", ())), default=0) > _SURELY_COMPILED:
+        CompiledViews([view])
+
+
+_SURELY_COMPILED = 80
+"""The characters of paths one within another of which no 20 loops can be made: the shortest names have 4 letters."""
+
+
+def _measure_nesting(select: Mapping[str, Any]) -> int:
+    """Return the number of characters of the longest chain of paths, one within another."""
+    inner = [*select.get("select", ()), *select.get("unionAll", ())]
+    over = str(select.get("forEach") or select.get("forEachOrNull") or "")
+    columns = (len(column["path"]) for column in select.get("column", ()))
+    return len(over) + 5 + max([*columns, *map(_measure_nesting, inner)], default=0)
 
 
 class _Writer:

@@ -24,6 +24,9 @@ from fhir_assets.fhir.views.plan import Column, FilledColumn, Iteration, Plan, R
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _NAME_RULE = "must consist of A-Z, a-z, 0-9 and _ and not begin with a digit or _"
 _UNTYPED = "string"
+_MAX_SELECT_DEPTH = 50
+_NUL = "contains the character NUL (U+0000), which no text in Postgres can contain; remove it"
+_TOO_DEEP = "is nested too deeply: shorten the expression, use repeat, or split the view"
 
 
 @dataclass(frozen=True)
@@ -143,10 +146,10 @@ class _Reader:
         return View(
             name=name,
             resource_type=self.resource,
-            url=definition.get("url"),
-            version=definition.get("version"),
-            title=definition.get("title"),
-            description=definition.get("description"),
+            url=self.read_optional_text(definition, "url", ""),
+            version=self.read_optional_text(definition, "version", ""),
+            title=self.read_optional_text(definition, "title", ""),
+            description=self.read_optional_text(definition, "description", ""),
             columns=columns,
             path=self.path,
             fingerprint=compute_fingerprint({**definition, "name": name}),
@@ -173,6 +176,16 @@ class _Reader:
             raise self.fail(at, f"must be text, not {type(value).__name__}")
         return value
 
+    def read_optional_text(self, node: dict[str, Any], key: str, location: str) -> str | None:
+        """Return a text that Postgres can store, or None if the member is missing."""
+        value = node.get(key)
+        at = f"{location}.{key}" if location else key
+        if value is not None and not isinstance(value, str):
+            raise self.fail(at, f"must be text, not {type(value).__name__}")
+        if value is not None and "\0" in value:
+            raise self.fail(at, _NUL)
+        return value
+
     def read_objects(self, node: dict[str, Any], key: str, location: str) -> list[dict[str, Any]]:
         value = node.get(key, [])
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
@@ -190,6 +203,8 @@ class _Reader:
             type_ = type_[:1].lower() + type_[1:]
             if not r4().is_primitive(type_) or isinstance(node[values[0]], dict | list | None):
                 raise self.fail(f"{location}.{values[0]}", "must be a primitive value: valueString, valueInteger, …")
+            if "\0" in str(node[values[0]]):
+                raise self.fail(f"{location}.{values[0]}", _NUL)
             self.constants[name] = Constant(node[values[0]], frozenset({type_}))
 
     def read_expression(self, text: object, location: str, focus: Types) -> Expression:
@@ -199,6 +214,9 @@ class _Reader:
             expression = self.resolve(text, focus)
         except FhirPathError as error:
             self.add_problem(location, str(error))
+            return EmptyCollection(many=True, types=None)
+        except RecursionError:
+            self.add_problem(location, _TOO_DEEP)
             return EmptyCollection(many=True, types=None)
         if isinstance(expression, Fallback):
             self.fallbacks.append(text)
@@ -219,6 +237,9 @@ class _Reader:
         )
 
     def read_select(self, node: dict[str, Any], location: str, focus: Types) -> Select:
+        if location.count("[") > _MAX_SELECT_DEPTH:
+            top = location.partition(".")[0]
+            raise self.fail(top, f"has more than {_MAX_SELECT_DEPTH} selects one within another: split the view")
         iterations: list[Iteration] = [key for key in ("forEach", "forEachOrNull", "repeat") if key in node]
         if len(iterations) > 1:
             raise self.fail(location, f"has both {' and '.join(iterations)}: one is allowed")
@@ -292,14 +313,18 @@ class _Reader:
             name=name,
             type=self.read_type(node.get("type"), f"{location}.type", expression),
             collection=collection,
-            description=node.get("description"),
-            tags={
-                tag["name"]: tag["value"]
-                for tag in self.read_objects(node, "tag", location)
-                if {"name", "value"} <= tag.keys()
-            },
+            description=self.read_optional_text(node, "description", location),
+            tags=self.read_tags(node, location),
         )
         return FilledColumn(column, expression)
+
+    def read_tags(self, node: dict[str, Any], location: str) -> dict[str, str]:
+        tags = {}
+        for n, tag in enumerate(self.read_objects(node, "tag", location)):
+            if {"name", "value"} <= tag.keys():
+                at = f"{location}.tag[{n}]"
+                tags[self.read_text(tag, "name", at)] = self.read_text(tag, "value", at)
+        return tags
 
     def read_type(self, declared: object, location: str, expression: Expression) -> str:
         """Return the declared type, otherwise the type that is inferred from the path."""

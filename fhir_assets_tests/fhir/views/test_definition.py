@@ -2,13 +2,14 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fhir_assets.errors import ViewError
-from fhir_assets.fhir.views import check_view, load_views, parse_view, read_view
+from fhir_assets.fhir.views import CompiledViews, check_nesting, check_view, load_views, parse_view, read_view
 
 DEFINITION: dict[str, Any] = {
     "resourceType": "ViewDefinition",
@@ -43,6 +44,14 @@ def changed(**changes: Any) -> dict[str, Any]:
 
 def with_column(**column: Any) -> dict[str, Any]:
     return changed(select=[{"column": [{"name": "x", "path": "id", **column}]}])
+
+
+def nested(member: str, depth: int, **more: Any) -> dict[str, Any]:
+    """Return a select within ``depth`` others."""
+    select: dict[str, Any] = {"column": [{"name": "x", "path": "id"}]}
+    for _ in range(depth):
+        select = {member: [select], **more}
+    return select
 
 
 def test_a_view_has_the_metadata_of_its_definition() -> None:
@@ -81,6 +90,12 @@ def test_columns_have_the_declared_type_or_the_type_of_their_path() -> None:
 )
 def test_the_type_of_a_path_is_inferred(path: str, type_: str) -> None:
     assert parse_view(with_column(path=path)).columns[0].type == type_
+
+
+def test_a_surrogate_pair_in_a_path_is_one_character() -> None:
+    view = parse_view(with_column(path="'\\ud83d\\ude00'"))
+    (rows,) = CompiledViews([replace(view, plan=replace(view.plan, where=()))]).rows({"resourceType": "Patient"})
+    assert rows == [("😀",)]
 
 
 def test_the_fingerprint_depends_on_the_meaning_only() -> None:
@@ -145,6 +160,19 @@ def test_the_fingerprint_depends_on_the_meaning_only() -> None:
             "select[0].unionAll[1]",
             "has the columns y; the first has x",
         ),
+        (changed(description="a\0b"), "description", "NUL"),
+        (changed(version=5), "version", "must be text, not int"),
+        (with_column(description={"not": "text"}), "select[0].column[0].description", "must be text, not dict"),
+        (with_column(description="\0"), "select[0].column[0].description", "NUL"),
+        (with_column(tag=[{"name": ["phi"], "value": "none"}]), "select[0].column[0].tag[0].name", "must be text"),
+        (with_column(tag=[{"name": "phi", "value": ["none"]}]), "select[0].column[0].tag[0].value", "must be text"),
+        (changed(constant=[{"name": "use", "valueString": "\0"}]), "constant[0].valueString", "NUL"),
+        (with_column(path="'\\u0000'"), "select[0].column[0].path", "NUL"),
+        (with_column(path="'\\ud800'"), "select[0].column[0].path", "half of a surrogate pair"),
+        (with_column(path="true" + ".not()" * 3000), "select[0].column[0].path", "nested too deeply"),
+        (with_column(path="(" * 3000 + "id" + ")" * 3000), "select[0].column[0].path", "nested too deeply"),
+        (changed(select=[nested("select", 60)]), "select[0]", "more than 50 selects one within another"),
+        (changed(select=[nested("unionAll", 200)]), "select[0]", "more than 50 selects one within another"),
     ],
 )
 def test_an_invalid_definition_is_an_error_with_file_location_and_reason(
@@ -154,6 +182,25 @@ def test_an_invalid_definition_is_an_error_with_file_location_and_reason(
         parse_view(definition, Path("views/people.json"))
     assert str(error.value).startswith(f"views/people.json: {location}: ")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "definition",
+    [
+        with_column(path=".".join(["extension"] * 30) + ".url.first()"),
+        with_column(path="iif(true, " * 120 + "1" + ", 2)" * 120),
+        with_column(path=" and ".join(["true"] * 210)),
+        changed(select=[nested("select", 25, forEach="extension")]),
+        changed(select=[nested("select", 25, forEachOrNull="extension")]),
+        changed(select=[nested("select", 25, repeat=["extension"])]),
+    ],
+)
+def test_what_python_cannot_compile_is_an_error_with_view_and_column(definition: dict[str, Any]) -> None:
+    view = parse_view(definition)
+    with pytest.raises(ViewError, match="view people, column x: its path and the selects around it are nested too"):
+        CompiledViews([view])
+    with pytest.raises(ViewError, match="view people, column x"):
+        check_nesting(view)
 
 
 def test_a_definition_that_is_not_an_object_is_an_error() -> None:
