@@ -32,8 +32,8 @@ def _warn_of_case(layout: TableLayout) -> list[str]:
     for column in layout.readable_columns:
         names[column.name.lower()].append(column.name)
     return [
-        f"view {layout.name}: the columns {' and '.join(alike)} differ by upper and lower case only, which DuckDB, Excel"
-        " and SQL without quotes do not tell apart; rename one"
+        f"view {layout.name}: the columns {' and '.join(alike)} differ by upper and lower case only, which DuckDB, "
+        "Excel and SQL without quotes do not tell apart; rename one"
         for alike in names.values()
         if len(alike) > 1
     ]
