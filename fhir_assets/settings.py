@@ -23,6 +23,7 @@ from fhir_assets.sources import DEFAULT_SOURCE
 from fhir_assets.windows import Granularity, WindowScheme
 
 _ACCOUNTS = ("fhir_auth", "fhir_delivery", "connector_auth")
+_ORIGIN = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?/?")
 _OWNER = re.compile(r"team:\w+|[^@\s]+@[^@\s]+\.[^@\s]+")
 
 EARLIEST_WINDOW = datetime(2020, 1, 1, tzinfo=UTC)
@@ -61,6 +62,11 @@ class Settings(BaseSettings):
     fhir_link_base: str = Field(
         "",
         description="The base URL in the server's links if it differs: links are rewritten to FHIR_BASE_URL",
+    )
+    fhir_file_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Other servers with the files of bulk exports, comma-separated: https://files.example.org. They "
+        "may have a private address, and get the server's token if the manifest requires it, never a password",
     )
     fhir_source: SourceKind = Field(SourceKind.SEARCH, description="`search`, `bulk` or `ndjson`")
     fhir_page_size: int = Field(500, ge=1, le=10_000, description="Resources in one page of a search (`_count`)")
@@ -321,7 +327,7 @@ class Settings(BaseSettings):
         "INFO", description="The lowest level of records that are logged"
     )
 
-    @field_validator("fhir_resource_types", "fhir_owners", "validation_warn_rules", mode="before")
+    @field_validator("fhir_resource_types", "fhir_owners", "fhir_file_origins", "validation_warn_rules", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
@@ -335,6 +341,13 @@ class Settings(BaseSettings):
         if unknown:
             raise ValueError(f"unknown resource types {', '.join(unknown)}; the catalog has {', '.join(BY_NAME)}")
         return tuple(t.name for t in CATALOG if t.name in value)
+
+    @field_validator("fhir_file_origins")
+    @classmethod
+    def _valid_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(map(_ORIGIN.fullmatch, value)):
+            raise ValueError("an origin is https:// or http:// with a host and, if it is not the usual one, a port")
+        return tuple(origin.rstrip("/") for origin in value)
 
     @field_validator("fhir_owners")
     @classmethod

@@ -7,6 +7,8 @@ from urllib.parse import quote, urlsplit
 import requests
 
 from fhir_assets.errors import ServerUnavailable
+from fhir_assets.fhir.auth.credentials import Credentials
+from fhir_assets.fhir.transport.session import Session
 from fhir_assets.retries import Retrier, RetryPolicy, TransientFailure, read_retry_after
 from fhir_assets.warehouse.ops.incidents import Incident
 
@@ -49,7 +51,8 @@ class Webhook:
 
         def attempt() -> bool:
             try:
-                response = requests.post(self._url, json=body, timeout=_TIMEOUT_SECONDS, allow_redirects=False)
+                with Session() as session:
+                    response = session.post(self._url, json=body, timeout=_TIMEOUT_SECONDS, auth=Credentials())
             except requests.RequestException:
                 raise TransientFailure("no response") from None
             if response.status_code >= 500 or response.status_code in (408, 429):

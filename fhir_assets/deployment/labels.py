@@ -19,6 +19,7 @@ SOURCE_LABELS = ServerLabels(
     export_level="FHIR_BULK_LEVEL",
     type_filter="FHIR_BULK_TYPE_FILTER",
     export_days="FHIR_BULK_DAYS",
+    file_origins="FHIR_FILE_ORIGINS",
     file_source="FHIR_SOURCE=ndjson",
 )
 """The server that resources are loaded from and that `fhir-assets upload` writes to."""

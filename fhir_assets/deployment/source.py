@@ -94,6 +94,7 @@ def open_client(settings: Settings, warehouse: Warehouse, *, persistent: bool = 
     return FhirClient(
         settings.require_source(),
         link_base=settings.fhir_link_base,
+        file_origins=settings.fhir_file_origins,
         credentials=build_account_credentials(settings, settings.require_source()),
         timeout=settings.fhir_timeout_seconds,
         retrier=Retrier(RetryPolicy(attempts=settings.fhir_max_attempts)),

@@ -27,6 +27,7 @@ class ServerLabels:
     export_level: str = "the export level"
     type_filter: str = "the type filter of an export"
     export_days: str = "the time limit of an export"
+    file_origins: str = "the origins of files"
     file_source: str = "files as the source"
 
 

@@ -8,7 +8,7 @@ import pytest
 from requests import PreparedRequest
 
 from fhir_assets.errors import NotFhir, ServerUnavailable
-from fhir_assets.fhir.auth.credentials import Basic, Bearer, Credentials
+from fhir_assets.fhir.auth.credentials import Bearer, Credentials
 from fhir_assets.fhir.bulk.client import BulkClient
 from fhir_assets.fhir.bulk.downloads import Downloads
 from fhir_assets.fhir.bulk.file_lines import FileChanged
@@ -193,21 +193,6 @@ def test_a_redirect_to_another_origin_is_followed_without_the_credentials(other_
 def test_a_redirect_loop_is_an_error() -> None:
     with ScriptedServer(_redirecting("/fhir/file")) as server, pytest.raises(HttpStatusError, match="redirect loop"):
         download(server)
-
-
-def test_a_token_is_not_sent_to_another_origin_without_tls(other_server: ScriptedServer) -> None:
-    with ScriptedServer([]) as server:
-        with pytest.raises(NotFhir, match="without TLS"):
-            download(server, f"{other_server.origin}/file", credentials=Bearer("secret"))
-        assert download(server, f"{other_server.origin}/file", credentials=Bearer("secret"), authorized=False) == LINES
-    assert [request.headers.get("Authorization") for request in other_server.requests] == [None]
-
-
-def test_a_password_is_never_sent_to_another_origin(other_server: ScriptedServer) -> None:
-    with ScriptedServer([]) as server:
-        url = f"{other_server.origin}/file"
-        assert download(server, url, credentials=Basic("user", "secret")) == LINES
-    assert "Authorization" not in other_server.requests[0].headers
 
 
 class _RenewableToken(Credentials):

@@ -48,9 +48,14 @@ def reply(value: object, status: int = 200, **headers: str) -> Reply:
 
 
 class ScriptedServer:
-    """A server that answers with ``script``: a function of the request, or replies in order."""
+    """A server that answers with ``script``: a function of the request, or replies in order.
 
-    def __init__(self, script: Callable[[ReceivedRequest], Reply] | Sequence[Reply]) -> None:
+    ``address`` is the address of this machine that it listens on.
+    """
+
+    def __init__(
+        self, script: Callable[[ReceivedRequest], Reply] | Sequence[Reply], *, address: str = "127.0.0.1"
+    ) -> None:
         self.requests: list[ReceivedRequest] = []
         if callable(script):
             answer = script
@@ -95,10 +100,10 @@ class ScriptedServer:
             def log_message(self, format: str, *args: Any) -> None:
                 """Log nothing."""
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer((address, 0), Handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
-        self.origin = f"http://127.0.0.1:{self._server.server_port}"
+        self.origin = f"http://{address}:{self._server.server_port}"
         self.url = f"{self.origin}/fhir"
 
     def __enter__(self) -> Self:

@@ -17,6 +17,11 @@ _SCHEME = re.compile(r"^\s*Bearer\s+", re.IGNORECASE)
 _TOKEN = re.compile(r"[!-~]+")
 
 
+def is_valid_token(text: str) -> bool:
+    """Return whether a text can be sent as a token: visible characters of ASCII, at least one."""
+    return _TOKEN.fullmatch(text) is not None
+
+
 class Credentials(AuthBase):
     """No credentials; the base class of all other kinds.
 
@@ -80,7 +85,7 @@ class Bearer(Credentials):
     def __init__(self, token: str, *, labels: ServerLabels = DEFAULT_LABELS) -> None:
         super().__init__(labels=labels)
         bare = _SCHEME.sub("", token).strip()
-        if not _TOKEN.fullmatch(bare):
+        if not is_valid_token(bare):
             raise ConfigurationError(
                 f"{labels.token} is not a token: it is empty, or contains blanks or characters outside of ASCII"
             )

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from threading import Lock
 from typing import Any
+from urllib.parse import urljoin
 from uuid import uuid4
 
 import orjson
@@ -16,8 +17,11 @@ from joserfc.jwk import ECKey, RSAKey, import_key
 from requests import PreparedRequest
 
 from fhir_assets.errors import ConfigurationError, NotFhir, ServerRefused
-from fhir_assets.fhir.auth.credentials import Credentials
+from fhir_assets.fhir.auth.credentials import Credentials, is_valid_token
 from fhir_assets.fhir.labels import DEFAULT_LABELS, ServerLabels
+from fhir_assets.fhir.transport.addresses import are_public, resolve
+from fhir_assets.fhir.transport.origin import Origin, is_confidential, parse_origin
+from fhir_assets.fhir.transport.session import Session
 from fhir_assets.retries import Retrier, RetryPolicy, TransientFailure, read_retry_after
 
 TOKEN_POLICY = RetryPolicy(attempts=4, first_wait=1, max_wait=4, max_retry_after=60, budget=240)
@@ -30,6 +34,7 @@ _RENEWAL_SHARE = 0.2
 """A token is renewed when this share of its lifetime, or ``_RENEWAL_SECONDS`` if that is shorter, remains."""
 _RENEWAL_SECONDS = 60.0
 _TIMEOUT_SECONDS = 30
+_MAX_REDIRECTS = 5
 
 Key = RSAKey | ECKey
 
@@ -71,7 +76,8 @@ class BackendServices(Credentials):
     """Access tokens for a client that signs with a private ``key`` or has a ``secret``.
 
     All threads share one token, which is renewed shortly before it expires. If ``token_url`` is None, the token
-    endpoint is read from the FHIR server's SMART configuration.
+    endpoint is read from the FHIR server's SMART configuration. What proves the client's identity is sent to this
+    endpoint only, over TLS or to this machine, and never along a redirect.
     """
 
     is_token = True
@@ -125,7 +131,9 @@ class BackendServices(Credentials):
         return True
 
     def _request_token(self) -> None:
+        self._require_tls(self._base_url, self.labels.base_url)
         url = self._token_url = self._token_url or self._discover_token_url()
+        self._require_tls(url, self.labels.token_url)
         form = {"grant_type": "client_credentials", "scope": self._scope}
         auth: Credentials | tuple[str, str] = Credentials()
         if self._key is not None:
@@ -139,10 +147,22 @@ class BackendServices(Credentials):
             )
         document = self._read_object(response, "token endpoint")
         token, lifetime = document.get("access_token"), document.get("expires_in", _DEFAULT_LIFETIME)
-        if not isinstance(token, str) or not isinstance(lifetime, int | float):
+        if not isinstance(token, str) or not is_valid_token(token) or not isinstance(lifetime, int | float):
             raise NotFhir(f"the token endpoint of {self._base_url} returns no token: is {self.labels.token_url} right?")
         self._token = token
         self._renew_at = self._clock() + lifetime - min(lifetime * _RENEWAL_SHARE, _RENEWAL_SECONDS)
+
+    def _require_tls(self, url: str, name: str) -> None:
+        """Raise ConfigurationError if others could read what is sent to ``url``, or if it is not a URL."""
+        try:
+            is_safe = is_confidential(parse_origin(url))
+        except ValueError:
+            is_safe = False
+        if not is_safe:
+            raise ConfigurationError(
+                f"{self._base_url}: tokens are requested and sent over TLS only, so that nobody on the way can use "
+                f"them: set {name} to an address that begins with https://"
+            )
 
     def _sign_assertion(self, audience: str, key: Key) -> str:
         now = int(time.time())
@@ -159,12 +179,39 @@ class BackendServices(Credentials):
         return jwt.encode(header, claims, key, algorithms=[algorithm])
 
     def _discover_token_url(self) -> str:
+        """Return the token endpoint that the server names. Raises NotFhir, ConfigurationError or ServerUnavailable."""
         url = f"{self._base_url}/.well-known/smart-configuration"
-        response = self._call("GET", url, "SMART configuration", auth=Credentials())
+        origin = parse_origin(url)
+        for _ in range(_MAX_REDIRECTS):
+            response = self._call("GET", url, "SMART configuration", auth=Credentials())
+            if not response.is_redirect:
+                break
+            url = self._follow(url, response, origin)
         token_url = self._read_object(response, "SMART configuration").get("token_endpoint")
-        if not isinstance(token_url, str):
+        if not isinstance(token_url, str) or not self._may_name(token_url):
             raise NotFhir(f"{self._base_url} names no token endpoint: set {self.labels.token_url}")
         return token_url
+
+    def _follow(self, url: str, response: requests.Response, origin: Origin) -> str:
+        """Return the target of a redirect. Another server may not name the token endpoint: raises NotFhir."""
+        try:
+            target = urljoin(url, response.headers["Location"])
+            if parse_origin(target) == origin:
+                return target
+        except ValueError:
+            pass
+        raise NotFhir(
+            f"{self._base_url} redirects requests for its SMART configuration to another server, which is not asked: "
+            f"set {self.labels.token_url}, or correct {self.labels.base_url}"
+        )
+
+    def _may_name(self, url: str) -> bool:
+        """Return whether the server may name this token endpoint: one of a private network only if it is in one."""
+        try:
+            own, named = parse_origin(self._base_url)[1], parse_origin(url)[1]
+        except ValueError:
+            return False
+        return own == named or are_public(resolve(named)) or not are_public(resolve(own))
 
     def _call(self, method: str, url: str, name: str, **options: Any) -> requests.Response:
         """Send a request and return its response. Status 429 and 5xx are retried. Raises ServerUnavailable."""
@@ -172,9 +219,10 @@ class BackendServices(Credentials):
 
         def attempt() -> requests.Response:
             try:
-                response = requests.request(
-                    method, url, timeout=_TIMEOUT_SECONDS, headers={"Accept": "application/json"}, **options
-                )
+                with Session() as session:
+                    response = session.request(
+                        method, url, timeout=_TIMEOUT_SECONDS, headers={"Accept": "application/json"}, **options
+                    )
             except requests.RequestException:
                 raise TransientFailure("no answer", advice=advice) from None
             if response.status_code >= 500 or response.status_code == 429:
@@ -189,7 +237,7 @@ class BackendServices(Credentials):
 
     def _read_object(self, response: requests.Response, name: str) -> dict[str, Any]:
         try:
-            document = response.json() if response.ok else None
+            document = response.json() if 200 <= response.status_code < 300 else None
         except ValueError:
             document = None
         if not isinstance(document, dict):

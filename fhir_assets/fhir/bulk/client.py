@@ -17,9 +17,9 @@ from fhir_assets.fhir.bulk.downloads import Downloads
 from fhir_assets.fhir.bulk.kick_off import REFUSALS, explain_refusal
 from fhir_assets.fhir.bulk.manifest import ExportFile, ExportManifest, ExportRequest, parse_manifest
 from fhir_assets.fhir.client.http import FhirClient
-from fhir_assets.fhir.client.origin import format_origin
 from fhir_assets.fhir.client.response import FhirResponse, HttpStatusError, invalid_json_failure
 from fhir_assets.fhir.labels import DEFAULT_LABELS, ServerLabels
+from fhir_assets.fhir.transport.origin import format_origin
 from fhir_assets.retries import RetryPolicy, read_retry_after
 
 FIRST_POLL_SECONDS = 1.0

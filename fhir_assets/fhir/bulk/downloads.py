@@ -5,6 +5,7 @@ therefore downloaded with ``http.client`` of the standard library, unless a prox
 """
 
 import re
+import socket
 import ssl
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ from os.path import isdir
 from threading import Lock, local
 from types import TracebackType
 from typing import Self
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 
 from requests import PreparedRequest
 from requests.exceptions import RequestException
@@ -23,13 +24,14 @@ from requests.structures import CaseInsensitiveDict
 from requests.utils import DEFAULT_CA_BUNDLE_PATH, get_environ_proxies, requote_uri, select_proxy
 from urllib3.exceptions import HTTPError
 
-from fhir_assets.errors import NotFhir
+from fhir_assets.errors import ConfigurationError, NotFhir
 from fhir_assets.fhir.auth.credentials import Credentials
 from fhir_assets.fhir.bulk.body import decode_body, parse_encodings
 from fhir_assets.fhir.bulk.file_lines import ReturnedLines, split_file
 from fhir_assets.fhir.client.http import FhirClient
-from fhir_assets.fhir.client.origin import Origin, format_origin, parse_origin
 from fhir_assets.fhir.client.response import HttpStatusError
+from fhir_assets.fhir.transport.addresses import PrivateAddress, are_public, connect_publicly, resolve
+from fhir_assets.fhir.transport.origin import Origin, format_origin, is_confidential, parse_origin
 from fhir_assets.retries import TransientFailure
 
 _CHUNK_BYTES = 1 << 18
@@ -54,13 +56,15 @@ class _Target:
     @classmethod
     def parse(cls, url: str) -> Self:
         """Parse a URL. Raises NotFhir if it is not an HTTP URL."""
-        quoted = requote_uri(url) if _UNQUOTED.search(url) else url
-        scheme, _, rest = quoted.partition("://")
-        host, slash, path = rest.partition("/")
-        target = cls(url, parse_origin(f"{scheme}://{host}"), f"{slash}{path}" or "/")
-        if target.origin[0] not in ("http", "https") or not target.origin[1]:
+        try:
+            origin = parse_origin(url)
+            quoted = requote_uri(url) if _UNQUOTED.search(url) else url
+        except (ValueError, RequestException):
+            origin, quoted = ("", "", None), ""
+        if origin[0] not in ("http", "https") or not origin[1] or origin[2] is None:
             raise NotFhir("the manifest of an export names a file without a URL: run again to request a new export")
-        return target
+        parts = urlsplit(quoted)
+        return cls(url, origin, (parts.path or "/") + (f"?{parts.query}" if parts.query else ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +76,38 @@ class _Response:
     content: Iterator[bytes]
 
 
+class _Connection(HTTPConnection):
+    """A connection that is not made to a private address, unless it is the one of ``own_host`` (see ``addresses``)."""
+
+    own_host: str | None = None
+    """The server that named the host; None if the host may have a private address."""
+
+    def connect(self) -> None:
+        """Connect, without TLS. Raises PrivateAddress or OSError."""
+        if self.own_host is None:
+            super().connect()
+            return
+        self.sock = connect_publicly(self.host, self.port, self.timeout, own_host=self.own_host)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+class _TlsConnection(HTTPSConnection, _Connection):
+    """The same with TLS: ``HTTPSConnection.connect`` calls ``_Connection.connect`` first."""
+
+
 class Downloads:
     """The connections over which the files of an export are read, used in a ``with`` block.
 
     One instance serves several threads. Connections are kept for the next file and closed at the end of the block.
+
+    Credentials go to the origin of the server; a token, but never a password, also goes to the client's
+    ``file_origins`` if the manifest requires it, and only over TLS. Nothing is sent along a redirect to another origin.
+    A file at a private address is read only if the address is the server's own, or its origin one of ``file_origins``.
     """
 
     def __init__(self, client: FhirClient) -> None:
         self._client = client
+        self._labels = client.labels
         self._idle: dict[Origin, list[HTTPConnection]] = defaultdict(list)
         self._proxied: dict[Origin, bool] = {}
         self._tls: ssl.SSLContext | None = None
@@ -118,9 +146,9 @@ class Downloads:
         """Read the lines of a file of any size in batches, without blank lines, in bounded memory.
 
         If the connection breaks, the file is requested again, and the lines that have been returned are skipped. A file
-        that has fewer than ``expected`` lines is requested again a few times; then it is accepted as it is. Credentials
-        are sent to another origin only if ``authorized``, only if they are a token, and only over https. Raises
-        FileChanged, HttpStatusError, ServerUnavailable or NotFhir.
+        that has fewer than ``expected`` lines is requested again a few times; then it is accepted as it is.
+        ``authorized`` is whether the manifest requires a token. Raises FileChanged, HttpStatusError, ServerUnavailable,
+        NotFhir, or ConfigurationError if the file is where it is not read from.
         """
         returned = ReturnedLines()
         failures = short_reads = 0
@@ -151,41 +179,70 @@ class Downloads:
     def _open(self, url: str, authorized: bool) -> Iterator[_Response]:
         """Yield the response with the file, after redirects.
 
-        Raises HttpStatusError, NotFhir or TransientFailure.
+        Raises HttpStatusError, NotFhir, ConfigurationError or TransientFailure.
         """
-        target = _Target.parse(url)
-        own = self._client.origin
-        trusted = {target.origin, own} if authorized else {own}
-        renewable = True
+        target = first = _Target.parse(url)
+        credentials = self._select_credentials(first, authorized)
+        renewable = credentials is not None
         for _ in range(_MAX_REDIRECTS):
-            is_trusted = target.origin in trusted
-            if (
-                is_trusted
-                and self._client.credentials.is_token
-                and target.origin != own
-                and target.origin[0] != "https"
-            ):
-                raise NotFhir(
-                    f"{self._client.base_url} requires its token at {format_origin(url)} without TLS; the token is "
-                    "not sent"
-                )
-            is_allowed = is_trusted and (target.origin == own or self._client.credentials.is_token)
-            credentials = self._client.credentials if is_allowed else Credentials()
-            with self._call_slot(), self._get(target, credentials) as response:
+            signed = credentials if target.origin == first.origin else None
+            with self._call_slot(), self._get(target, signed or Credentials(labels=self._labels)) as response:
                 if response.status == 200:
                     yield response
                     return
                 if response.status in _REDIRECT_STATUS:
                     target = _redirect(target, response)
-                elif response.status == 401 and is_trusted and renewable and self._client.credentials.renew():
+                elif response.status == 401 and renewable and signed is not None and signed.renew():
                     renewable = False
                 else:
+                    if authorized and signed is None and response.status in (401, 403):
+                        raise ConfigurationError(self._explain_missing_token(target))
                     self._client.raise_for_status(response.status, response.headers, "GET", _FILE)
         raise HttpStatusError(f"GET {format_origin(url)}, {_FILE}: redirect loop", _REDIRECT_LOOP)
+
+    def _select_credentials(self, target: _Target, authorized: bool) -> Credentials | None:
+        """Return the credentials for a file, None if none are sent. Raises NotFhir."""
+        credentials = self._client.credentials
+        if target.origin == self._client.origin:
+            return credentials
+        if not (authorized and credentials.is_token):
+            return None
+        is_listed = target.origin in self._client.file_origins
+        if target.origin[0] != "https" and not (is_listed and is_confidential(target.origin)):
+            raise NotFhir(
+                f"{self._client.base_url} requires its token at {format_origin(target.url)} without TLS; the token is "
+                f"not sent there: ask the server's administrator for links that begin with https://"
+            )
+        return credentials if is_listed else None
+
+    def _explain_missing_token(self, target: _Target) -> str:
+        origin, labels = format_origin(target.url), self._labels
+        if not self._client.credentials.is_token:
+            return (
+                f"{self._client.base_url} has the files of an export at {origin}, which asks for credentials; a user "
+                f"name and a password are sent to the server itself only: set {labels.token}, and "
+                f"{labels.file_origins} to {origin} if it belongs to the server"
+            )
+        return (
+            f"{self._client.base_url} has the files of an export at {origin}, which asks for its token; the token is "
+            f"not sent to other servers: set {labels.file_origins} to {origin} if it belongs to the server"
+        )
+
+    def _may_be_private(self, target: _Target) -> bool:
+        return target.origin[1] == self._client.origin[1] or target.origin in self._client.file_origins
+
+    def _refuse_private(self, target: _Target) -> ConfigurationError:
+        origin = format_origin(target.url)
+        return ConfigurationError(
+            f"{self._client.base_url} has the files of an export at {origin}, an address of a private network, which "
+            f"is not connected to: set {self._labels.file_origins} to {origin} if it belongs to the server"
+        )
 
     @contextmanager
     def _get(self, target: _Target, credentials: Credentials) -> Iterator[_Response]:
         if self._has_proxy(target):
+            if not (self._may_be_private(target) or are_public(resolve(target.origin[1]))):
+                raise self._refuse_private(target)
             with self._client.session.get(
                 target.url,
                 headers=_HEADERS,
@@ -232,15 +289,30 @@ class Downloads:
     def _connect(self, target: _Target) -> HTTPConnection:
         scheme, host, port = target.origin
         timeout = self._client.timeout[1]
-        if scheme == "http":
-            return HTTPConnection(host, port, timeout=timeout)
+        connection = (
+            _Connection(host, port, timeout=timeout)
+            if scheme == "http"
+            else _TlsConnection(host, port, timeout=timeout, context=self._tls_context(target))
+        )
+        if not self._may_be_private(target):
+            connection.own_host = self._client.origin[1]
+        try:
+            connection.connect()
+        except PrivateAddress:
+            raise self._refuse_private(target) from None
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _tls_context(self, target: _Target) -> ssl.SSLContext:
         with self._lock:
             if self._tls is None:
                 configured = self._client.session.merge_environment_settings(target.url, {}, None, None, None)["verify"]
                 authorities = configured if isinstance(configured, str) else DEFAULT_CA_BUNDLE_PATH
                 self._tls = ssl.create_default_context()
                 self._tls.load_verify_locations(**{"capath" if isdir(authorities) else "cafile": authorities})
-        return HTTPSConnection(host, port, timeout=timeout, context=self._tls)
+            return self._tls
 
     def _has_proxy(self, target: _Target) -> bool:
         if target.origin not in self._proxied:
@@ -264,7 +336,11 @@ def _body_reader(response: HTTPResponse) -> Callable[[int], bytes]:
 
 
 def _redirect(target: _Target, response: _Response) -> _Target:
-    redirected = _Target.parse(urljoin(target.url, response.headers.get("Location") or ""))
+    try:
+        url = urljoin(target.url, response.headers.get("Location") or "")
+    except ValueError:
+        url = ""
+    redirected = _Target.parse(url)
     if target.origin[0] == "https" and redirected.origin[0] != "https":
         raise NotFhir(
             f"{format_origin(target.url)} redirects an exported file to an address without TLS, which is not followed"

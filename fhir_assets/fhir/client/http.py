@@ -5,7 +5,7 @@ Searches, the history and bulk exports use this client and do not belong here.
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn, Self, TypeVar
@@ -29,9 +29,10 @@ from fhir_assets.fhir.client.body import clean_body
 from fhir_assets.fhir.client.capabilities import Capabilities, parse_capabilities
 from fhir_assets.fhir.client.clock import ServerClock
 from fhir_assets.fhir.client.links import guess_base, is_below, is_http_url, rewrite_link
-from fhir_assets.fhir.client.origin import DEFAULT_PORTS, format_origin, parse_origin
 from fhir_assets.fhir.client.response import FhirResponse, HttpStatusError, InternalServerError, invalid_json_failure
 from fhir_assets.fhir.labels import DEFAULT_LABELS, ServerLabels
+from fhir_assets.fhir.transport.origin import DEFAULT_PORTS, format_origin, parse_origin
+from fhir_assets.fhir.transport.session import Session
 from fhir_assets.notices import Notices
 from fhir_assets.retries import Retrier, RetryPolicy, TransientFailure, read_retry_after
 
@@ -73,9 +74,11 @@ class FhirClient:
     ``timeout`` (seconds) limits the wait for the first byte of a response and for each further byte; a complete
     response may take ten times as long. Each call is made within ``call_slot()``, a context manager that may block, so
     that the number of concurrent calls to a server is limited. ``labels`` are the names of the settings in messages.
-    ``link_base`` is the address that the server uses in links instead of the base URL; such links are rewritten. A
-    ``persistent`` client makes as many attempts with a server that never answered as with any other, instead of those
-    of FIRST_CONTACT_POLICY. ``notices`` collects notices about the server's answers; ``clock`` is the server's clock.
+    ``link_base`` is the address that the server uses in links instead of the base URL; such links are rewritten.
+    ``file_origins`` are other servers with the files of its exports: they may have a private address, and get the token
+    (never a password) if a manifest requires it. A ``persistent`` client makes as many attempts with a server that
+    never answered as with any other, instead of those of FIRST_CONTACT_POLICY. ``notices`` collects notices about the
+    server's answers; ``clock`` is the server's clock.
     Raises ConfigurationError if ``base_url`` is not an HTTP URL or contains credentials.
     """
 
@@ -84,6 +87,7 @@ class FhirClient:
         base_url: str,
         *,
         link_base: str = "",
+        file_origins: Collection[str] = (),
         credentials: Credentials | None = None,
         timeout: float = 60,
         retrier: Retrier | None = None,
@@ -94,6 +98,7 @@ class FhirClient:
     ) -> None:
         try:
             parts = urlsplit(base_url)
+            parse_origin(base_url)
         except ValueError:
             parts = urlsplit("")
         if parts.scheme not in DEFAULT_PORTS or not parts.hostname or parts.query or parts.fragment:
@@ -107,6 +112,7 @@ class FhirClient:
             raise ConfigurationError(f"{labels.link_base} must be an address that begins with http:// or https://")
         self.base_url = base_url.rstrip("/")
         self.origin = parse_origin(base_url)
+        self.file_origins = frozenset(map(parse_origin, file_origins))
         self._link_base = link_base.rstrip("/")
         self.labels = labels
         self.notices = Notices()
@@ -118,7 +124,7 @@ class FhirClient:
         self.credentials = credentials or Credentials(labels=labels)
         self.timeout = (min(_MAX_CONNECT_SECONDS, timeout), timeout)
         self.retrier = retrier or Retrier()
-        self.session = requests.Session()
+        self.session = Session()
         self.session.headers.update({"Accept": FHIR_JSON, "User-Agent": "fhir-assets"})
         adapter = HTTPAdapter(pool_connections=1, pool_maxsize=connections, pool_block=True)
         self.session.mount("http://", adapter)
@@ -143,15 +149,18 @@ class FhirClient:
         """
         try:
             url = rewrite_link(urljoin(page_url, link), self._link_base, self.base_url)
+            origin = parse_origin(url)
         except ValueError:
             raise NotFhir(f"{self.base_url} sends a link that is not a URL: the server's paging is broken") from None
-        if parse_origin(url) != self.origin:
+        if origin != self.origin:
             raise NotFhir(f"{self.describe_links(url)}; links to another address are not followed")
         return url
 
     def rewrite(self, url: str) -> str:
         """Rewrite a URL that begins with the link base to the base URL. Any other URL is returned unchanged."""
-        return rewrite_link(url, self._link_base, self.base_url)
+        with suppress(ValueError):
+            return rewrite_link(url, self._link_base, self.base_url)
+        return url
 
     def leads_elsewhere(self, url: str) -> bool:
         """Return whether a link points to an address that is not below the base URL, as behind some proxies."""
@@ -345,11 +354,12 @@ class FhirClient:
     def _redirect_target(self, answer: Exchange, method: str) -> str:
         try:
             target = urljoin(answer.url, answer.headers["Location"])
+            origin = parse_origin(target)
         except ValueError:
             raise NotFhir(
                 f"{self.base_url} redirects to an address that is not a URL: is {self.labels.base_url} right?"
             ) from None
-        if parse_origin(target) != self.origin or method not in ("GET", "HEAD"):
+        if origin != self.origin or method not in ("GET", "HEAD"):
             raise NotFhir(
                 f"{self.base_url} redirects to {format_origin(target)}: set {self.labels.base_url} to the FHIR "
                 "server's own address, or ask its administrator for one without a login page or a proxy in front of it"

@@ -7,7 +7,7 @@ are rewritten to the base URL.
 import re
 from urllib.parse import urlsplit, urlunsplit
 
-from fhir_assets.fhir.client.origin import DEFAULT_PORTS, format_origin, parse_origin
+from fhir_assets.fhir.transport.origin import DEFAULT_PORTS, format_origin, parse_origin
 
 _BASE_SEGMENT = re.compile(r"(?![A-Z][a-z]+[A-Za-z]*$)(?!.*\d{4})[A-Za-z0-9][A-Za-z0-9._~-]{0,23}")
 """A path segment that is neither a resource type nor likely to be an id."""
