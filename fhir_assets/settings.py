@@ -320,6 +320,23 @@ class Settings(BaseSettings):
     api_docs: bool = Field(True, description="Serve /docs, /redoc and /openapi.json to callers with a token")
     api_rate_limit: float = Field(100, gt=0, description="Requests per second of one token, over all workers")
     api_max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Size limit of one request, in bytes")
+    api_max_header_bytes: int = Field(
+        64 * 2**10, ge=4096, description="Size limit of the headers of one request, with its URL, in bytes"
+    )
+    api_header_seconds: float = Field(
+        10, gt=0, description="Seconds in which the headers of a request must arrive, counted from its connection"
+    )
+    api_body_seconds: float = Field(
+        60,
+        gt=0,
+        description="Seconds in which the body of a request must arrive, and a client go on reading its answer",
+    )
+    api_max_connections: int = Field(
+        500,
+        ge=10,
+        description="Open connections of one worker; beyond them the oldest that waits for a request is closed, of the "
+        "client with the most",
+    )
     api_max_records: int = Field(10_000, ge=1, description="Maximum number of records in one request")
     metrics_host: str = Field("127.0.0.1", description="The address that the Prometheus metrics are served on")
     metrics_port: int = Field(9464, ge=0, le=65535, description="Port of the Prometheus metrics; 0: none")

@@ -22,6 +22,7 @@ GROUND = {
     "atomic_files",
     "file_modes",
     "control_characters",
+    "connection_limits",
 }
 """The modules that every component may import."""
 
@@ -31,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "file_modes": set(),
     "atomic_files": {"file_modes"},
     "windows": set(),
+    "connection_limits": set(),
     "catalog": set(),
     "sources": set(),
     "notices": {"control_characters"},

@@ -1,7 +1,7 @@
 """Assembly of the HTTP API. Importing this module and creating the application open no connection and no file."""
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
@@ -16,6 +16,7 @@ from fhir_assets.api.context import AppContext
 from fhir_assets.api.middleware import RequestMiddleware
 from fhir_assets.api.parent import end_with_parent
 from fhir_assets.api.problems import Problem, ProblemDocument
+from fhir_assets.connection_limits import LIMITS_STATE, ConnectionLimits
 from fhir_assets.file_modes import restrict_umask
 from fhir_assets.settings import Settings, load_settings
 
@@ -29,8 +30,8 @@ def create_app(settings: Settings, *, workers: int = 1) -> FastAPI:
     tokens = parse_tokens(settings.api_tokens.get_secret_value() if settings.api_tokens else "")
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
+    async def lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
+        yield {LIMITS_STATE: _build_limits(settings)}
         context.close()
 
     app = FastAPI(
@@ -56,8 +57,18 @@ def create_app(settings: Settings, *, workers: int = 1) -> FastAPI:
         authenticator=Authenticator(tokens),
         rate_limiter=RateLimiter(tokens, rate=settings.api_rate_limit / workers),
         max_body=settings.api_max_body_bytes,
+        body_seconds=settings.api_body_seconds,
     )
     return app
+
+
+def _build_limits(settings: Settings) -> ConnectionLimits:
+    return ConnectionLimits(
+        max_header_bytes=settings.api_max_header_bytes,
+        header_seconds=settings.api_header_seconds,
+        body_seconds=settings.api_body_seconds,
+        max_connections=settings.api_max_connections,
+    )
 
 
 def create_worker_app() -> FastAPI:

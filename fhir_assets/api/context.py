@@ -3,6 +3,7 @@
 Routes get them through the FastAPI dependencies at the end of this module.
 """
 
+from asyncio import Task
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Annotated, Any, cast
 from uuid import uuid4
 
 import psycopg
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Response
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 from fhir_assets.api.access import Token
@@ -50,6 +51,9 @@ CONNECTION_TIMEOUT_SECONDS = 5
 
 MAX_WAITING_REQUESTS = 8
 """Number of requests that may wait for runs to end. Each occupies one of the 40 threads that answer requests."""
+MAX_KEYED_REQUESTS = 8
+"""Number of requests with an Idempotency-Key in progress. Each holds a connection of its own."""
+
 _DATABASE_UNAVAILABLE = "Postgres cannot be reached: start it, or correct DB_URL, then try again"
 
 
@@ -61,6 +65,9 @@ class AppContext:
         self.warehouse = Warehouse(settings)
         self.directory = PatientDirectory(self.warehouse.connect)
         self.wait_slots = BoundedSemaphore(MAX_WAITING_REQUESTS)
+        self.health_check: Task[Response] | None = None
+        """The check of readiness in progress, which all requests for it share."""
+        self.keyed_slots = BoundedSemaphore(MAX_KEYED_REQUESTS)
         self._audit_commits = GroupCommit(self._write_audit_records)
         self._receive_commits = GroupCommit(self._receive_group)
         self._pool: ConnectionPool[Any] | None = None
@@ -125,6 +132,15 @@ class AppContext:
             with self._open_pool().connection(timeout=CONNECTION_TIMEOUT_SECONDS) as conn:
                 yield conn
         except (PoolTimeout, psycopg.OperationalError, psycopg.InterfaceError):
+            raise DatabaseUnavailable(_DATABASE_UNAVAILABLE) from None
+
+    @contextmanager
+    def own_connection(self) -> Iterator[Session]:
+        """Open a connection that is not of the pool, for work that waits for files or servers; as ``connection``."""
+        try:
+            with self.warehouse.connect() as conn:
+                yield conn
+        except (psycopg.OperationalError, psycopg.InterfaceError):
             raise DatabaseUnavailable(_DATABASE_UNAVAILABLE) from None
 
     def record_audit(self, *audit_records: AuditRecord) -> None:

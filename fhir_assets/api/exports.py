@@ -51,7 +51,7 @@ def export_type(
     view_set = build_views(context.settings)
     views = [view for view in view_set.views if view.resource_type == name]
     target = build_blobs(context.settings, context.settings.fhir_export_url)
-    with context.connection() as conn:
+    with context.own_connection() as conn:
         keys: list[str] | None = None
         full_run_id = ""
         folder = f"exports/{name}_{datetime.now(UTC):%Y%m%dT%H%M%SZ}"

@@ -1,13 +1,15 @@
 """Routes of liveness, readiness and metrics. The health routes need no token and return booleans only."""
 
+from asyncio import create_task, shield, to_thread
 from collections.abc import Callable
+from copy import copy
 
 import orjson
 from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 
-from fhir_assets.api.context import Context
+from fhir_assets.api.context import AppContext, Context
 from fhir_assets.api.problems import problem_responses
 from fhir_assets.errors import FhirAssetsError
 from fhir_assets.warehouse.postgres.db.connections import is_alive
@@ -36,7 +38,7 @@ class Live(BaseModel):
 
 
 @router.get("/health/live", response_model=Live, summary="Liveness")
-def live() -> Response:
+async def live() -> Response:
     """For a liveness probe. It does not contact the database, the store or Dagster."""
     return Response(b'{"live":true}', media_type="application/json")
 
@@ -47,9 +49,9 @@ def live() -> Response:
     responses={503: {"model": Health, "description": "Not ready"}},
     summary="Readiness",
 )
-def health(context: Context) -> Response:
+async def health(context: Context) -> Response:
     """The status is 503 while the database, the store, the landing zone or Dagster is not available."""
-    return _health(context)
+    return await _check_once(context)
 
 
 @router.get(
@@ -58,9 +60,9 @@ def health(context: Context) -> Response:
     responses={503: {"model": Health, "description": "Not ready"}},
     summary="Readiness",
 )
-def ready(context: Context) -> Response:
+async def ready(context: Context) -> Response:
     """The same answer as `/health`, for a readiness probe."""
-    return _health(context)
+    return await _check_once(context)
 
 
 @router.get(
@@ -77,7 +79,18 @@ def metrics(context: Context) -> Response:
     return Response(content, media_type=content_type)
 
 
-def _health(context: Context) -> Response:
+async def _check_once(context: AppContext) -> Response:
+    """Return the answer of the check in progress, or of a new one.
+
+    These requests need no token: many of them at once cost one thread and one connection.
+    """
+    if context.health_check is None:
+        context.health_check = create_task(to_thread(_health, context))
+        context.health_check.add_done_callback(lambda _: setattr(context, "health_check", None))
+    return copy(await shield(context.health_check))
+
+
+def _health(context: AppContext) -> Response:
     def database() -> bool:
         with context.connection() as conn:
             return is_alive(conn)

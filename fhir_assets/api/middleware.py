@@ -5,12 +5,15 @@ It also turns unexpected exceptions into responses with status 500, which contai
 
 import logging
 import re
+from asyncio import get_running_loop, timeout_at
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from time import perf_counter
 from traceback import extract_tb
 from typing import Any
 from uuid import uuid4
+
+from starlette.requests import ClientDisconnect
 
 from fhir_assets.api.access import DOCS_PATHS, PUBLIC_PATHS, Authenticator, RateLimiter, Token, is_read_by_browsers
 from fhir_assets.api.problems import Problem
@@ -41,17 +44,24 @@ _CSP_DOCS = (
 class RequestMiddleware:
     """Authenticate and limit each request, and add the headers of each response.
 
-    The class implements ASGI itself, so that a body is read only after authentication, and only up to ``max_body``
-    bytes.
+    The class implements ASGI itself, so that a body is read only after authentication, only up to ``max_body`` bytes,
+    and only for ``body_seconds``.
     """
 
     def __init__(
-        self, app: Application, *, authenticator: Authenticator, rate_limiter: RateLimiter, max_body: int
+        self,
+        app: Application,
+        *,
+        authenticator: Authenticator,
+        rate_limiter: RateLimiter,
+        max_body: int,
+        body_seconds: float,
     ) -> None:
         self._app = app
         self._authenticator = authenticator
         self._rate_limiter = rate_limiter
         self._max_body = max_body
+        self._body_seconds = body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -71,6 +81,8 @@ class RequestMiddleware:
             await self._app(scope, self._limit_body(headers, receive), responder)
         except Problem as problem:
             await self._refuse(scope, receive, responder, problem, request_id)
+        except ClientDisconnect:
+            pass  # The client, or the end of the server, closed the connection before the body was complete.
         except Exception as error:
             frame = extract_tb(error.__traceback__)[-1]
             # The log gets neither the message nor the stack trace, because either may quote patient data.
@@ -119,20 +131,33 @@ class RequestMiddleware:
         return token
 
     def _limit_body(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
-        """Return a ``receive`` that raises Problem after ``max_body`` bytes, regardless of Content-Length."""
+        """Return a ``receive`` that raises Problem after ``max_body`` bytes, regardless of Content-Length.
+
+        It also raises Problem if the body is not complete ``body_seconds`` after its first part was asked for.
+        """
         limit = self._max_body
         declared = headers.get(b"content-length", b"")
         if declared.isdigit() and int(declared) > limit:
             raise _too_large(limit)
         received = 0
+        deadline: float | None = None
+        complete = False
 
         async def limited() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, deadline, complete
+            if deadline is None:
+                deadline = get_running_loop().time() + self._body_seconds
+            try:
+                # The message after a complete body is the end of the connection.
+                async with timeout_at(None if complete else deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise _too_slow(self._body_seconds) from None
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
                 if received > limit:
                     raise _too_large(limit)
+                complete = not message.get("more_body", False)
             return message
 
         return limited
@@ -158,6 +183,14 @@ class _Responder:
             self.status = message["status"]
             message["headers"] = [*message.get("headers", []), *self._headers]
         await self._send(message)
+
+
+def _too_slow(seconds: float) -> Problem:
+    return Problem(
+        408,
+        f"the body was not complete after {seconds:g} seconds (API_BODY_SECONDS): send fewer records in a request",
+        headers={"Connection": "close"},
+    )
 
 
 def _too_large(limit: int) -> Problem:

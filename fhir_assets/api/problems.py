@@ -105,18 +105,21 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-_COMMON_STATUSES = (401, 403, 409, 413, 422, 429, 500, 503)
+_COMMON_STATUSES = (401, 403, 408, 409, 413, 422, 429, 431, 500, 503)
 _DESCRIPTIONS = {
     415: "the body is not JSON in UTF-8",
     400: "the request is malformed",
     401: "a bearer token is required",
     403: "the token's role may not call this operation, or the patient's consent denies access (`reason` is `consent`)",
     404: "there is no resource with this id",
-    409: "the settings do not allow this operation, or lack one that it requires",
+    408: "the request was not complete after API_HEADER_SECONDS or API_BODY_SECONDS",
+    409: "the settings do not allow this operation, or lack one that it requires; or an earlier request with the same "
+    "Idempotency-Key is still in progress",
     410: "the source deleted the resource",
     413: "the body is larger than API_MAX_BODY_BYTES, or has more records than API_MAX_RECORDS",
     422: "a parameter is not valid; `errors` lists the invalid ones",
     429: "the token sends more requests than API_RATE_LIMIT allows: wait for the seconds in Retry-After",
+    431: "the headers are larger than API_MAX_HEADER_BYTES",
     500: "internal error: the service's log contains it with the id of the request",
     502: "the FHIR server refused the request, or its answer is not FHIR",
     503: "the database, the store, Dagster or the FHIR server is not available: wait for the seconds in Retry-After",

@@ -214,7 +214,7 @@ def _start_load(context: AppContext, caller: Caller, name: str, *, job: str = IN
     """Start the runs of a job that load the due windows of a type. Return their ids."""
     settings = context.settings
     build_binding(settings, context.warehouse, context.store).require(fetches=True)
-    with context.connection() as conn:
+    with context.own_connection() as conn:
         due = find_due_windows(
             conn,
             open_source(settings, warehouse=context.warehouse),

@@ -220,7 +220,7 @@ def _write_file(context: AppContext, caller: Caller, valid: list[dict[str, str]]
     task_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{uuid4().hex[:16]}"
     name = f"visits-{task_id}.csv{context.zone.suffix}"
     post = VisitPost(task_id, context.zone.url, name, count, count - len(valid), caller.token.name)
-    with context.connection() as conn:
+    with context.own_connection() as conn:
         audit_records = _build_audit_records(context, conn, caller, valid)
         visits.record_post(conn, post)
         try:

@@ -33,7 +33,10 @@ def serve(
     """
     if context.invoked_subcommand is not None:
         return
-    import uvicorn  # imported here, because it is slow and other commands do not need it
+    # imported here, because they are slow and other commands do not need them
+    import uvicorn
+
+    from fhir_assets.connection_limits import LimitedProtocol
 
     settings = load_settings()
     if not parse_tokens(settings.api_tokens.get_secret_value() if settings.api_tokens else ""):
@@ -51,6 +54,8 @@ def serve(
         uvicorn.run(
             "fhir_assets.api.app:create_worker_app",
             factory=True,
+            http=LimitedProtocol,
+            ws="none",
             host=host or settings.api_host,
             port=settings.api_port if port is None else port,
             workers=workers,

@@ -2,11 +2,13 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
-from prometheus_client import CollectorRegistry, generate_latest, start_http_server
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
+
+from fhir_assets.metrics.server import listen
 
 REGISTRY = CollectorRegistry()
 
@@ -34,18 +36,14 @@ def serve_metrics(host: str, port: int) -> Iterator[int | None]:
     if port == 0:
         yield None
         return
-    try:
-        server, thread = start_http_server(port, host, registry=REGISTRY)
-    except OSError as error:
-        _log.warning(
-            "this process serves no metrics: it cannot listen on METRICS_PORT",
-            extra={"port": port, "reason": error.strerror or ""},
-        )
-        yield None
-        return
-    try:
-        yield port
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with ExitStack() as serving:
+        try:
+            listening = serving.enter_context(listen(host, port, REGISTRY))
+        except OSError as error:
+            _log.warning(
+                "this process serves no metrics: it cannot listen on METRICS_PORT",
+                extra={"port": port, "reason": error.strerror or ""},
+            )
+            yield None
+            return
+        yield listening

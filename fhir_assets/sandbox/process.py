@@ -16,8 +16,8 @@ from typing import Any, Self, Unpack, cast
 import requests
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from fhir_assets.connection_limits import LimitedProtocol
 from fhir_assets.errors import ConfigurationError, ServerUnavailable
 from fhir_assets.sandbox.dates import to_microseconds
 from fhir_assets.sandbox.fault_injection import CLOSE_SOCKET
@@ -28,7 +28,7 @@ from fhir_assets.sandbox.server import BASE, Options, create_app
 _READY = "Sandbox FHIR server: "
 
 
-class _Protocol(HttpToolsProtocol):
+class _Protocol(LimitedProtocol):
     """uvicorn's HTTP protocol with an extension that closes the socket without a response."""
 
     def on_message_begin(self) -> None:

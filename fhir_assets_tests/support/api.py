@@ -17,6 +17,7 @@ import uvicorn
 
 from fhir_assets.api.app import create_app
 from fhir_assets.cli.local_ports import find_free_port
+from fhir_assets.connection_limits import LimitedProtocol
 from fhir_assets.settings import Settings, load_settings
 
 ROLES = ("reader", "registrar", "operator", "ingester", "auditor", "admin")
@@ -88,7 +89,7 @@ def api_settings(database: str, folder: Path, more: dict[str, object]) -> dict[s
 @contextmanager
 def api_in_threads(settings: Settings) -> Iterator[Api]:
     """Serve the API over real HTTP from threads of this process. It starts faster than a process."""
-    config = uvicorn.Config(create_app(settings), host="127.0.0.1", port=0, log_config=None)
+    config = uvicorn.Config(create_app(settings), host="127.0.0.1", port=0, log_config=None, http=LimitedProtocol)
     server = uvicorn.Server(config)
     thread = Thread(target=server.run, name="api", daemon=True)
     thread.start()

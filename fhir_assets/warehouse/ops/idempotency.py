@@ -31,15 +31,20 @@ class Request:
         return cls(cipher.fingerprint("\0".join((caller, path, key)).encode()), cipher.fingerprint(body))
 
 
-def begin(conn: Session, request: Request) -> tuple[int, bytes] | None:
-    """Lock a request until the transaction ends, and return the status and body of its stored response, or None.
+def lock(conn: Session, request: Request) -> bool:
+    """Lock a request until the transaction ends. Return False if another process handles the same request."""
+    row = conn.execute(
+        "SELECT pg_try_advisory_xact_lock(%s, hashtext(%s))", [advisory_locks.IDEMPOTENT_REQUEST, request.key.hex()]
+    ).fetchone()
+    return row is not None and bool(row[0])
 
-    Waits while another process handles the same request. Raises KeyReused if the stored request has another body, and
-    EncryptionError if the stored response cannot be decrypted.
+
+def find_response(conn: Session, request: Request) -> tuple[int, bytes] | None:
+    """Return the status and body of the stored response of a locked request, or None.
+
+    Raises KeyReused if the stored request has another body, and EncryptionError if the stored response cannot be
+    decrypted.
     """
-    conn.execute(
-        "SELECT pg_advisory_xact_lock(%s, hashtext(%s))", [advisory_locks.IDEMPOTENT_REQUEST, request.key.hex()]
-    )
     row = conn.execute(
         "SELECT body, status, answer FROM ops.idempotency WHERE key = %s AND answered_at > now() - %s",
         [request.key, RETENTION],
