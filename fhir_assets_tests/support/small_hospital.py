@@ -140,6 +140,12 @@ class SmallHospital:
             self.validate(run_id, refresh=refresh)
             self.load_tables(run_id, refresh=refresh)
 
+    def load_consents(self, run_id: str = "consents") -> None:
+        """Validate and load what is new among the Consents of the window, whose decisions then are due."""
+        with self.live_run(run_id):
+            self.validate(run_id, refresh=Refresh.MISSING, resource_type="Consent")
+            self.load_tables(run_id, refresh=Refresh.MISSING, resource_type="Consent")
+
     def extend(self, run_id: str = "extension") -> None:
         """Validate and load what is new in the window."""
         self.load(run_id, refresh=Refresh.MISSING)
