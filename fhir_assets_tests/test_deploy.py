@@ -153,6 +153,72 @@ def test_the_deployment_of_the_post_loader_names_a_command_and_settings_that_exi
     assert {name: value for name, value in shared.items() if code["env"].get(name, value) != value} == {}
 
 
+def manifests(name: str) -> list[dict[str, Any]]:
+    return [each for each in yaml.safe_load_all((ROOT / "deploy" / "k8s" / name).read_text()) if each]
+
+
+def pods() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Yield each workload of deploy/k8s with the specification of its pod and of its container."""
+    for name in ("migrate.yaml", "post-loader.yaml"):
+        (workload,) = manifests(name)
+        pod = workload["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        yield name, pod, container
+    chart = values()
+    (code,) = chart["dagster-user-deployments"]["deployments"]
+    for name, part in (("code", code), ("ui", chart["dagsterWebserver"]), ("daemon", chart["dagsterDaemon"])):
+        yield name, part | {"securityContext": part["podSecurityContext"]}, part
+    launcher = chart["runLauncher"]["config"]["k8sRunLauncher"]
+    run = launcher["runK8sConfig"]
+    shared = {name: code[name] for name in ("volumes", "volumeMounts")}
+    yield "run", run["podSpecConfig"] | shared, run["containerConfig"] | shared | {"resources": launcher["resources"]}
+
+
+def test_no_pod_runs_as_root_with_privileges_or_on_a_root_that_it_can_write() -> None:
+    names = []
+    for name, pod, container in pods():
+        names.append(name)
+        user = pod["securityContext"]
+        assert (user["runAsNonRoot"], user["runAsUser"]) == (True, 10001), name
+        assert user["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        rights = container["securityContext"]
+        assert rights["readOnlyRootFilesystem"] is True, name
+        assert rights["allowPrivilegeEscalation"] is rights["privileged"] is False, name
+        assert rights["capabilities"] == {"drop": ["ALL"]}, name
+        mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert {"/tmp", "/var/lib/fhir_assets"} <= mounts, name
+        assert {mount["name"] for mount in container["volumeMounts"]} <= {each["name"] for each in pod["volumes"]}, name
+        assert container["resources"]["limits"]["memory"], name
+        assert container["resources"]["requests"]["cpu"], name
+    assert len(names) == 6
+    assert "useradd --create-home --uid 10001 " in (ROOT / "deploy" / "Dockerfile").read_text()
+
+
+def test_secrets_reach_a_pod_by_reference_only() -> None:
+    texts = {path.name: path.read_text() for path in (ROOT / "deploy" / "k8s").glob("*.yaml")}
+    secrets = [name for name in Settings.model_fields if re.search("key|token|secret|password|db_url", name)]
+    for file, text in texts.items():
+        given = set(re.findall(r"(?:name: |^\s*)([A-Z_]+)(?:, value)?: *\S", text, re.MULTILINE))
+        assert not {name.lower() for name in given} & set(secrets), file
+        assert "FHIR_STORE_URL" in given or file in ("migrate.yaml", "network-policy.yaml")
+
+
+def test_the_network_policy_closes_the_namespace_and_opens_what_is_named() -> None:
+    closed, *opened = manifests("network-policy.yaml")
+    assert closed["spec"]["podSelector"] == {}
+    assert "ingress" not in closed["spec"]
+    assert sorted(closed["spec"]["policyTypes"]) == ["Egress", "Ingress"]
+    assert {policy["kind"] for policy in (closed, *opened)} == {"NetworkPolicy"}
+    (code,) = values()["dagster-user-deployments"]["deployments"]
+    ports = {
+        port["port"]
+        for policy in opened
+        for rule in policy["spec"].get("ingress", [])
+        for port in rule.get("ports", [])
+    }
+    assert ports == {code["port"]}
+
+
 def test_the_run_launcher_of_the_values_keeps_its_schema() -> None:
     launcher = values()["runLauncher"]["config"]["k8sRunLauncher"]
     config = {snake(name): value for name, value in launcher.items()}
