@@ -9,7 +9,7 @@ PIP := $(if $(shell command -v uv),uv pip install --compile-bytecode --python $(
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir cases search-steps soak newest-dagster dbt-story second-server hapi hapi-story rules lock build up down db-init bootstrap-s3 logs start clean
+.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir cases search-steps random-operations chaos soak newest-dagster dbt-story second-server hapi hapi-story rules lock sbom audit build up down db-init bootstrap-s3 logs start clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -103,6 +103,15 @@ SEARCH_STEPS ?= 1000000
 search-steps: $(VENV)/.installed-dev ## Searches of a server that misbehaves at random: SEARCH_STEPS answers
 	SEARCH_STEPS=$(SEARCH_STEPS) $(BIN)/python -m pytest fhir_assets_tests/fhir/test_search_misbehaving.py --hypothesis-show-statistics
 
+PLANS ?= 1000
+random-operations: $(VENV)/.installed-dev ## Operations on the same resources at random, two at once: PLANS plans
+	RANDOM_OPERATIONS=$(PLANS) $(BIN)/python -m pytest fhir_assets_tests/pipeline/test_random_operations.py
+
+HOURS ?= 1
+SEED ?= $(shell date +%s)
+chaos: $(VENV)/.installed-dev ## A deployment under kills, cuts, failovers, a full disk, lies: HOURS, SEED repeats a plan
+	$(BIN)/python -m fhir_assets_tests.support.soak --chaos --seed $(SEED) --minutes $$(awk 'BEGIN {print $(HOURS) * 60}')
+
 MINUTES ?= 60
 soak: $(VENV)/.installed-dev ## A deployment under traffic, kills and outages for MINUTES, then: is anything lost?
 	$(BIN)/python -m fhir_assets_tests.support.soak --minutes $(MINUTES)
@@ -165,6 +174,19 @@ benchmark: $(VENV)/.installed-dev ## All figures of docs/performance.md, with th
 RESOURCES ?= 100000
 scale: $(VENV)/.installed-dev ## The costs of RESOURCES resources, as in docs/scale.md
 	$(BIN)/python -m benchmarks.scale $(RESOURCES)
+
+# What is installed by a deployment: its parts in CycloneDX's form, and what is known against them.
+sbom: build/supply/.installed ## The software bill of materials of a deployment, in build/sbom.json
+	build/supply/bin/cyclonedx-py requirements requirements/runtime.lock --pyproject pyproject.toml \
+	  --mc-type application --output-reproducible --output-file build/sbom.json
+
+audit: build/supply/.installed ## Known vulnerabilities of what a deployment installs (asks PyPI)
+	build/supply/bin/pip-audit --requirement requirements/runtime.lock --require-hashes --disable-pip
+
+build/supply/.installed:
+	$(PYTHON) -m venv build/supply
+	$(subst $(BIN),build/supply/bin,$(PIP)) cyclonedx-bom==7.5.0 pip-audit==2.10.1
+	touch $@
 
 # What is deployed with Docker; the file .env has its settings.
 build: ## Build the image of docker-compose.yml

@@ -9,6 +9,7 @@ import orjson
 import requests
 
 from fhir_assets.cli.local_ports import find_free_port
+from fhir_assets.sandbox.faults import FaultPlan
 
 
 class Source:
@@ -17,15 +18,17 @@ class Source:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._folder.mkdir()
-        self._port = find_free_port()
-        self.url = f"http://127.0.0.1:{self._port}/fhir"
+        self.port = find_free_port()
+        self.url = f"http://127.0.0.1:{self.port}/fhir"
         self.ids: list[str] = []
         self.process: subprocess.Popen[bytes] | None = None
         self._append({"resourceType": "Patient", "id": "source-0", "meta": {"lastUpdated": "2024-01-30T08:00:00Z"}})
 
-    def start(self) -> None:
-        """Start the server with all resources that it ever had."""
-        command = [sys.executable, "-m", "fhir_assets.sandbox", "--data", str(self._folder), "--port", str(self._port)]
+    def start(self, faults: FaultPlan | None = None) -> None:
+        """Start the server, which then has all resources that it ever had, and may have faults."""
+        command = [sys.executable, "-m", "fhir_assets.sandbox", "--data", str(self._folder), "--port", str(self.port)]
+        if faults:
+            command += ["--faults", faults.model_dump_json()]
         with (self._folder.parent / "source.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
