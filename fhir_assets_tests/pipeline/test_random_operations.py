@@ -97,9 +97,10 @@ def _nothing() -> None:
 
 
 class Deployment(RuleBasedStateMachine):
-    """One window of patients, in a deployment that many plans share: ``new_url`` makes the database of the next one."""
+    """One window of patients, in a deployment that many plans share: ``databases`` holds those that are open."""
 
-    new_url: ClassVar[Callable[[], str]]
+    postgres: ClassVar[str]
+    databases: ClassVar[ExitStack]
     url: ClassVar[str]
     folder: ClassVar[Path]
     begun = False
@@ -110,7 +111,7 @@ class Deployment(RuleBasedStateMachine):
         self.number = next(_plans)
         day = self.number % WINDOWS
         if not day:
-            type(self).url = self.new_url()
+            type(self).url = self.databases.enter_context(fresh_database(self.postgres))
         self.rotations = 0
         self.patients = {f"{name}-{self.number}": Patient() for name in NAMES}
         gate = ConsentGate(Policy.OPT_OUT)
@@ -362,14 +363,14 @@ class Deployment(RuleBasedStateMachine):
 def deployment(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[type[Deployment]]:
     """The state machine on databases and a folder of its own."""
     with ExitStack() as databases:
-        Deployment.new_url = staticmethod(lambda: databases.enter_context(fresh_database(postgres)))
+        Deployment.postgres, Deployment.databases = postgres, databases
         Deployment.folder = tmp_path_factory.mktemp("operations")
         yield Deployment
 
 
 @pytest.mark.timeout(300 + 60 * PLANS)
 def test_random_operations_lose_nothing(deployment: type[Deployment]) -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         deployment,
         settings=settings(max_examples=PLANS, stateful_step_count=10, suppress_health_check=list(HealthCheck)),
     )
