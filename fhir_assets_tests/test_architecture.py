@@ -13,6 +13,7 @@ from fhir_assets.settings import Settings
 PACKAGE = Path(__file__).parent.parent / "fhir_assets"
 
 GROUND = {
+    "accounts",
     "errors",
     "windows",
     "catalog",
@@ -27,6 +28,7 @@ GROUND = {
 """The modules that every component may import."""
 
 MAY_IMPORT: dict[str, set[str]] = {
+    "accounts": set(),
     "control_characters": set(),
     "errors": {"control_characters"},
     "file_modes": set(),

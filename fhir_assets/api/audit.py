@@ -22,7 +22,13 @@ class AuditedAction(BaseModel):
 
     seq: int
     at: datetime
-    actor: str = Field(examples=["api:dashboard"])
+    actor: str = Field(
+        examples=["api:dashboard"],
+        description="The name of an API token, the account of a command's process, or the part of the pipeline",
+    )
+    database_user: str | None = Field(description="The login of the session at Postgres")
+    account: str | None = Field(description="The account that the process ran as, by its uid")
+    claim: str | None = Field(description="The name that the caller gave, which nobody verified")
     action: str = Field(examples=["read"])
     resource_type: str | None = Field(examples=["Patient"])
     subject: str | None = Field(description="The keyed hash of the resource; `about` finds the actions on one")
@@ -77,6 +83,9 @@ def list_audited_actions(
             "seq": entry.seq,
             "at": entry.at,
             "actor": entry.audit_record.actor,
+            "database_user": entry.writer and entry.writer.database_user,
+            "account": entry.writer and entry.writer.account,
+            "claim": entry.audit_record.claim,
             "action": entry.audit_record.action,
             "resource_type": entry.audit_record.resource_type,
             "subject": entry.audit_record.subject,

@@ -201,7 +201,8 @@ class AppContext:
         return render_metrics(self._collector)
 
     def close(self) -> None:
-        """Close the connection pool."""
+        """Close the connection pool, after the mark of the audit log is written."""
+        self.warehouse.audit_marker.finish()
         if self._pool is not None:
             self._pool.close()
 
@@ -209,7 +210,11 @@ class AppContext:
         with self._lock:
             if self._pool is None:
                 pool = connection_pool(
-                    self.warehouse.url(), cipher=self.warehouse.cipher(), size=POOL_SIZE, source=self.settings.source
+                    self.warehouse.url(),
+                    cipher=self.warehouse.cipher(),
+                    size=POOL_SIZE,
+                    source=self.settings.source,
+                    on_audit=self.warehouse.audit_marker.note,
                 )
                 pool.open()
                 self._pool = pool

@@ -1,11 +1,11 @@
 """`fhir-assets consents`: list the consent decisions of patients and apply them to the tables."""
 
-import getpass
 from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 
+from fhir_assets.accounts import find_account
 from fhir_assets.cli.output import console, print_json, print_table
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.views import build_views
@@ -46,7 +46,7 @@ def apply(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = 
         build_views(settings).views,
         build_consent_gate(settings),
         run_id="cli",
-        actor=f"cli:{getpass.getuser()}",
+        actor=f"cli:{find_account()}",
     )
     result = step.run(datetime.now(UTC))
     facts = {

@@ -1,11 +1,11 @@
 """`fhir-assets dead-letters edit`."""
 
-import getpass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fhir_assets.accounts import find_account
 from fhir_assets.cli.dead_letter_options import By, Id, Json
 from fhir_assets.cli.output import console, print_json
 from fhir_assets.deployment.landing import build_receiver
@@ -40,8 +40,12 @@ def edit(
     settings = load_settings()
     warehouse = Warehouse(settings)
     step = CorrectionStep(warehouse.connect, build_validator(settings), build_receiver(settings, warehouse))
+    account = find_account()
     correction = Correction(
-        patch.read_bytes() if patch else None, resource.read_bytes() if resource else None, by or getpass.getuser()
+        patch.read_bytes() if patch else None,
+        resource.read_bytes() if resource else None,
+        by or account,
+        actor=f"cli:{account}",
     )
     corrected = step.run(dead_letter_id, correction)
     received = corrected.stage == "fetch"

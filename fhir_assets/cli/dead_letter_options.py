@@ -31,7 +31,7 @@ Window = Annotated[
 Since = Annotated[datetime | None, typer.Option(help="Only if the last failure is at this time (UTC) or later")]
 Until = Annotated[datetime | None, typer.Option(help="Only if the last failure is before this time (UTC)")]
 Everything = Annotated[bool, typer.Option("--all", help="All open dead letters")]
-By = Annotated[str | None, typer.Option("--by", help="The person who decides; default: the user of this machine")]
+By = Annotated[str | None, typer.Option("--by", help="The person who decides; default: the account of this process")]
 Json = Annotated[bool, typer.Option("--json", help="Print as JSON")]
 
 

@@ -1,11 +1,11 @@
 """`fhir-assets dead-letters`: resources that failed, with their reasons; list, correct, replay or discard them."""
 
-import getpass
 from dataclasses import asdict, replace
 from typing import Annotated
 
 import typer
 
+from fhir_assets.accounts import find_account
 from fhir_assets.cli.dead_letter_options import (
     SELECTING_OPTIONS,
     By,
@@ -110,7 +110,7 @@ def show(
             action: Action = "decrypt" if cipher_of(conn).encrypts else "read"
             audit_record = AuditRecord(
                 action,
-                f"cli:{getpass.getuser()}",
+                f"cli:{find_account()}",
                 dead_letter.resource_type,
                 subject,
                 detail={"dead_letter": dead_letter_id},
@@ -149,10 +149,11 @@ def discard(
         raise ConfigurationError(f"select dead letters: {SELECTING_OPTIONS} or --all")
     warehouse = Warehouse(load_settings())
     selection = with_full_run_id(warehouse, selection)
-    person = by or getpass.getuser()
+    account = find_account()
     with warehouse.connect() as conn:
-        count = replays.discard(conn, selection, reason=reason, by=person)
-        audit_log.record(conn, AuditRecord("discard", f"cli:{person}", selection.resource_type, count=count))
+        count = replays.discard(conn, selection, reason=reason, by=by or account)
+        audit_record = AuditRecord("discard", f"cli:{account}", selection.resource_type, count=count, claim=by)
+        audit_log.record(conn, audit_record)
     missing = count_missing(ids, count)
     if json:
         print_json({"discarded": count, "not_found": missing})

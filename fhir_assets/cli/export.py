@@ -1,12 +1,12 @@
 """`fhir-assets export`: write resources, dead letters and tables to files."""
 
-import getpass
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 
+from fhir_assets.accounts import find_account
 from fhir_assets.catalog import BY_NAME
 from fhir_assets.cli.load_reports import report_broken_views, report_unreconciled_windows
 from fhir_assets.cli.output import console, print_json, print_table
@@ -67,7 +67,7 @@ def export(
         if run:
             run_id, keys_by_type = _find_run_windows(conn, run)
             folder = build_run_folder(run_id, datetime.now(UTC))
-        actor = f"cli:{getpass.getuser()}"
+        actor = f"cli:{find_account()}"
         consent_gate = build_consent_gate(settings)
         ConsentStep(warehouse.connect, views, consent_gate, run_id="cli", actor=actor).run(datetime.now(UTC))
         types = _find_types(conn, settings, resource_type, keys_by_type if run else None)

@@ -1,6 +1,5 @@
 """`fhir-assets keys`: create, inspect and rotate the keys that encrypt patient data."""
 
-import getpass
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 from rich import progress
 
+from fhir_assets.accounts import find_account
 from fhir_assets.cli.output import console, errors, print_json, print_table
 from fhir_assets.deployment.encryption import build_cipher
 from fhir_assets.deployment.store import build_store
@@ -71,7 +71,7 @@ def rotate(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] =
             Warehouse(settings).connect,
             build_store(settings),
             build_views(settings).views,
-            actor=f"cli:{getpass.getuser()}",
+            actor=f"cli:{find_account()}",
             on_progress=show_progress,
         ).run()
     if json:

@@ -1,6 +1,5 @@
 """`fhir-assets lake`: write the tables as Parquet files to FHIR_LAKE_URL."""
 
-import getpass
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -8,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fhir_assets.accounts import find_account
 from fhir_assets.catalog import BY_NAME
 from fhir_assets.cli.load_reports import report_broken_views, report_unreconciled_windows
 from fhir_assets.cli.output import console, print_json, print_table
@@ -37,7 +37,7 @@ def lake(
     settings = load_settings()
     if not settings.fhir_lake_url:
         raise ConfigurationError("FHIR_LAKE_URL is not set: set it to a folder or to s3://bucket/prefix")
-    update = write_lake(settings, types.split(",") if types else None, actor=f"cli:{getpass.getuser()}")
+    update = write_lake(settings, types.split(",") if types else None, actor=f"cli:{find_account()}")
     broken = build_views(settings).broken
     if json:
         print_json({"lake": settings.fhir_lake_url, "tables": update.rows, "held_back": update.held})

@@ -1,6 +1,5 @@
 """`fhir-assets landing`: list and load the files of the landing zone."""
 
-import getpass
 import shutil
 import sys
 from typing import Annotated
@@ -8,6 +7,7 @@ from uuid import uuid4
 
 import typer
 
+from fhir_assets.accounts import find_account
 from fhir_assets.cli.load_reports import print_summary, report_broken_views, report_failures, summarize_runs
 from fhir_assets.cli.output import console, errors, hide_library_output, print_json, print_table
 from fhir_assets.definitions import build_definitions
@@ -75,7 +75,7 @@ def print_file(
     with Warehouse(settings).connect() as conn:
         action: Action = "decrypt" if name.endswith(ENCRYPTED) else "read"
         detail: dict[str, str | int | bool | None] = {"landing_file": sha256[:12]}
-        audit_log.record(conn, AuditRecord(action, f"cli:{getpass.getuser()}", detail=detail))
+        audit_log.record(conn, AuditRecord(action, f"cli:{find_account()}", detail=detail))
     with zone.open(name) as stream:
         shutil.copyfileobj(stream, sys.stdout.buffer)
 

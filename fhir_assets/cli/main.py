@@ -36,11 +36,19 @@ def _print_version(requested: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     _: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Load FHIR data from clinical servers into Postgres tables, and operate the pipeline that does so."""
+    context.call_on_close(_finish_audit_marks)
+
+
+def _finish_audit_marks() -> None:
+    """Write the mark of the audit log if the command has opened a database, and so imported the module."""
+    if module := sys.modules.get("fhir_assets.deployment.audit_marks"):
+        module.finish_marks()
 
 
 def main() -> None:

@@ -1,12 +1,12 @@
 """`fhir-assets patient`: print the decrypted resources of a patient; each access is recorded in the audit log."""
 
-import getpass
 import sys
 from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 
+from fhir_assets.accounts import find_account
 from fhir_assets.cli.output import console, errors
 from fhir_assets.control_characters import escape_control_characters
 from fhir_assets.deployment.consent import build_consent_gate
@@ -42,7 +42,7 @@ def show(
     warehouse = Warehouse(settings)
     if (consent_gate := build_consent_gate(settings)).withholds:
         # A posted Consent takes effect before the tables are updated.
-        actor = f"cli:{getpass.getuser()}"
+        actor = f"cli:{find_account()}"
         step = ConsentStep(warehouse.connect, build_views(settings).views, consent_gate, run_id="cli", actor=actor)
         step.run(datetime.now(UTC))
     with warehouse.connect() as conn:
@@ -50,7 +50,7 @@ def show(
         resources = [
             resource
             for found_id in ids
-            for resource in read_patient(conn, found_id, actor=f"cli:{getpass.getuser()}", everything=everything)
+            for resource in read_patient(conn, found_id, actor=f"cli:{find_account()}", everything=everything)
         ]
     for resource in resources:
         line = resource.body.decode()

@@ -1,6 +1,5 @@
 """`fhir-assets dead-letters replay`."""
 
-import getpass
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated
@@ -8,6 +7,7 @@ from uuid import uuid4
 
 import typer
 
+from fhir_assets.accounts import find_account
 from fhir_assets.cli.dead_letter_options import (
     SELECTING_OPTIONS,
     Everything,
@@ -81,7 +81,7 @@ def replay(
     elif selection == Selection() and not everything:
         raise ConfigurationError(f"select dead letters: {SELECTING_OPTIONS}, --outdated or --all")
     selection = with_full_run_id(warehouse, selection)
-    audit_record = AuditRecord("replay", f"cli:{getpass.getuser()}", selection.resource_type, detail={"waited": wait})
+    audit_record = AuditRecord("replay", f"cli:{find_account()}", selection.resource_type, detail={"waited": wait})
     count = marked = _mark(settings, warehouse, selection, audit_record, wait=wait)
     rows = RowReplayStep(warehouse.connect, build_receiver(settings, warehouse)).run(
         selection, audit_record, run_id=str(uuid4())

@@ -1,10 +1,10 @@
 """`fhir-assets sources`: the settings that the loaded data belongs to, and what to do when they change."""
 
-import getpass
 from typing import Annotated
 
 import typer
 
+from fhir_assets.accounts import find_account
 from fhir_assets.cli.load_reports import report_failures
 from fhir_assets.cli.output import console, hide_library_output, print_json, print_table
 from fhir_assets.definitions import build_definitions
@@ -87,7 +87,7 @@ def _build_transition(settings: Settings) -> SourceTransition:
     warehouse = Warehouse(settings)
     store = build_store(settings)
     binding = build_binding(settings, warehouse, store)
-    return SourceTransition(binding, warehouse.connect, store, actor=f"cli:{getpass.getuser()}")
+    return SourceTransition(binding, warehouse.connect, store, actor=f"cli:{find_account()}")
 
 
 def _finish(settings: Settings, result: TransitionResult, json: bool) -> None:

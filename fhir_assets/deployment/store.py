@@ -8,6 +8,7 @@ from pathlib import Path
 from fhir_assets.deployment.encryption import build_store_cipher
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.file_modes import create_folders, create_home, narrow_folder
+from fhir_assets.privacy.audit_mark import MARK as AUDIT_MARK
 from fhir_assets.settings import Settings
 from fhir_assets.storage import aside
 from fhir_assets.storage.blobs import SPOOL_FOLDER, Blobs, LocalBlobs
@@ -31,6 +32,14 @@ def build_store(settings: Settings) -> Store:
     return store
 
 
+def build_root(settings: Settings) -> Store:
+    """Return the store at FHIR_STORE_URL as that of the default source, for files that all sources share.
+
+    Raises ConfigurationError.
+    """
+    return open_store(settings.store_url, build_store_cipher(settings), bucket=partial(build_bucket, settings))
+
+
 def _narrow_store(root: Path) -> None:
     """Take the permissions of group and others from the folder of a store, so that no file in it can be reached.
 
@@ -42,7 +51,7 @@ def _narrow_store(root: Path) -> None:
         entries = os.listdir(root)
     except OSError:
         return
-    if set(entries) <= {*folders, MARKER} and not root.stat().st_mode & stat.S_ISVTX:
+    if set(entries) <= {*folders, MARKER, AUDIT_MARK} and not root.stat().st_mode & stat.S_ISVTX:
         narrow_folder(root)
     else:
         for name in folders:

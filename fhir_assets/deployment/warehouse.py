@@ -7,7 +7,9 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from threading import Lock
 
+from fhir_assets.deployment.audit_marks import AuditMarker, AuditMarks
 from fhir_assets.deployment.encryption import build_cipher
+from fhir_assets.deployment.store import build_root
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.retries import RetryPolicy
@@ -36,6 +38,8 @@ class Warehouse:
         self._cipher = build_cipher(settings)
         self._url: str | None = None
         self._lock = Lock()
+        self.audit_marker = AuditMarker(lambda: AuditMarks(build_root(settings)), self.connect)
+        """Writes the mark of the audit log after the audit records of this warehouse's sessions."""
         self.source_calls = DistributedSemaphore(
             self._connect_for_slots, advisory_locks.SOURCE_CALLS, settings.fhir_max_connections
         )
@@ -69,7 +73,9 @@ class Warehouse:
 
     def connect(self) -> AbstractContextManager[connections.Session]:
         """Return a session for a ``with`` block; see ``connections.borrow_session``. Raises as ``url`` does."""
-        return connections.borrow_session(self.url(), cipher=self.cipher(), source=self.source)
+        return connections.borrow_session(
+            self.url(), cipher=self.cipher(), source=self.source, on_audit=self.audit_marker.note
+        )
 
     def wait(self, policy: RetryPolicy, log: logging.Logger) -> None:
         """Wait until the database can be reached, and log a warning before each further attempt.
@@ -119,7 +125,10 @@ class Warehouse:
         """Mark a run as alive for the ``with`` block. Raises DatabaseUnavailable."""
         with connections.connect(self.url(), autocommit=True) as conn:
             runs.hold_liveness_lock(conn, run_id)
-            yield self
+            try:
+                yield self
+            finally:
+                self.audit_marker.finish(only_if_due=True)
 
     @contextmanager
     def take_run(self, run_id: str) -> Iterator[bool]:

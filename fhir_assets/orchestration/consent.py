@@ -19,5 +19,5 @@ def apply_consent(
     Raises DatabaseUnavailable, ViewError or EncryptionError.
     """
     gate = build_consent_gate(settings)
-    step = ConsentStep(warehouse.connect, all_views, gate, run_id=run.run_id, actor=run.triggered_by)
+    step = ConsentStep(warehouse.connect, all_views, gate, run_id=run.run_id, actor=run.actor)
     return step.run(datetime.now(UTC))

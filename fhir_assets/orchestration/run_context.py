@@ -14,6 +14,8 @@ from fhir_assets.windows import WindowRange, WindowScheme
 
 _REPLAY_MODES: dict[str, Literal["marked", "open"]] = {"marked": "marked", "open": "open"}
 _TRIGGERS = ("dagster/schedule_name", "dagster/sensor_name", "dagster/backfill")
+_COMMANDS = ("cli", "demo")
+_MANUAL = "manual"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,13 @@ class RunContext:
     """The dead letters that the run replays; None if the run is not a replay."""
     request_retry: Callable[[], None] = lambda: None
     """Request that Dagster's daemon retries the failed steps of the run. Runs of the command line are not retried."""
+
+    @property
+    def actor(self) -> str:
+        """What started the run, for the audit log. A person whom a tag of the run names is not verified: ``manual``."""
+        kind, _, _ = self.triggered_by.partition(":")
+        known = self.triggered_by in _COMMANDS or f"dagster/{kind}" in _TRIGGERS
+        return self.triggered_by if known else _MANUAL
 
     @property
     def partition_keys(self) -> list[str]:
@@ -54,7 +63,7 @@ class RunContext:
             context.run.run_id,
             WindowRange(windows, from_first=windows[0] == scheme.window_at(scheme.start)),
             Refresh(tags.get(REFRESH_TAG, Refresh.WINDOW)),
-            next(iter(triggers), None) or tags.get(USER_TAG) or "manual",
+            next(iter(triggers), None) or tags.get(USER_TAG) or _MANUAL,
             datetime.now(UTC),
             _REPLAY_MODES.get(tags.get(REPLAY_TAG, "")),
             request_retry,

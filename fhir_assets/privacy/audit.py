@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
 
+from fhir_assets.privacy.audit_mark import MARK
 from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 
 Action = Literal[
@@ -25,6 +26,7 @@ Action = Literal[
     "release",
     "consent decision",
     "key rotation",
+    "accept a loss",
 ]
 
 START = bytes(32)
@@ -36,7 +38,9 @@ class AuditRecord:
     """One audited action: the actor, the action, the resource and the run or request it belongs to.
 
     It contains no patient data. ``subject`` names a resource by its keyed hash (``Cipher.subject``); a bulk action has
-    only a ``count`` of resources. ``detail`` holds short words and numbers.
+    only a ``count`` of resources. ``detail`` holds short words and numbers. ``actor`` is verified: the name of an API
+    token, the account of the operating system, or the part of the pipeline. ``claim`` is a name that the caller gave,
+    which nobody verified.
     """
 
     action: Action
@@ -47,36 +51,55 @@ class AuditRecord:
     run_id: str | None = None
     request_id: str | None = None
     detail: dict[str, str | int | bool | None] = field(default_factory=dict)
+    claim: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """Who wrote a record: the login of the session, as Postgres knows it, and the process' account, by its uid."""
+
+    database_user: str
+    account: str
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A stored audit record with its number and link. ``keyed`` is whether the link is an HMAC made with keys."""
+    """A stored audit record with its number and link. ``keyed`` is whether the link is an HMAC made with keys.
+
+    Records of earlier versions have no ``writer``.
+    """
 
     seq: int
     at: datetime
     audit_record: AuditRecord
+    writer: Writer | None
     keyed: bool
     link: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The first record of the audit log that was altered, is missing or was inserted.
+    """The first record of the audit log that was altered, is missing or was inserted; or what is wrong with its mark.
 
     `fhir-assets audit verify --json` prints the fields under these names.
     """
 
     seq: int
-    what: Literal["altered", "missing", "inserted"]
+    what: Literal["altered", "missing", "inserted", "unmarked", "mark altered"]
 
     def __str__(self) -> str:
+        if self.what == "unmarked":
+            return f"{MARK} of the store, which vouched for the end of ops.audit_log, is missing"
+        if self.what == "mark altered":
+            return f"{MARK} of the store, which vouches for record {self.seq} of ops.audit_log, has no valid signature"
         return f"record {self.seq} of ops.audit_log is {self.what}"
 
 
-def link(seq: int, at: datetime, audit_record: AuditRecord, previous: bytes, cipher: Cipher) -> bytes:
+def link(
+    seq: int, at: datetime, audit_record: AuditRecord, writer: Writer | None, previous: bytes, cipher: Cipher
+) -> bytes:
     """Return the link of a record, computed from its content and the ``previous`` link."""
-    content = [
+    content: list[object] = [
         seq,
         at.astimezone(UTC).isoformat(timespec="microseconds"),
         audit_record.action,
@@ -88,6 +111,8 @@ def link(seq: int, at: datetime, audit_record: AuditRecord, previous: bytes, cip
         audit_record.request_id,
         audit_record.detail,
     ]
+    if writer:
+        content += [writer.database_user, writer.account, audit_record.claim]
     return cipher.chain_link(previous + json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
@@ -105,7 +130,9 @@ def verify(entries: Iterable[Entry], head: tuple[int, bytes], cipher: Cipher) ->
         if keyed and not entry.keyed:
             return Fault(entry.seq, "altered")
         keyed = entry.keyed
-        expected = link(entry.seq, entry.at, entry.audit_record, previous, cipher if keyed else NO_ENCRYPTION)
+        expected = link(
+            entry.seq, entry.at, entry.audit_record, entry.writer, previous, cipher if keyed else NO_ENCRYPTION
+        )
         if expected != entry.link:
             return Fault(entry.seq, "altered")
         seq, previous = entry.seq, entry.link

@@ -174,6 +174,10 @@ class Cipher:
         """Return the link of a record in a hash chain: an HMAC-SHA256, which only a holder of the keys can forge."""
         return hmac.digest(self._chain_key, content, "sha256")
 
+    def sign_audit_mark(self, content: bytes) -> bytes:
+        """Return the HMAC-SHA256 that signs the mark of the audit log, which only a holder of the keys can forge."""
+        return hmac.digest(self._mark_key, content, "sha256")
+
     @cached_property
     def _index_key(self) -> bytes:
         return self._hash_key("blind index")
@@ -193,6 +197,10 @@ class Cipher:
     @cached_property
     def _chain_key(self) -> bytes:
         return self._hash_key("chain")
+
+    @cached_property
+    def _mark_key(self) -> bytes:
+        return self._hash_key("audit mark")
 
     def _hash_key(self, purpose: str) -> bytes:
         if self._secret is None:

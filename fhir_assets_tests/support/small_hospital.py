@@ -181,7 +181,9 @@ class SmallHospital:
         """Correct the dead letter of a patient by hand."""
         letter = self.find_dead_letter(identity)
         body = json.dumps(build_patient(identity, day=self.day, **fields)).encode()
-        CorrectionStep(self.connect, Validator(), self.receiver()).run(letter.id, Correction(None, body, "anna"))
+        CorrectionStep(self.connect, Validator(), self.receiver()).run(
+            letter.id, Correction(None, body, "anna", actor="cli:anna")
+        )
 
     def discard(self, *identities: str) -> None:
         """Discard the dead letters of patients."""

@@ -1,8 +1,11 @@
 """The audit log is append-only, is one chain of links, and is committed together with the audited action."""
 
 import json
+import os
+import pwd
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from typing import Any
 
 import psycopg
@@ -11,7 +14,7 @@ from psycopg import sql
 from typer.testing import CliRunner
 
 from fhir_assets.cli.audit import app
-from fhir_assets.privacy.audit import AuditRecord, Fault
+from fhir_assets.privacy.audit import START, AuditRecord, Fault, Writer, link
 from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher, new_secret
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.ops import audit_log
@@ -146,6 +149,91 @@ def test_records_from_before_the_first_key_stay_valid(database: str) -> None:
 def test_the_log_is_append_only(log: Connection, statement: str) -> None:
     with pytest.raises(psycopg.errors.InsufficientPrivilege, match="append-only"):
         log.execute(statement.encode())
+
+
+KEEP_THE_SETTING_OF_COMMITS = """
+    CREATE TABLE public.commits (setting text);
+    CREATE FUNCTION public.keep_setting() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        INSERT INTO public.commits SELECT current_setting('synchronous_commit');
+        RETURN NULL;
+    END $$;
+    CREATE CONSTRAINT TRIGGER keep_setting AFTER UPDATE ON ops.audit_head DEFERRABLE INITIALLY DEFERRED
+        FOR EACH ROW EXECUTE FUNCTION public.keep_setting()
+"""
+"""Deferred triggers of a table act at the commit, in the order of their names."""
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SET synchronous_commit = off",
+        "SET LOCAL synchronous_commit = off",
+        "SET ROLE fhir_loader; SET LOCAL synchronous_commit = off",
+    ],
+)
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_transaction_with_an_audit_record_waits_for_the_disk_whenever_its_session_set_that_off(
+    database: str, statement: str, moment: str
+) -> None:
+    with connect(database, cipher=NO_ENCRYPTION) as conn:
+        conn.execute(sql.SQL(KEEP_THE_SETTING_OF_COMMITS))
+        conn.execute("GRANT INSERT ON public.commits TO fhir_loader")
+        conn.commit()
+        if moment == "before":
+            conn.execute(sql.SQL(statement))
+        audit_log.record(conn, AuditRecord("delete", "test"))
+        if moment == "after":
+            conn.execute(sql.SQL(statement))
+    with connect(database) as conn:
+        assert conn.execute("SELECT setting FROM public.commits").fetchall() == [("on",)]
+
+
+def test_a_transaction_with_an_audit_record_waits_for_the_disk_whatever_the_database_has_set(database: str) -> None:
+    with connect(database, autocommit=True) as conn:
+        conn.execute(sql.SQL(KEEP_THE_SETTING_OF_COMMITS))
+        name = sql.Identifier(conn.info.dbname)
+        conn.execute(sql.SQL("ALTER DATABASE {} SET synchronous_commit = off").format(name))
+    with connect(database, autocommit=True, cipher=NO_ENCRYPTION) as conn:
+        audit_log.record(conn, AuditRecord("delete", "test"))
+        assert conn.execute("SELECT setting FROM public.commits").fetchall() == [("on",)]
+        assert conn.execute("SHOW synchronous_commit").fetchone() == ("off",)
+
+
+def test_a_record_names_the_login_and_the_account_by_its_uid_and_the_name_of_the_environment_as_a_claim(
+    conn: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGNAME", "mallory")
+    audit_log.record(conn, AuditRecord("read", "test"), AuditRecord("edit", "test", claim="anna"))
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    audit_log.record(conn, AuditRecord("read", "test", claim="\udcff" * 2))
+    first, second, third = reversed(audit_log.find_latest(conn, limit=3))
+    assert first.writer == second.writer == Writer(conn.info.user, pwd.getpwuid(os.geteuid()).pw_name)
+    assert third.writer == Writer(conn.info.user, "uid 54321")
+    claims = [entry.audit_record.claim for entry in (first, second, third)]
+    assert claims == ["mallory", "anna", "\\udcff\\udcff"]
+    assert audit_log.find_fault(conn) is None
+
+
+@pytest.mark.parametrize("change", ["database_user = 'x'", "account = 'x'", "claim = 'x'", "database_user = NULL"])
+def test_an_altered_writer_is_detected(log: Session, change: str) -> None:
+    tamper(log, f"UPDATE ops.audit_log SET {change} WHERE seq = 4")
+    assert audit_log.find_fault(log) == Fault(4, "altered")
+
+
+def test_records_from_before_the_columns_of_the_writer_stay_valid(conn: Session) -> None:
+    at = datetime(2024, 1, 5, tzinfo=UTC)
+    linked = link(1, at, AuditRecord("read", "cli:anna", "Patient"), None, START, NO_ENCRYPTION)
+    conn.execute(
+        """
+        INSERT INTO ops.audit_log (seq, at, action, actor, resource_type, count, detail, keyed, link)
+        VALUES (1, %s, 'read', 'cli:anna', 'Patient', 1, '{}', false, %s)
+        """,
+        [at, linked],
+    )
+    conn.execute("UPDATE ops.audit_head SET seq = 1, link = %s", [linked])
+    audit_log.record(conn, AuditRecord("read", "test"))
+    assert audit_log.find_fault(conn) is None
+    assert [entry.writer is None for entry in audit_log.find_latest(conn, limit=2)] == [False, True]
 
 
 def test_a_rolled_back_action_has_no_audit_record(conn: Session) -> None:

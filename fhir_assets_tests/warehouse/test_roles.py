@@ -190,12 +190,51 @@ def test_no_role_has_rights_to_change_the_audit_log(filled: str, user: User, rol
         "UPDATE ops.audit_log SET actor = 'nobody'",
         "DELETE FROM ops.audit_log",
         "TRUNCATE ops.audit_log",
+        "INSERT INTO ops.audit_log SELECT * FROM ops.audit_log",
+        "UPDATE ops.audit_head SET seq = 0",
+        "SELECT FROM ops.audit_head FOR UPDATE",
         "DELETE FROM ops.audit_head",
         "TRUNCATE ops.audit_head",
         "ALTER TABLE ops.audit_log DISABLE TRIGGER ALL",
         "DROP TABLE ops.audit_log",
     ):
         assert is_refused(url, statement), statement
+
+
+@pytest.mark.parametrize("role", [roles.LOADER, roles.OPERATOR])
+def test_a_record_names_the_login_that_wrote_it_and_no_other(filled: str, user: User, role: str) -> None:
+    url = user(role)
+    with connect(url, cipher=unlock(filled)) as conn:
+        audit_log.record(conn, AuditRecord("replay", "an operator"))
+        (entry,) = audit_log.find_latest(conn, limit=1)
+        assert entry.writer is not None
+        assert entry.writer.database_user == conn.info.user
+        assert audit_log.find_fault(conn) is None
+
+
+def test_a_reader_cannot_append_to_the_audit_log(filled: str, user: User) -> None:
+    url = user(roles.READER)
+    for statement in (
+        "SELECT ops.lock_audit_head()",
+        "SELECT ops.append_audit(now(), '[]')",
+        "SELECT ops.confirm_audit_mark()",
+    ):
+        assert is_refused(url, statement), statement
+
+
+def test_functions_with_the_rights_of_the_owner_have_a_fixed_search_path_and_are_not_for_everybody(
+    conn: Connection,
+) -> None:
+    rows = conn.execute(
+        """
+        SELECT proname, proconfig, has_function_privilege('fhir_reader', oid, 'EXECUTE')
+        FROM pg_proc
+        WHERE prosecdef AND pronamespace::regnamespace::text IN ('ops', 'fhir', 'marts', 'health', 'public')
+        ORDER BY proname
+        """
+    ).fetchall()
+    path = ["search_path=pg_catalog, pg_temp"]
+    assert rows == [(name, path, False) for name in ("append_audit", "confirm_audit_mark", "lock_audit_head")]
 
 
 def test_a_table_that_a_loader_creates_is_shared_with_readers_and_other_loaders(database: str, user: User) -> None:

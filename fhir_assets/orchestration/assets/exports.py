@@ -142,7 +142,7 @@ def _write_folder(
             build_blobs(settings, settings.fhir_export_url),
             folder,
             run_id=run.run_id,
-            actor=run.triggered_by,
+            actor=run.actor,
             withholding=withholding,
             manifest=f"{name}.manifest.json",
         ) as export:

@@ -63,7 +63,7 @@ def _build_lake_asset(
     ) -> Iterator[dg.MaterializeResult[None] | dg.AssetCheckResult]:
         run = RunContext.from_context(context, settings.window_scheme)
         target = build_blobs(settings, settings.fhir_lake_url)
-        step = LakeStep(warehouse.connect, store, target, all_views, run_id=run.run_id, actor=run.triggered_by)
+        step = LakeStep(warehouse.connect, store, target, all_views, run_id=run.run_id, actor=run.actor)
         with sanitized_errors():
             apply_consent(settings, warehouse, all_views, run)
             [(_, written)] = step.run(view.resource_type, [view], run.partition_keys)

@@ -27,12 +27,13 @@ class Correction:
 
     The resource of a row of a visit file is a visit, as JSON or as CSV.
 
-    ``by`` is the person who made the correction.
+    ``by`` is the person who is said to have made the correction, and ``actor`` the verified one of the audit log.
     """
 
     patch: bytes | None
     resource: bytes | None
     by: str
+    actor: str
 
 
 class CorrectionStep:
@@ -127,7 +128,10 @@ def _record(conn: Session, dead_letter: StoredDeadLetter, body: bytes, correctio
         replays.resolve_received(conn, [dead_letter.id], resolution="corrected")
     subject = audit_log.hash_subject(conn, dead_letter.resource_type, _identify(conn, dead_letter, body))
     detail: dict[str, str | int | bool | None] = {"dead_letter": dead_letter.id}
-    audit_log.record(conn, AuditRecord("edit", correction.by, dead_letter.resource_type, subject, detail=detail))
+    audit_log.record(
+        conn,
+        AuditRecord("edit", correction.actor, dead_letter.resource_type, subject, detail=detail, claim=correction.by),
+    )
 
 
 def _identify(conn: Session, dead_letter: StoredDeadLetter, body: bytes) -> str:

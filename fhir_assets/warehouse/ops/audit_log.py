@@ -1,28 +1,26 @@
 """``ops.audit_log``: the append-only audit log. Records are written in the transaction of the action they describe."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from datetime import datetime
 from itertools import chain
 from typing import Any
 
 from psycopg.types.json import Jsonb
 
-from fhir_assets.privacy.audit import AuditRecord, Entry, Fault, link, verify
+from fhir_assets.accounts import find_account, find_claim
+from fhir_assets.privacy.audit import AuditRecord, Entry, Fault, Writer, link, verify
+from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.sources import DEFAULT_SOURCE
+from fhir_assets.warehouse.postgres.db.advisory_locks import AUDIT_MARK
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 
-_COLUMNS = "seq, at, action, actor, resource_type, subject, count, run_id, request_id, detail, keyed, link"
+_COLUMNS = (
+    "seq, at, action, actor, resource_type, subject, count, run_id, request_id, detail, claim, database_user, account, "
+    "keyed, link"
+)
 _LOG = f"SELECT {_COLUMNS} FROM ops.audit_log"  # noqa: S608
-
-_LOCK_HEAD = """
-    SELECT
-        seq,
-        link,
-        clock_timestamp(),
-        CASE WHEN current_setting('synchronous_commit') = 'off' THEN set_config('synchronous_commit', 'on', true) END
-    FROM ops.audit_head
-    FOR UPDATE
-"""
 
 
 def record(conn: Session, *audit_records: AuditRecord) -> None:
@@ -30,41 +28,35 @@ def record(conn: Session, *audit_records: AuditRecord) -> None:
 
     Call this as the last statement of the transaction of the action, because other writers of the log wait until that
     transaction ends. An action on many resources is one record with a count. The transaction's commit waits for the
-    disk even where others do not (the embedded Postgres), so that a crash loses no record of what was done.
+    disk, whatever ``synchronous_commit`` is (a trigger sets it), so that a crash loses no record of what was done.
+
+    The functions of the database that this calls are the only way to append for the group roles: they choose the
+    number, and name the session's login.
     """
     counted = [audit_record for audit_record in audit_records if audit_record.count]
     if not counted:
         return
-    cipher = cipher_of(conn)
     with conn.transaction() if conn.autocommit else nullcontext():
-        head = conn.execute(_LOCK_HEAD).fetchone()
-        if head is None:
+        head = conn.execute("SELECT seq, link, at, database_user FROM ops.lock_audit_head()").fetchone()
+        if head is None or head[0] is None:
             raise AssertionError("ops.audit_head has no row: the audit log was tampered with")
-        seq, previous, at = head[0], bytes(head[1]), head[2]
-        rows = []
-        for audit_record in counted:
-            seq += 1
-            previous = link(seq, at, audit_record, previous, cipher)
-            rows.append(
-                [
-                    seq,
-                    at,
-                    audit_record.action,
-                    audit_record.actor,
-                    audit_record.resource_type,
-                    audit_record.subject,
-                    audit_record.count,
-                    audit_record.run_id,
-                    audit_record.request_id,
-                    Jsonb(audit_record.detail),
-                    cipher.encrypts,
-                    previous,
-                ]
-            )
-        with conn.cursor() as cursor, cursor.copy(f"COPY ops.audit_log ({_COLUMNS}) FROM STDIN") as copy:
-            for row in rows:
-                copy.write_row(row)
-        conn.execute("UPDATE ops.audit_head SET seq = %s, link = %s", [seq, previous])
+        seq, previous, at, database_user = head
+        rows = _link(counted, seq, at, bytes(previous), Writer(database_user, find_account()), cipher_of(conn))
+        conn.execute("SELECT ops.append_audit(%s, %s)", [at, Jsonb(rows)])
+    if conn.on_audit:
+        conn.on_audit(seq + len(rows))
+
+
+def _link(
+    audit_records: Sequence[AuditRecord], seq: int, at: datetime, previous: bytes, writer: Writer, cipher: Cipher
+) -> list[dict[str, object]]:
+    """Return the rows of records that follow the record ``seq``, each with its link."""
+    rows = []
+    for number, audit_record in enumerate(audit_records, start=seq + 1):
+        claimed = replace(audit_record, claim=find_claim(audit_record.claim))
+        previous = link(number, at, claimed, writer, previous, cipher)
+        rows.append({**asdict(claimed), "account": writer.account, "keyed": cipher.encrypts, "link": previous.hex()})
+    return rows
 
 
 def hash_subject(conn: Session, resource_type: str, resource_id: str) -> str:
@@ -105,6 +97,27 @@ def get_head(conn: Connection) -> tuple[int, str]:
     return (row[0], row[1]) if row else (0, "")
 
 
+def is_keyed(conn: Connection, seq: int) -> bool:
+    """Return whether the link of the record ``seq`` was made with keys."""
+    return conn.execute("SELECT FROM ops.audit_log WHERE seq = %s AND keyed", [seq]).fetchone() is not None
+
+
+def is_marked(conn: Connection) -> bool:
+    """Return whether a mark in the store has vouched for the end of the log."""
+    return conn.execute("SELECT FROM ops.audit_head WHERE marked").fetchone() is not None
+
+
+def lock_mark(conn: Connection) -> None:
+    """Let no other process write the mark until the transaction ends. Raises psycopg.errors.LockNotAvailable."""
+    conn.execute("SET LOCAL lock_timeout = '3s'")
+    conn.execute("SELECT pg_advisory_xact_lock(%s)", [AUDIT_MARK])
+
+
+def confirm_mark(conn: Connection) -> None:
+    """Record that the mark exists."""
+    conn.execute("SELECT ops.confirm_audit_mark()")
+
+
 def find_latest(
     conn: Connection,
     *,
@@ -136,6 +149,7 @@ def find_latest(
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
-    seq, at, action, actor, resource_type, about, count, run_id, request_id, detail, keyed, linked = row
-    audit_record = AuditRecord(action, actor, resource_type, about, count, run_id, request_id, detail)
-    return Entry(seq, at, audit_record, keyed, bytes(linked))
+    seq, at, action, actor, resource_type, about, count, run_id, request_id, detail, claim, user, account, *link = row
+    audit_record = AuditRecord(action, actor, resource_type, about, count, run_id, request_id, detail, claim)
+    writer = Writer(user, account) if user is not None else None
+    return Entry(seq, at, audit_record, writer, link[0], bytes(link[1]))

@@ -61,3 +61,6 @@ CONNECTOR: Final = 0x66686378
 
 CONNECTOR_IDENTIFIER: Final = 0x66686379
 """First key of a business identifier that a connector delivers; the second key is its hash. "fhcy"."""
+
+AUDIT_MARK: Final = 0x6668616D
+"""The mark of the audit log in the store while it is written. "fham"."""

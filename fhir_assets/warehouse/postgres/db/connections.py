@@ -42,11 +42,13 @@ _HINTS = (
 class Session(psycopg.Connection[tuple[Any, ...]]):
     """A connection with the cipher of the patient data that is read and written through it, and with its source.
 
-    Without encryption keys the cipher is ``NO_ENCRYPTION``, which is also set explicitly.
+    Without encryption keys the cipher is ``NO_ENCRYPTION``, which is also set explicitly. ``on_audit`` is called with
+    the number of an audit record that is written through it, before the transaction is committed.
     """
 
     cipher: Cipher
     source: str = DEFAULT_SOURCE
+    on_audit: Callable[[int], None] | None = None
 
 
 OpenConnection = Callable[[], AbstractContextManager[Connection]]
@@ -123,7 +125,13 @@ def connect(
 
 
 @contextmanager
-def borrow_session(url: str, *, cipher: Cipher, source: str = DEFAULT_SOURCE) -> Iterator[Session]:
+def borrow_session(
+    url: str,
+    *,
+    cipher: Cipher,
+    source: str = DEFAULT_SOURCE,
+    on_audit: Callable[[int], None] | None = None,
+) -> Iterator[Session]:
     """Return a session for a ``with`` block: an idle connection of this process, or a new one.
 
     At the end of the block the transaction is committed, or rolled back after an error, and the connection is returned
@@ -133,6 +141,7 @@ def borrow_session(url: str, *, cipher: Cipher, source: str = DEFAULT_SOURCE) ->
     session = CONNECTION_CACHE.take(key) or connect(url, cipher=cipher, source=source)
     assert isinstance(session, Session)
     session.cipher = cipher
+    session.on_audit = on_audit
     # Prepared statements are dropped at the end of the block, and few blocks repeat a statement often enough to profit.
     session.prepare_threshold = None
     try:
@@ -144,13 +153,19 @@ def borrow_session(url: str, *, cipher: Cipher, source: str = DEFAULT_SOURCE) ->
 
 
 def connection_pool(
-    url: str, *, cipher: Cipher, size: int = 8, source: str = DEFAULT_SOURCE
+    url: str,
+    *,
+    cipher: Cipher,
+    size: int = 8,
+    source: str = DEFAULT_SOURCE,
+    on_audit: Callable[[int], None] | None = None,
 ) -> ConnectionPool[Session]:
     """Return a pool of up to ``size`` sessions for a process that serves many short requests. It is not yet open."""
 
     def set_cipher(session: Session) -> None:
         session.cipher = cipher
         session.source = source
+        session.on_audit = on_audit
 
     return ConnectionPool(
         normalise_url(url),

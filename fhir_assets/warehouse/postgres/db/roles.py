@@ -20,16 +20,16 @@ ROLES = (READER, OPERATOR, LOADER)
 _LOAD_RIGHTS = "SELECT, INSERT, UPDATE, DELETE"
 _LOADER_EXCEPTIONS = {
     "alembic_version": "SELECT",
-    "audit_log": "SELECT, INSERT",
-    "audit_head": "SELECT, UPDATE",
+    "audit_log": "SELECT",
+    "audit_head": "SELECT",
     "encryption": "SELECT, INSERT",
     "key_rotations": "SELECT",
 }
 """The loader's rights on tables of ``ops`` where it has fewer than ``_LOAD_RIGHTS``."""
 
 _OPERATOR_RIGHTS = {
-    "audit_log": "SELECT, INSERT",
-    "audit_head": "SELECT, UPDATE",
+    "audit_log": "SELECT",
+    "audit_head": "SELECT",
     "dead_letters": "SELECT, INSERT, UPDATE",
     "corrections": "SELECT, INSERT, UPDATE",
     "received": "SELECT, INSERT, UPDATE",
@@ -86,12 +86,14 @@ def grant_rights(conn: Connection) -> None:
         _execute(conn, "GRANT USAGE ON SCHEMA ops TO {}", sql.Identifier(OPERATOR))
         _set_rights(conn, OPERATOR, "ops", {name: _OPERATOR_RIGHTS.get(name, "SELECT") for name in ops})
         _execute(conn, "GRANT USAGE ON SEQUENCE ops.dead_letter_records TO {}", sql.Identifier(OPERATOR))
+        _grant_auditing(conn, OPERATOR)
     if LOADER in existing:
         _execute(conn, "GRANT USAGE ON SCHEMA ops TO {}", sql.Identifier(LOADER))
         _execute(conn, "GRANT USAGE, CREATE ON SCHEMA fhir TO {}", sql.Identifier(LOADER))
         _execute(conn, "GRANT USAGE, CREATE ON SCHEMA marts TO {}", sql.Identifier(LOADER))
         _set_rights(conn, LOADER, "ops", {name: _LOADER_EXCEPTIONS.get(name, _LOAD_RIGHTS) for name in ops})
         _execute(conn, "GRANT USAGE ON SEQUENCE ops.dead_letter_records TO {}", sql.Identifier(LOADER))
+        _grant_auditing(conn, LOADER)
         _set_rights(conn, LOADER, "fhir", {"resource": _LOAD_RIGHTS})
         _execute(conn, "GRANT USAGE ON SCHEMA {} TO {}", sql.Identifier(PARTITIONS), sql.Identifier(LOADER))
         _set_rights(conn, LOADER, PARTITIONS, dict.fromkeys(_list_relations(conn, PARTITIONS), _LOAD_RIGHTS))
@@ -162,6 +164,12 @@ def grant_mart_rights(conn: Connection, marts: Iterable[str]) -> None:
         if name in transferred:
             # The role owns the view, as it owns the tables: every loader can drop it before it changes a table.
             _execute(conn, "ALTER VIEW {} OWNER TO {}", view, sql.Identifier(LOADER))
+
+
+def _grant_auditing(conn: Connection, role: str) -> None:
+    """Let a role append to the audit log, and confirm its mark, by the functions of migration 0044 only."""
+    for function in ("lock_audit_head()", "append_audit(timestamptz, jsonb)", "confirm_audit_mark()"):
+        _execute(conn, f"GRANT EXECUTE ON FUNCTION ops.{function} TO {{}}", sql.Identifier(role))
 
 
 def _set_rights(conn: Connection, role: str, schema: str, rights: dict[str, str]) -> None:
