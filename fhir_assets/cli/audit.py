@@ -7,8 +7,7 @@ import typer
 
 from fhir_assets.accounts import find_account
 from fhir_assets.cli.output import console, errors, print_json, print_table
-from fhir_assets.deployment.audit_marks import AuditMarks, find_mark_fault
-from fhir_assets.deployment.store import build_root
+from fhir_assets.deployment.audit_marks import find_mark_fault, open_marks
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.privacy.audit import AuditRecord, Fault
@@ -59,7 +58,7 @@ def verify(
         )
     settings = load_settings()
     with Warehouse(settings).connect() as conn:
-        mark = AuditMarks(build_root(settings)).read(conn) if with_mark else None
+        mark = open_marks(settings).read(conn) if with_mark else None
         fault = audit_log.find_fault(conn)
         if fault is None and noted:
             fault = audit_log.check_link(conn, int(number), noted_link)
@@ -110,7 +109,7 @@ def accept(
     The log must be one chain. An audit record states who accepted the loss, and the mark keeps what it vouched for.
     """
     settings = load_settings()
-    marks = AuditMarks(build_root(settings))
+    marks = open_marks(settings)
     with Warehouse(settings).connect() as conn:
         if fault := audit_log.find_fault(conn):
             raise ConfigurationError(f"{fault}: this is no lost end. Restore the log from a backup")

@@ -47,7 +47,7 @@ def options(
 
 def _finish_audit_marks() -> None:
     """Write the mark of the audit log if the command has opened a database, and so imported the module."""
-    if module := sys.modules.get("fhir_assets.deployment.audit_marks"):
+    if module := sys.modules.get("fhir_assets.deployment.audit_marker"):
         module.finish_marks()
 
 

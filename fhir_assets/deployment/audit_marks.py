@@ -1,34 +1,18 @@
-"""The mark of the audit log in the store: written after commits, and compared with the log.
+"""The mark of the audit log in the store: reads it, writes it, and compares it with the log."""
 
-``AuditMarker`` writes it in a thread: at once after the first record of a process, then at most every
-``MARK_SECONDS``, and when a command, a run or the process ends. Records that are younger than the mark are not vouched
-for: those of the last ``MARK_SECONDS``, and those of a process that was killed, until any process writes the next mark.
-"""
-
-import atexit
 import logging
-from collections.abc import Callable
 from dataclasses import asdict
-from threading import Event, Lock, Thread
-from time import monotonic
 
-import psycopg
-
-from fhir_assets.errors import ConfigurationError, FhirAssetsError
-from fhir_assets.privacy.audit import Fault
-from fhir_assets.privacy.audit_mark import MARK, AcceptedLoss, Mark, build_mark, decode_mark, encode_mark
+from fhir_assets.deployment.store import build_root
+from fhir_assets.errors import ConfigurationError
+from fhir_assets.privacy.audit import MARK, Fault
+from fhir_assets.privacy.audit_mark import AcceptedLoss, Mark, build_mark, decode_mark, encode_mark
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
+from fhir_assets.settings import Settings
 from fhir_assets.storage.marker import read_marker
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, sources
-from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session, cipher_of
-
-MARK_SECONDS = 5.0
-"""The minimum number of seconds between two marks of a process."""
-
-_GATHER_SECONDS = 0.1
-_FINISH_SECONDS = 10.0
-_ATTEMPTS = 12
+from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 
 _log = logging.getLogger(__name__)
 
@@ -116,77 +100,6 @@ def find_mark_fault(conn: Session, mark: Mark | None) -> Fault | None:
     return audit_log.check_link(conn, mark.seq, mark.link) if mark.seq else None
 
 
-class AuditMarker:
-    """Writes the mark after audit records, in a thread that ends when the mark has caught up. Safe for threads.
-
-    ``open_marks`` and ``connect`` are called in the thread.
-    """
-
-    def __init__(self, open_marks: Callable[[], AuditMarks], connect: OpenSession) -> None:
-        self._open_marks = open_marks
-        self._connect = connect
-        self._marks: AuditMarks | None = None
-        self._lock = Lock()
-        self._hurry = Event()
-        self._thread: Thread | None = None
-        self._wanted = 0
-        self._written_at = -MARK_SECONDS
-
-    def note(self, seq: int) -> None:
-        """Let the mark follow to the record ``seq``, which is going to be committed."""
-        with self._lock:
-            self._wanted = max(self._wanted, seq)
-            if self._thread is None or not self._thread.is_alive():
-                self._hurry.clear()
-                self._thread = Thread(target=self._work, name="audit mark", daemon=True)
-                _WORKING.add(self)
-                self._thread.start()
-
-    def finish(self, *, only_if_due: bool = False) -> None:
-        """Write the mark of all committed records now. With ``only_if_due`` not within ``MARK_SECONDS`` of the last."""
-        with self._lock:
-            thread = self._thread
-        if thread is None or not thread.is_alive() or (only_if_due and self._wait_seconds() > 0):
-            return
-        self._hurry.set()
-        thread.join(_FINISH_SECONDS)
-
-    def _wait_seconds(self) -> float:
-        return max(0.0, self._written_at + MARK_SECONDS - monotonic())
-
-    def _work(self) -> None:
-        for attempts_left in reversed(range(_ATTEMPTS)):
-            hurried = self._hurry.wait(max(_GATHER_SECONDS, self._wait_seconds()))
-            reached = self._advance()
-            with self._lock:
-                # What is still missing at the end was rolled back, or the store cannot be written.
-                if reached >= self._wanted or hurried or not attempts_left:
-                    self._wanted = 0
-                    self._thread = None
-                    _WORKING.discard(self)
-                    return
-
-    def _advance(self) -> int:
-        try:
-            if self._marks is None:
-                self._marks = self._open_marks()
-            with self._connect() as conn:
-                return self._marks.advance(conn)
-        except (FhirAssetsError, psycopg.Error, OSError) as error:
-            _log.info("the mark of the audit log was not written", extra={"reason": type(error).__name__})
-            return 0
-        finally:
-            self._written_at = monotonic()
-
-
-_WORKING: set[AuditMarker] = set()
-"""The markers whose thread runs."""
-
-
-def finish_marks() -> None:
-    """Write the marks of all records that this process has committed."""
-    for marker in list(_WORKING):
-        marker.finish()
-
-
-atexit.register(finish_marks)
+def open_marks(settings: Settings) -> AuditMarks:
+    """Return the marks in the store of a deployment. Raises ConfigurationError."""
+    return AuditMarks(build_root(settings))

@@ -8,7 +8,7 @@ from pathlib import Path
 from fhir_assets.deployment.encryption import build_store_cipher
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.file_modes import create_folders, create_home, narrow_folder
-from fhir_assets.privacy.audit_mark import MARK as AUDIT_MARK
+from fhir_assets.privacy.audit import MARK as AUDIT_MARK
 from fhir_assets.settings import Settings
 from fhir_assets.storage import aside
 from fhir_assets.storage.blobs import SPOOL_FOLDER, Blobs, LocalBlobs

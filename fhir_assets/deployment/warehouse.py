@@ -7,9 +7,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from threading import Lock
 
-from fhir_assets.deployment.audit_marks import AuditMarker, AuditMarks
+from fhir_assets.deployment.audit_marker import AuditMarker, Marks
 from fhir_assets.deployment.encryption import build_cipher
-from fhir_assets.deployment.store import build_root
 from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.retries import RetryPolicy
@@ -38,7 +37,7 @@ class Warehouse:
         self._cipher = build_cipher(settings)
         self._url: str | None = None
         self._lock = Lock()
-        self.audit_marker = AuditMarker(lambda: AuditMarks(build_root(settings)), self.connect)
+        self.audit_marker = AuditMarker(lambda: _open_marks(settings), self.connect)
         """Writes the mark of the audit log after the audit records of this warehouse's sessions."""
         self.source_calls = DistributedSemaphore(
             self._connect_for_slots, advisory_locks.SOURCE_CALLS, settings.fhir_max_connections
@@ -141,6 +140,13 @@ class Warehouse:
 
     def _connect_for_slots(self) -> connections.Connection:
         return connections.connect(self.url(), autocommit=True)
+
+
+def _open_marks(settings: Settings) -> Marks:
+    """Return what writes the mark of the audit log. Commands that record nothing do not import it, nor the store."""
+    from fhir_assets.deployment.audit_marks import open_marks
+
+    return open_marks(settings)
 
 
 def _upgrade(url: str) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
 
-from fhir_assets.privacy.audit_mark import MARK
 from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 
 Action = Literal[
@@ -31,6 +30,9 @@ Action = Literal[
 
 START = bytes(32)
 """The link before the first record."""
+
+MARK = "audit.json"
+"""The name of the file in the store that vouches for the end of the audit log."""
 
 
 @dataclass(frozen=True, slots=True)

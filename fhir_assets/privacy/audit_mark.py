@@ -11,9 +11,6 @@ import msgspec
 
 from fhir_assets.privacy.encryption import Cipher
 
-MARK = "audit.json"
-"""The name of the file in the store that vouches for the end of the audit log."""
-
 
 class AcceptedLoss(msgspec.Struct, frozen=True):
     """A mark that the log contradicted when a person accepted it, for example after a backup was restored."""
@@ -49,7 +46,7 @@ def build_mark(seq: int, link: str, cipher: Cipher, losses: tuple[AcceptedLoss, 
 
 
 def encode_mark(mark: Mark) -> bytes:
-    """Return the content of the file ``MARK``."""
+    """Return the content of the file ``audit.MARK``."""
     return msgspec.json.format(msgspec.json.encode(mark), indent=1)
 
 

@@ -15,8 +15,8 @@ from fhir_assets.cli.main import app
 from fhir_assets.deployment.sources import build_binding
 from fhir_assets.deployment.store import build_root
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.privacy.audit import AuditRecord
-from fhir_assets.privacy.audit_mark import MARK, decode_mark
+from fhir_assets.privacy.audit import MARK, AuditRecord
+from fhir_assets.privacy.audit_mark import decode_mark
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.settings import load_settings
 from fhir_assets.storage.blobs import Blobs
