@@ -13,9 +13,9 @@ def upgrade() -> None:
     """
     op.execute("""
         ALTER TABLE ops.audit_log
-            ADD COLUMN database_user text,
-            ADD COLUMN account text,
-            ADD COLUMN claim text;
+            ADD COLUMN IF NOT EXISTS database_user text,
+            ADD COLUMN IF NOT EXISTS account text,
+            ADD COLUMN IF NOT EXISTS claim text;
         COMMENT ON COLUMN ops.audit_log.database_user IS
             'The login of the session that wrote the record, as Postgres knows it; null before migration 0044';
         COMMENT ON COLUMN ops.audit_log.account IS
@@ -23,11 +23,11 @@ def upgrade() -> None:
         COMMENT ON COLUMN ops.audit_log.claim IS
             'The name that the caller gave (--by, LOGNAME) where it differs from the account; nobody verified it';
 
-        ALTER TABLE ops.audit_head ADD COLUMN marked boolean NOT NULL DEFAULT false;
+        ALTER TABLE ops.audit_head ADD COLUMN IF NOT EXISTS marked boolean NOT NULL DEFAULT false;
         COMMENT ON COLUMN ops.audit_head.marked IS
             'Whether audit.json in the store has vouched for the end of the log: it must not be missing since';
 
-        CREATE FUNCTION ops.lock_audit_head(
+        CREATE OR REPLACE FUNCTION ops.lock_audit_head(
             OUT seq bigint, OUT link bytea, OUT at timestamptz, OUT database_user text
         )
         LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -39,7 +39,7 @@ def upgrade() -> None:
         COMMENT ON FUNCTION ops.lock_audit_head() IS
             'Locks the end of the audit log until the transaction ends, and returns what the next link depends on';
 
-        CREATE FUNCTION ops.append_audit(at timestamptz, records jsonb) RETURNS bigint
+        CREATE OR REPLACE FUNCTION ops.append_audit(at timestamptz, records jsonb) RETURNS bigint
         LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
         DECLARE
             last bigint;
@@ -66,13 +66,13 @@ def upgrade() -> None:
         COMMENT ON FUNCTION ops.append_audit(timestamptz, jsonb) IS
             'Appends records to the audit log. The number and the login are not the caller''s to choose';
 
-        CREATE FUNCTION ops.confirm_audit_mark() RETURNS void
+        CREATE OR REPLACE FUNCTION ops.confirm_audit_mark() RETURNS void
         LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
             UPDATE ops.audit_head SET marked = true WHERE NOT marked;
         $$;
         COMMENT ON FUNCTION ops.confirm_audit_mark() IS 'Records that audit.json in the store exists';
 
-        CREATE FUNCTION ops.commit_synchronously() RETURNS trigger
+        CREATE OR REPLACE FUNCTION ops.commit_synchronously() RETURNS trigger
         LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
         BEGIN
             IF current_setting('synchronous_commit') = 'off' THEN
@@ -85,6 +85,7 @@ def upgrade() -> None:
             'the role and the session say';
 
         -- Deferred to the commit: it acts after every statement of the caller.
+        DROP TRIGGER IF EXISTS commit_synchronously ON ops.audit_head;
         CREATE CONSTRAINT TRIGGER commit_synchronously AFTER UPDATE ON ops.audit_head
             DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION ops.commit_synchronously();
 
