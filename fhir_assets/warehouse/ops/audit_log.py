@@ -104,7 +104,7 @@ def is_keyed(conn: Connection, seq: int) -> bool:
 
 def is_marked(conn: Connection) -> bool:
     """Return whether a mark in the store has vouched for the end of the log."""
-    return conn.execute("SELECT FROM ops.audit_head WHERE marked").fetchone() is not None
+    return conn.execute("SELECT FROM ops.audit_head WHERE has_mark").fetchone() is not None
 
 
 def lock_mark(conn: Connection) -> None:

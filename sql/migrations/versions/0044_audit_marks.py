@@ -23,8 +23,8 @@ def upgrade() -> None:
         COMMENT ON COLUMN ops.audit_log.claim IS
             'The name that the caller gave (--by, LOGNAME) where it differs from the account; nobody verified it';
 
-        ALTER TABLE ops.audit_head ADD COLUMN IF NOT EXISTS marked boolean NOT NULL DEFAULT false;
-        COMMENT ON COLUMN ops.audit_head.marked IS
+        ALTER TABLE ops.audit_head ADD COLUMN IF NOT EXISTS has_mark boolean NOT NULL DEFAULT false;
+        COMMENT ON COLUMN ops.audit_head.has_mark IS
             'Whether audit.json in the store has vouched for the end of the log: it must not be missing since';
 
         CREATE OR REPLACE FUNCTION ops.lock_audit_head(
@@ -68,7 +68,7 @@ def upgrade() -> None:
 
         CREATE OR REPLACE FUNCTION ops.confirm_audit_mark() RETURNS void
         LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-            UPDATE ops.audit_head SET marked = true WHERE NOT marked;
+            UPDATE ops.audit_head SET has_mark = true WHERE NOT has_mark;
         $$;
         COMMENT ON FUNCTION ops.confirm_audit_mark() IS 'Records that audit.json in the store exists';
 
