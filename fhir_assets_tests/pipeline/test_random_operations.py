@@ -163,13 +163,15 @@ class Deployment(RuleBasedStateMachine):
     def edit(self, name: str) -> Operation:
         """A correction of the newest version of a patient, if that has a dead letter."""
         patient, version = self.patients[name], self.patients[name].version
+        corrected: list[int] = []
 
         def run() -> None:
             if patient.validated == version and self.find_open_letter(name):
                 self.hospital.correct(name, gender="unknown", version=version)
+                corrected.append(version)
 
         def told() -> None:
-            if patient.validated == patient.version == version and patient.gender == INVALID and self.corrected(name):
+            if patient.version in corrected:
                 patient.corrected = "unknown"
 
         return Operation(run, told, POINTS["edit"])
@@ -347,10 +349,6 @@ class Deployment(RuleBasedStateMachine):
         """Return whether a patient has one dead letter that a person may work on."""
         statuses = [letter.status for letter in self.hospital.find_dead_letters() if letter.resource_id == name]
         return statuses == ["open"]
-
-    def corrected(self, name: str) -> bool:
-        """Return whether the dead letter of a patient has a correction."""
-        return any(letter.resource_id == name and letter.resolution for letter in self.hospital.find_dead_letters())
 
     def use_keys(self, keys: list[str]) -> None:
         """Encrypt with the first key from now on, and read what any of them has encrypted."""
