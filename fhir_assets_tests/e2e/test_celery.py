@@ -334,6 +334,38 @@ def test_a_run_that_was_sent_twice_is_executed_by_one_worker(slow_server: Deploy
     assert len(started) == 1
 
 
+def test_forged_messages_start_nothing_and_stop_no_worker(slow_server: Deployment, tmp_path: Path, redis: str) -> None:
+    ours, not_started = launch(slow_server, "2024-01-01"), launch(slow_server, "2024-01-02")
+    app, client = build_app(slow_server.settings), Redis.from_url(redis)
+    messages = [message for message in client.lrange(QUEUE, 0, -1) if isinstance(message, bytes)]
+    [genuine] = [message for message in messages if names_run(message.decode(), ours)]
+    [of_other] = [message for message in messages if names_run(message.decode(), not_started)]
+    # Nobody has asked for this run: Dagster has not sent it, and the forged message does.
+    run = slow_server.instance.get_run_by_id(not_started)
+    assert run
+    slow_server.instance.delete_run(not_started)
+    slow_server.instance.add_run(run.with_status(dg.DagsterRunStatus.NOT_STARTED))
+    forged = json.loads(genuine)
+    names_nothing = {**forged, "body": base64.b64encode(b'[[], {"execute_job_args_packed": {"a": 1}}, {}]').decode()}
+    pickled = {**forged, "content-type": "application/x-python-serialize", "body": base64.b64encode(b"cos\n").decode()}
+    client.delete(QUEUE)
+    client.rpush(QUEUE, json.dumps(names_nothing), json.dumps(pickled), of_other, genuine)
+    assert lost_messages.find_without_message(app, QUEUE, [ours, not_started]) == []
+    log = tmp_path / "one.log"
+    with worker(slow_server, log, environment(slow_server, FHIR_EXECUTOR="celery")) as process:
+        wait_until(lambda: status(slow_server, ours) is dg.DagsterRunStatus.SUCCESS, seconds=300)
+        wait_until(lambda: client.llen(QUEUE) == 0 and client.hlen("unacked") == 0, seconds=300)
+        assert process.poll() is None
+    assert status(slow_server, not_started) is dg.DagsterRunStatus.NOT_STARTED
+    assert slow_server.count_loaded() == {"Patient": 1}
+    text = log.read_text()
+    assert "names no run and is ignored" in text
+    assert "is not being started, and is ignored" in text
+    assert app.conf.worker_enable_remote_control is False
+    client.rpush(QUEUE, b"no message at all")
+    assert lost_messages.find_without_message(app, QUEUE, [ours]) == [ours]
+
+
 def test_a_run_that_no_worker_can_begin_fails_after_it_was_sent_again_three_times(
     slow_server: Deployment, redis: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

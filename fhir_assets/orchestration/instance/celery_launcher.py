@@ -50,6 +50,9 @@ SENT_AGAIN_TAG = "fhir_assets/sent_again"
 
 MAX_SENT_AGAIN = 3
 
+_LAUNCHED = (dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.CANCELING)
+"""The states of a run whose message Dagster has sent and that has not begun."""
+
 _CANCELLATION_CHECK_SECONDS = 5.0
 """The interval at which a worker checks whether its run is being cancelled."""
 
@@ -119,8 +122,8 @@ class Launcher(CeleryRunLauncher):
 def build_app(settings: Settings) -> Celery:
     """Return the Celery app of the workers.
 
-    A worker reserves one message at a time, so that no message waits behind a long run. Raises ConfigurationError if
-    CELERY_BROKER_URL is not set.
+    A worker reserves one message at a time, so that no message waits behind a long run. It takes neither objects of
+    Python nor commands from the broker. Raises ConfigurationError if CELERY_BROKER_URL is not set.
     """
     app = make_app(  # type: ignore[no-untyped-call]
         {
@@ -128,6 +131,8 @@ def build_app(settings: Settings) -> Celery:
             "backend": settings.require_broker(),
             "config_source": {
                 "worker_prefetch_multiplier": 1,
+                "accept_content": ["json"],
+                "worker_enable_remote_control": False,
                 "task_acks_late": True,
                 "broker_transport_options": {"visibility_timeout": REDELIVERY_SECONDS},
                 "worker_hijack_root_logger": False,
@@ -145,15 +150,23 @@ def _execute_message(execute_job_args_packed: Any) -> int:
 
     The run executes in its own thread. In the main thread Dagster would handle SIGTERM as a cancellation; in this way
     Celery handles it: the worker finishes the run and exits. A process for each run would take about a second more.
+
+    A message is no order, because everybody who reaches the broker can write one: only its run id is read, and the run
+    must be one that Dagster's database says is being started.
     """
-    run_id = read_run_id(execute_job_args_packed)
+    try:
+        run_id = read_run_id(execute_job_args_packed)
+    except Exception:  # Dagster's deserializer raises what it likes.
+        _log.warning("a message of the broker names no run and is ignored: someone else writes to the queue")
+        return 0
     warehouse = Warehouse(load_settings())
     warehouse.wait(_DATABASE_WAIT, _log)
     with warehouse.take_run(run_id) as is_taken, dg.DagsterInstance.get() as instance:
         if not is_taken:
             return 0
         run = instance.get_run_by_id(run_id)
-        if run is None or run.status is dg.DagsterRunStatus.STARTED or run.is_finished:
+        if run is None or run.status not in _LAUNCHED:
+            _log.warning("a message of the broker names a run that is not being started, and is ignored")
             return 0
         exit_codes: list[int] = []
 

@@ -7,7 +7,7 @@ brokers cannot be asked which messages wait in them.
 import base64
 import json
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import redis
@@ -17,7 +17,8 @@ from celery import Celery
 def find_without_message(app: Celery, queue: str, run_ids: Collection[str]) -> list[str]:
     """Return the runs that no message of the broker names; none if the broker is not Redis.
 
-    A message waits in its queue, or is with a worker that has not acknowledged it. Raises redis.RedisError or an error
+    A message waits in its queue, or is with a worker that has not acknowledged it. What is not a message of Celery is
+    skipped: anybody can write to a broker. Raises redis.RedisError or an error
     of kombu if the broker cannot be reached.
     """
     with _open_redis(app) as channel:
@@ -47,17 +48,32 @@ def _open_redis(app: Celery) -> Iterator[Any]:
         yield connection.default_channel if is_redis else None
 
 
-def _list_messages(channel: Any, queue: str) -> Iterator[dict[str, Any]]:
+def _list_messages(channel: Any, queue: str) -> Iterator[Any]:
     # A message of a priority other than the lowest waits in a list whose name also has the priority.
     for priority in channel.priority_steps:
         name = f"{queue}{channel.sep}{priority}" if priority else queue
-        yield from map(json.loads, channel.client.lrange(name, 0, -1))
+        yield from map(_parse, channel.client.lrange(name, 0, -1))
     # Read last: a message that a worker takes meanwhile is in both, not in neither.
     for delivery in channel.client.hvals(channel.unacked_key):
-        yield json.loads(delivery)[0]
+        match _parse(delivery):
+            case [message, *_]:
+                yield message
 
 
-def _read_body(message: dict[str, Any]) -> str:
-    body = message["body"]
-    is_encoded = message.get("properties", {}).get("body_encoding") == "base64"
-    return base64.b64decode(body).decode(errors="replace") if is_encoded else str(body)
+def _parse(text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _read_body(message: Any) -> str:
+    match message:
+        case {"body": str(body), "properties": {"body_encoding": "base64"}}:
+            with suppress(ValueError):
+                return base64.b64decode(body).decode(errors="replace")
+            return ""
+        case {"body": body}:
+            return str(body)
+        case _:
+            return ""
