@@ -88,6 +88,20 @@ class Settings(BaseSettings):
         (), description="Owners of the assets in the Dagster UI, comma-separated: email addresses, or team:<name>"
     )
     fhir_timeout_seconds: float = Field(60, gt=0, description="Timeout of one call to the FHIR server, in seconds")
+    fhir_answer_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="Maximum time of one answer of a FHIR server, from its first header to its last byte, in seconds; "
+        "unset: ten times FHIR_TIMEOUT_SECONDS",
+    )
+    fhir_answer_bytes: int = Field(
+        96 * 2**20,
+        ge=2**16,
+        description="Maximum size of one answer of a FHIR server (a page, a manifest), before and after decompression",
+    )
+    fhir_max_pages: int = Field(
+        500_000, ge=1, description="Maximum number of pages of one search or history of a FHIR server"
+    )
     fhir_max_attempts: int = Field(8, ge=1, description="Attempts of a call that fails with a transient error")
     fhir_max_connections: int = Field(
         4, ge=1, description="Concurrent calls to the FHIR server, over all runs on all machines"
@@ -116,6 +130,13 @@ class Settings(BaseSettings):
     fhir_bulk_days: float = Field(30, gt=0, description="Maximum duration of an export, in days")
     fhir_bulk_fresh_minutes: float = Field(
         10, ge=0, description="Minutes after the request of an export during which other runs reuse it"
+    )
+    fhir_bulk_max_files: int = Field(100_000, ge=1, description="Maximum number of files of one export")
+    fhir_bulk_file_bytes: int = Field(
+        64 * 2**30, ge=2**16, description="Maximum size of one file of an export, before and after decompression"
+    )
+    fhir_bulk_file_seconds: float = Field(
+        6 * 3600, gt=0, description="Maximum time of the download of one file of an export, in seconds"
     )
     fhir_auth_enabled: bool = Field(True, description="Whether FHIR_AUTH_* is used; false: no credentials are sent")
     fhir_auth_username: str | None = Field(
@@ -305,6 +326,7 @@ class Settings(BaseSettings):
     alert_webhook_url: SecretStr | None = Field(
         None, description="The webhook (Slack, Teams or your own) that alerts are sent to; unset: no alerts"
     )
+    alert_webhook_seconds: float = Field(30, gt=0, description="Maximum time of one call of the webhook, in seconds")
     alert_behind_minutes: float = Field(
         60, gt=0, description="Minutes without progress of a resource type's checkpoint after which an alert is sent"
     )

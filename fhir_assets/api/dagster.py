@@ -9,9 +9,14 @@ from collections.abc import Mapping, Sequence
 from time import monotonic, sleep
 from typing import Any
 
+import orjson
 import requests
+from urllib3.exceptions import HTTPError
 
-from fhir_assets.errors import DagsterUnavailable
+from fhir_assets.errors import DagsterUnavailable, NotFhir
+from fhir_assets.fhir.transport.limits import ANSWER_TIMEOUTS, AnswerLimits
+from fhir_assets.fhir.transport.session import Session
+from fhir_assets.retries import TransientFailure
 
 FINISHED = frozenset({"SUCCESS", "FAILURE", "CANCELED"})
 """The statuses of a run that has ended."""
@@ -34,6 +39,7 @@ class DagsterClient:
     def __init__(self, url: str, *, timeout: float = 30) -> None:
         self.url = url.rstrip("/")
         self._timeout = timeout
+        self._limits = AnswerLimits(ANSWER_TIMEOUTS * timeout)
         self._repository_of_job: dict[str, tuple[str, str]] = {}
 
     def launch(
@@ -114,16 +120,20 @@ class DagsterClient:
 
     def _query(self, query: str, variables: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            answer = requests.post(
-                f"{self.url}/graphql", json={"query": query, "variables": variables}, timeout=self._timeout
-            )
-            content = answer.json()
-        except (requests.RequestException, ValueError):
+            with Session(self._limits) as session:
+                answer = session.exchange(
+                    "POST",
+                    f"{self.url}/graphql",
+                    json={"query": query, "variables": variables},
+                    timeout=self._timeout,
+                )
+            content = orjson.loads(answer.body)
+        except (requests.RequestException, HTTPError, TransientFailure, NotFhir, ValueError):
             raise DagsterUnavailable(
                 f"Dagster's webserver at {self.url} does not answer: start it (`fhir-assets dev`), or correct "
                 "DAGSTER_WEBSERVER_URL"
             ) from None
         data = content.get("data") if isinstance(content, dict) else None
-        if answer.status_code != 200 or not isinstance(data, dict):
-            raise DagsterUnavailable(f"Dagster's webserver at {self.url} answered {answer.status_code} without data")
+        if answer.status != 200 or not isinstance(data, dict):
+            raise DagsterUnavailable(f"Dagster's webserver at {self.url} answered {answer.status} without data")
         return data

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from urllib.parse import quote, urlsplit
 
 import requests
+from urllib3.exceptions import HTTPError
 
-from fhir_assets.errors import ServerUnavailable
+from fhir_assets.errors import NotFhir, ServerUnavailable
 from fhir_assets.fhir.auth.credentials import Credentials
+from fhir_assets.fhir.transport.limits import AnswerLimits
 from fhir_assets.fhir.transport.session import Session
 from fhir_assets.retries import Retrier, RetryPolicy, TransientFailure, read_retry_after
 from fhir_assets.warehouse.ops.incidents import Incident
@@ -17,6 +19,7 @@ SAMPLE = 10
 
 _POLICY = RetryPolicy(attempts=3, first_wait=1, max_wait=2, max_retry_after=10, budget=60)
 _TIMEOUT_SECONDS = 10
+_MAX_ANSWER_BYTES = 1 << 20
 _CARD_HOSTS = (".webhook.office.com", ".logic.azure.com", ".api.powerplatform.com")
 _OPENED_TITLES = {
     "run": "Run of {name} failed",
@@ -33,11 +36,15 @@ _CLOSED_TITLES = {
 
 
 class Webhook:
-    """A webhook that receives alerts. ``ui_url`` is the address of the Dagster UI that messages link to."""
+    """A webhook that receives alerts. ``ui_url`` is the address of the Dagster UI that messages link to.
 
-    def __init__(self, url: str, *, ui_url: str, retrier: Retrier | None = None) -> None:
+    A call may take ``seconds``.
+    """
+
+    def __init__(self, url: str, *, ui_url: str, seconds: float = 30, retrier: Retrier | None = None) -> None:
         self._url = url
         self._ui_url = ui_url.rstrip("/")
+        self._limits = AnswerLimits(seconds, _MAX_ANSWER_BYTES)
         self._retrier = retrier or Retrier(_POLICY)
 
     def deliver(self, opened: Sequence[Incident], closed: Sequence[Incident]) -> bool:
@@ -51,24 +58,25 @@ class Webhook:
 
         def attempt() -> bool:
             try:
-                with Session() as session:
-                    response = session.post(self._url, json=body, timeout=_TIMEOUT_SECONDS, auth=Credentials())
-            except requests.RequestException:
+                with Session(self._limits) as session:
+                    timeout = min(_TIMEOUT_SECONDS, self._limits.seconds)
+                    response = session.exchange("POST", self._url, json=body, timeout=timeout, auth=Credentials())
+            except (requests.RequestException, HTTPError):
                 raise TransientFailure("no response") from None
-            if response.status_code >= 500 or response.status_code in (408, 429):
+            if response.status >= 500 or response.status in (408, 429):
                 raise TransientFailure(
-                    f"the server responded with {response.status_code}",
+                    f"the server responded with {response.status}",
                     retry_after=read_retry_after(response.headers.get("Retry-After")),
                 )
-            if not 200 <= response.status_code < 300:
+            if not 200 <= response.status < 300:
                 return False
-            if _contradicts(response.content):
-                raise TransientFailure(f"the server responded with {response.status_code}, but not as a webhook does")
+            if _contradicts(response.body):
+                raise TransientFailure(f"the server responded with {response.status}, but not as a webhook does")
             return True
 
         try:
             return self._retrier.run("the alert webhook", attempt)
-        except ServerUnavailable:
+        except (ServerUnavailable, NotFhir):
             return False
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from fhir_assets.deployment.labels import CONNECTOR_LABELS, DELIVERY_LABELS, SOURCE_LABELS
+from fhir_assets.deployment.limits import build_client_limits
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.auth.credentials import Credentials, build_credentials
 from fhir_assets.fhir.auth.smart import BackendServices, parse_private_key
@@ -76,6 +77,7 @@ def build_account_credentials(
         token_url=read_setting("token_url"),
         scope=read_setting("scope") or scope,
         labels=account.labels,
+        limits=build_client_limits(settings, account.labels).answer,
     )
 
 

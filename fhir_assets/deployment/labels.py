@@ -19,6 +19,12 @@ SOURCE_LABELS = ServerLabels(
     export_level="FHIR_BULK_LEVEL",
     type_filter="FHIR_BULK_TYPE_FILTER",
     export_days="FHIR_BULK_DAYS",
+    answer_seconds="FHIR_ANSWER_SECONDS",
+    answer_bytes="FHIR_ANSWER_BYTES",
+    max_pages="FHIR_MAX_PAGES",
+    file_seconds="FHIR_BULK_FILE_SECONDS",
+    file_bytes="FHIR_BULK_FILE_BYTES",
+    max_files="FHIR_BULK_MAX_FILES",
     file_origins="FHIR_FILE_ORIGINS",
     file_source="FHIR_SOURCE=ndjson",
 )
@@ -34,6 +40,8 @@ DELIVERY_LABELS = ServerLabels(
     scope="FHIR_DELIVERY_SCOPE",
     token_url="FHIR_DELIVERY_TOKEN_URL",
     timeout="FHIR_TIMEOUT_SECONDS",
+    answer_seconds="FHIR_ANSWER_SECONDS",
+    answer_bytes="FHIR_ANSWER_BYTES",
     page_size="FHIR_PAGE_SIZE",
     resource_types="FHIR_RESOURCE_TYPES",
 )
@@ -49,5 +57,7 @@ CONNECTOR_LABELS = ServerLabels(
     scope="CONNECTOR_AUTH_SCOPE",
     token_url="CONNECTOR_AUTH_TOKEN_URL",
     timeout="FHIR_TIMEOUT_SECONDS",
+    answer_seconds="FHIR_ANSWER_SECONDS",
+    answer_bytes="FHIR_ANSWER_BYTES",
 )
 """The server that the connector writes to, if it is not the one of ``SOURCE_LABELS``."""

@@ -5,6 +5,7 @@ from datetime import timedelta
 
 from fhir_assets.deployment.credentials import build_account_credentials
 from fhir_assets.deployment.labels import SOURCE_LABELS
+from fhir_assets.deployment.limits import build_client_limits
 from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.bulk.client import validate_level
@@ -21,6 +22,7 @@ from fhir_assets.storage.store import Store
 
 _QUICK_ATTEMPTS = 2
 _QUICK_SECONDS = 10.0
+_QUICK_ANSWER_SECONDS = 30.0
 
 
 def open_source(
@@ -40,7 +42,7 @@ def open_source(
     """
     location = settings.require_source()
     if settings.fhir_source is SourceKind.NDJSON:
-        return NdjsonSource(location, labels=SOURCE_LABELS)
+        return NdjsonSource(location, labels=SOURCE_LABELS, max_line_bytes=settings.validation_max_bytes)
     warehouse = warehouse or Warehouse(settings)
     client = open_client(settings, warehouse, persistent=persistent)
     if settings.fhir_source is SourceKind.SEARCH:
@@ -68,6 +70,7 @@ def open_quick_source(settings: Settings, *, store: Store, warehouse: Warehouse)
     limits = {
         "fhir_max_attempts": min(settings.fhir_max_attempts, _QUICK_ATTEMPTS),
         "fhir_timeout_seconds": min(settings.fhir_timeout_seconds, _QUICK_SECONDS),
+        "fhir_answer_seconds": min(settings.fhir_answer_seconds or _QUICK_ANSWER_SECONDS, _QUICK_ANSWER_SECONDS),
     }
     return open_source(settings.model_copy(update=limits), store=store, warehouse=warehouse)
 
@@ -97,6 +100,7 @@ def open_client(settings: Settings, warehouse: Warehouse, *, persistent: bool = 
         file_origins=settings.fhir_file_origins,
         credentials=build_account_credentials(settings, settings.require_source()),
         timeout=settings.fhir_timeout_seconds,
+        limits=build_client_limits(settings, SOURCE_LABELS),
         retrier=Retrier(RetryPolicy(attempts=settings.fhir_max_attempts)),
         connections=settings.fhir_max_connections,
         call_slot=warehouse.source_calls.slot,

@@ -3,6 +3,7 @@
 from threading import Event
 
 from fhir_assets.deployment.credentials import Account, Scope, build_account_credentials
+from fhir_assets.deployment.limits import build_client_limits
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.retries import Retrier, RetryPolicy
@@ -31,6 +32,7 @@ def _client(settings: Settings, url: str, account: Account, workers: int, stop: 
         url,
         credentials=build_account_credentials(settings, url, account=account, scope=Scope.WRITE),
         timeout=settings.fhir_timeout_seconds,
+        limits=build_client_limits(settings, account.labels),
         retrier=Retrier(RetryPolicy(attempts=settings.fhir_max_attempts), sleep=stop.wait),
         connections=workers,
         labels=account.labels,

@@ -27,6 +27,12 @@ class ServerLabels:
     export_level: str = "the export level"
     type_filter: str = "the type filter of an export"
     export_days: str = "the time limit of an export"
+    answer_seconds: str = "the time limit of an answer"
+    answer_bytes: str = "the size limit of an answer"
+    max_pages: str = "the limit of pages"
+    file_seconds: str = "the time limit of a file"
+    file_bytes: str = "the size limit of a file"
+    max_files: str = "the limit of files of an export"
     file_origins: str = "the origins of files"
     file_source: str = "files as the source"
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from fhir_assets.errors import FhirAssetsError, NotFhir
 from fhir_assets.fhir.auth.credentials import Basic, Bearer
 from fhir_assets.fhir.bulk.client import BulkClient, ExportFailed, ExportGone, ExportPending
 from fhir_assets.fhir.client.http import FhirClient
+from fhir_assets.fhir.client.limits import ClientLimits
 from fhir_assets.fhir.client.response import HttpStatusError
-from fhir_assets.fhir.record import Record
+from fhir_assets.fhir.record import Record, RejectedInput
 from fhir_assets.pipeline.fetch import bulk_download
 from fhir_assets.pipeline.fetch.bulk_source import BulkSource
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
@@ -371,3 +373,43 @@ def test_deletions_are_applied_by_versioned_and_absolute_urls_and_an_unreadable_
     ((stage, rule, message),) = letters
     assert (stage, rule) == ("export", "export-deletion")
     assert "Mustermann" not in message
+
+
+def test_a_line_that_is_longer_than_the_limit_becomes_a_dead_letter_and_the_others_are_read(
+    store: Store, database: str
+) -> None:
+    lines = [patient("a", START), patient("b", START, text="x" * 5000), patient("c", START)]
+    manifest = {**MANIFEST, "output": [{"type": "Patient", "url": "/fhir/p.ndjson", "count": 3}]}
+    with scripted(manifest, Reply(b"\n".join(lines))) as server:
+        client = FhirClient(server.url, retrier=QUICK_RETRIES, limits=ClientLimits(line_bytes=4000))
+        bulk_source = BulkSource(client, store, lambda: connect(database, cipher=NO_ENCRYPTION))
+        items = list(bulk_source.fetch(["Patient"], Interval(None, datetime(2900, 1, 1, tzinfo=UTC))))
+    rejected = [item for item in items if isinstance(item, RejectedInput)]
+    assert [item.id for item in items if isinstance(item, Record)] == ["a", "c"]
+    assert [(item.resource_type, item.rule, item.message) for item in rejected] == [
+        ("Patient", "json", "a line longer than the limit for one resource")
+    ]
+    assert bulk_source.drain_notices() == ()
+
+
+def test_a_manifest_that_is_too_large_is_refused_before_it_is_kept(store: Store, database: str) -> None:
+    manifest = {**MANIFEST, "padding": "x" * 200_000}
+    with scripted(manifest) as server:
+        client = FhirClient(server.url, retrier=QUICK_RETRIES, limits=ClientLimits(answer_bytes=100_000))
+        bulk_source = BulkSource(client, store, lambda: connect(database, cipher=NO_ENCRYPTION))
+        with pytest.raises(NotFhir, match="larger than 100000 bytes"):
+            ids(bulk_source)
+
+
+def test_a_manifest_whose_parts_have_no_end_is_refused(store: Store, database: str) -> None:
+    number = count(1)
+
+    def poll() -> Reply:
+        link = {"relation": "next", "url": f"/fhir/status?part={next(number)}"}
+        return reply({**MANIFEST, "link": [link]})
+
+    with scripted(MANIFEST, poll=poll) as server:
+        client = FhirClient(server.url, retrier=QUICK_RETRIES, limits=ClientLimits(max_files=9))
+        bulk_source = BulkSource(client, store, lambda: connect(database, cipher=NO_ENCRYPTION))
+        with pytest.raises(NotFhir, match="more than 9 files"):
+            ids(bulk_source)

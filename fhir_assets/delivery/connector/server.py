@@ -17,10 +17,15 @@ import urllib3
 from requests import PreparedRequest
 from requests.structures import CaseInsensitiveDict
 
+from fhir_assets import retries
 from fhir_assets.errors import ConfigurationError, NotFhir, ServerRefused, TransientError
 from fhir_assets.fhir.auth.credentials import Credentials
 from fhir_assets.fhir.labels import DEFAULT_LABELS, ServerLabels
 from fhir_assets.fhir.outcome import summarize_issues
+from fhir_assets.fhir.transport.body import decode_answer, read_answer
+from fhir_assets.fhir.transport.connections import limit_pools
+from fhir_assets.fhir.transport.limits import ANSWER_TIMEOUTS, AnswerLimits, AnswerTooLarge, AnswerTooSlow
+from fhir_assets.fhir.transport.session import Answer
 from fhir_assets.metrics import connector as metrics
 from fhir_assets.retries import read_retry_after
 
@@ -37,6 +42,9 @@ What refers to it may be deleted soon after it, for example by a change of the s
 
 _CONFLICT_ATTEMPTS = 10
 """Attempts of a deletion that the server answers with 409 and no such element. HAPI answers a version conflict so."""
+
+_LARGE_ATTEMPTS = 3
+"""Attempts of a change that the server answers with more than the limit of an answer."""
 
 _log = logging.getLogger(__name__)
 
@@ -88,7 +96,11 @@ class Reply:
 
 
 class FhirServer:
-    """The FHIR server at ``base_url``. Safe for use by several threads. ``timeout`` of a call is in seconds."""
+    """The FHIR server at ``base_url``. Safe for use by several threads.
+
+    ``timeout`` (seconds) limits each wait for the server; ``limits`` are those of a complete response, by default ten
+    times the timeout.
+    """
 
     def __init__(
         self,
@@ -98,6 +110,7 @@ class FhirServer:
         timeout: float,
         connections: int,
         labels: ServerLabels = DEFAULT_LABELS,
+        limits: AnswerLimits | None = None,
     ) -> None:
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -109,6 +122,8 @@ class FhirServer:
         self._pool = urllib3.PoolManager(
             maxsize=connections, block=True, timeout=urllib3.Timeout(connect=min(10.0, timeout), read=timeout)
         )
+        self._limits = limits or AnswerLimits(ANSWER_TIMEOUTS * timeout)
+        limit_pools(self._pool, self._limits)
 
     def close(self) -> None:
         """Close the connections."""
@@ -160,7 +175,16 @@ class FhirServer:
             result = code = _code(error)
             metrics.CALL_ERRORS.labels(method=method, code=code).inc()
             raise TransientFailure(code, f"the FHIR server cannot be reached ({code})", server_wide=True) from None
-        except (TransientError, ServerRefused, NotFhir) as error:
+        except AnswerTooLarge as error:
+            # The server may have executed the request, but another attempt would get the same answer.
+            result = code = "too-large"
+            metrics.CALL_ERRORS.labels(method=method, code=code).inc()
+            raise TransientFailure(code, _describe_limit(error), server_wide=False, attempts=_LARGE_ATTEMPTS) from None
+        except retries.TransientFailure as error:
+            result = code = "timeout" if isinstance(error, AnswerTooSlow) else "broken-off"
+            metrics.CALL_ERRORS.labels(method=method, code=code).inc()
+            raise TransientFailure(code, _describe_limit(error), server_wide=True) from None
+        except (TransientError, ServerRefused, NotFhir, ConfigurationError) as error:
             metrics.CALL_ERRORS.labels(method=method, code="token").inc()
             raise TransientFailure("token", f"no token: {error}", server_wide=True) from None
         finally:
@@ -175,9 +199,7 @@ class FhirServer:
             raise TransientFailure("changed", "the resource was changed at the same time", server_wide=False)
         return self._classify(method, response, absent, conditional=bool(query or if_none_exist))
 
-    def _send(
-        self, method: str, url: str, body: bytes | None, conditions: Mapping[str, str]
-    ) -> urllib3.BaseHTTPResponse:
+    def _send(self, method: str, url: str, body: bytes | None, conditions: Mapping[str, str]) -> Answer:
         request = PreparedRequest()
         request.headers = CaseInsensitiveDict({"Accept": FHIR_JSON, "User-Agent": "fhir-assets", **conditions})
         if method == "GET":
@@ -186,15 +208,38 @@ class FhirServer:
         if body is not None:
             request.headers["Content-Type"] = FHIR_JSON
         self._credentials(request)
-        return self._pool.request(method, url, body=body, headers=dict(request.headers), retries=False, redirect=False)
+        return self._read(
+            self._pool.request(
+                method,
+                url,
+                body=body,
+                headers=dict(request.headers),
+                retries=False,
+                redirect=False,
+                preload_content=False,
+            )
+        )
 
-    def _classify(
-        self, method: str, response: urllib3.BaseHTTPResponse, absent: frozenset[int], *, conditional: bool
-    ) -> Reply:
+    def _read(self, response: urllib3.BaseHTTPResponse) -> Answer:
+        """Read a response to its end within the limits."""
+        try:
+            raw = read_answer(lambda size: response.read1(size, decode_content=False))
+        except BaseException:
+            response.close()
+            raise
+        finally:
+            response.release_conn()
+        try:
+            content = decode_answer(raw, response.headers, self._limits)
+        except NotFhir as error:
+            raise retries.TransientFailure(str(error)) from None
+        return Answer(response.status, response.headers, content)
+
+    def _classify(self, method: str, response: Answer, absent: frozenset[int], *, conditional: bool) -> Reply:
         status = response.status
         if status < 300 or status in absent:
             try:
-                parsed = orjson.loads(response.data) if response.data else None
+                parsed = orjson.loads(response.body) if response.body else None
             except orjson.JSONDecodeError:
                 if status >= 300:
                     return Reply(status, response.headers, None)
@@ -206,7 +251,7 @@ class FhirServer:
             raise TransientFailure(
                 str(status), f"the FHIR server redirects: correct {self._labels.base_url}", server_wide=True
             )
-        issues = ", ".join(summarize_issues(response.data))
+        issues = ", ".join(summarize_issues(response.body))
         if status == 409 and method == "DELETE":
             raise TransientFailure(
                 "still-referenced",
@@ -229,6 +274,10 @@ class FhirServer:
                 "several-matches", "the FHIR server has several resources with this identifier", status
             )
         raise PermanentFailure("refused", f"the FHIR server answered {status}{f': {issues}' if issues else ''}", status)
+
+
+def _describe_limit(error: retries.TransientFailure) -> str:
+    return f"{error.reason}; {error.advice}" if error.advice else error.reason
 
 
 def _read_conditional_creates(statement: object) -> frozenset[str]:

@@ -8,6 +8,7 @@ from fhir_assets.delivery.connector.mapping import BUILT_IN, Source, load_mappin
 from fhir_assets.delivery.connector.runner import Connector, RunnerOptions
 from fhir_assets.delivery.connector.server import FhirServer
 from fhir_assets.deployment.credentials import Account, Scope, build_account_credentials
+from fhir_assets.deployment.limits import build_client_limits
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.retries import RetryPolicy
 from fhir_assets.settings import Settings
@@ -53,6 +54,7 @@ def build_connector(settings: Settings, connect: OpenSession, *, workers: int | 
         url,
         build_account_credentials(settings, url, account=account, scope=Scope.WRITE),
         timeout=settings.fhir_timeout_seconds,
+        limits=build_client_limits(settings, account.labels).answer,
         connections=count,
         labels=account.labels,
     )

@@ -10,18 +10,19 @@ from urllib.parse import urljoin
 from uuid import uuid4
 
 import orjson
-import requests
 from joserfc import jwt
 from joserfc.errors import JoseError
 from joserfc.jwk import ECKey, RSAKey, import_key
-from requests import PreparedRequest
+from requests import PreparedRequest, RequestException
+from urllib3.exceptions import HTTPError
 
 from fhir_assets.errors import ConfigurationError, NotFhir, ServerRefused
 from fhir_assets.fhir.auth.credentials import Credentials, is_valid_token
 from fhir_assets.fhir.labels import DEFAULT_LABELS, ServerLabels
 from fhir_assets.fhir.transport.addresses import are_public, resolve
+from fhir_assets.fhir.transport.limits import ANSWER_TIMEOUTS, AnswerLimits
 from fhir_assets.fhir.transport.origin import Origin, is_confidential, parse_origin
-from fhir_assets.fhir.transport.session import Session
+from fhir_assets.fhir.transport.session import Answer, Session
 from fhir_assets.retries import Retrier, RetryPolicy, TransientFailure, read_retry_after
 
 TOKEN_POLICY = RetryPolicy(attempts=4, first_wait=1, max_wait=4, max_retry_after=60, budget=240)
@@ -35,6 +36,7 @@ _RENEWAL_SHARE = 0.2
 _RENEWAL_SECONDS = 60.0
 _TIMEOUT_SECONDS = 30
 _MAX_REDIRECTS = 5
+_REDIRECT_STATUS = frozenset({301, 302, 303, 307, 308})
 
 Key = RSAKey | ECKey
 
@@ -92,6 +94,7 @@ class BackendServices(Credentials):
         token_url: str | None = None,
         scope: str = "system/*.read",
         labels: ServerLabels = DEFAULT_LABELS,
+        limits: AnswerLimits | None = None,
         retrier: Retrier | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -102,6 +105,7 @@ class BackendServices(Credentials):
         self._secret = secret
         self._token_url = token_url
         self._scope = scope
+        self._limits = limits or AnswerLimits(ANSWER_TIMEOUTS * _TIMEOUT_SECONDS)
         self._retrier = retrier or Retrier(TOKEN_POLICY)
         self._clock = clock
         self._token: str | None = None
@@ -141,10 +145,8 @@ class BackendServices(Credentials):
         else:
             auth = (self._client_id, self._secret or "")
         response = self._call("POST", url, "token endpoint", data=form, auth=auth)
-        if response.status_code in (400, 401, 403):
-            raise ServerRefused(
-                f"the token endpoint of {self._base_url} answered {response.status_code}: {self.remedy}"
-            )
+        if response.status in (400, 401, 403):
+            raise ServerRefused(f"the token endpoint of {self._base_url} answered {response.status}: {self.remedy}")
         document = self._read_object(response, "token endpoint")
         token, lifetime = document.get("access_token"), document.get("expires_in", _DEFAULT_LIFETIME)
         if not isinstance(token, str) or not is_valid_token(token) or not isinstance(lifetime, int | float):
@@ -184,7 +186,7 @@ class BackendServices(Credentials):
         origin = parse_origin(url)
         for _ in range(_MAX_REDIRECTS):
             response = self._call("GET", url, "SMART configuration", auth=Credentials())
-            if not response.is_redirect:
+            if response.status not in _REDIRECT_STATUS:
                 break
             url = self._follow(url, response, origin)
         token_url = self._read_object(response, "SMART configuration").get("token_endpoint")
@@ -192,10 +194,10 @@ class BackendServices(Credentials):
             raise NotFhir(f"{self._base_url} names no token endpoint: set {self.labels.token_url}")
         return token_url
 
-    def _follow(self, url: str, response: requests.Response, origin: Origin) -> str:
+    def _follow(self, url: str, response: Answer, origin: Origin) -> str:
         """Return the target of a redirect. Another server may not name the token endpoint: raises NotFhir."""
         try:
-            target = urljoin(url, response.headers["Location"])
+            target = urljoin(url, response.headers.get("Location", ""))
             if parse_origin(target) == origin:
                 return target
         except ValueError:
@@ -213,21 +215,21 @@ class BackendServices(Credentials):
             return False
         return own == named or are_public(resolve(named)) or not are_public(resolve(own))
 
-    def _call(self, method: str, url: str, name: str, **options: Any) -> requests.Response:
+    def _call(self, method: str, url: str, name: str, **options: Any) -> Answer:
         """Send a request and return its response. Status 429 and 5xx are retried. Raises ServerUnavailable."""
         advice = f"is the server that issues tokens up, and is {self.labels.token_url} right?"
 
-        def attempt() -> requests.Response:
+        def attempt() -> Answer:
             try:
-                with Session() as session:
-                    response = session.request(
+                with Session(self._limits) as session:
+                    response = session.exchange(
                         method, url, timeout=_TIMEOUT_SECONDS, headers={"Accept": "application/json"}, **options
                     )
-            except requests.RequestException:
+            except (RequestException, HTTPError):
                 raise TransientFailure("no answer", advice=advice) from None
-            if response.status_code >= 500 or response.status_code == 429:
+            if response.status >= 500 or response.status == 429:
                 raise TransientFailure(
-                    f"the server answered {response.status_code}",
+                    f"the server answered {response.status}",
                     advice=advice,
                     retry_after=read_retry_after(response.headers.get("Retry-After")),
                 )
@@ -235,14 +237,14 @@ class BackendServices(Credentials):
 
         return self._retrier.run(f"the {name} of {self._base_url}", attempt)
 
-    def _read_object(self, response: requests.Response, name: str) -> dict[str, Any]:
+    def _read_object(self, response: Answer, name: str) -> dict[str, Any]:
         try:
-            document = response.json() if 200 <= response.status_code < 300 else None
+            document = orjson.loads(response.body) if 200 <= response.status < 300 else None
         except ValueError:
             document = None
         if not isinstance(document, dict):
             raise NotFhir(
-                f"{self._base_url}: no {name} there ({response.status_code}): set {self.labels.token_url}, or "
+                f"{self._base_url}: no {name} there ({response.status}): set {self.labels.token_url}, or "
                 f"{self.labels.base_url}"
             )
         return document

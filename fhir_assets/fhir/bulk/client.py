@@ -16,6 +16,7 @@ from fhir_assets.errors import ConfigurationError, NotFhir, PermanentError, Serv
 from fhir_assets.fhir.bulk.downloads import Downloads
 from fhir_assets.fhir.bulk.kick_off import REFUSALS, explain_refusal
 from fhir_assets.fhir.bulk.manifest import ExportFile, ExportManifest, ExportRequest, parse_manifest
+from fhir_assets.fhir.bulk.manifest_parts import ManifestParts
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.client.response import FhirResponse, HttpStatusError, invalid_json_failure
 from fhir_assets.fhir.labels import DEFAULT_LABELS, ServerLabels
@@ -166,6 +167,10 @@ class BulkClient:
                 "and ask the server's administrator if that one fails too"
             )
         self._client.raise_for_status(response.status, response.headers, "GET", response.url)
+
+    def count_parts(self) -> ManifestParts:
+        """Return a count of the parts of one manifest, which has limits."""
+        return ManifestParts(self._client.limits)
 
     def delete_export(self, status_url: str) -> None:
         """Delete the export at the server. Succeeds if the server has already deleted it."""

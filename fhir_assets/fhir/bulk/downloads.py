@@ -7,6 +7,7 @@ therefore downloaded with ``http.client`` of the standard library, unless a prox
 import re
 import socket
 import ssl
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,15 +27,19 @@ from urllib3.exceptions import HTTPError
 
 from fhir_assets.errors import ConfigurationError, NotFhir
 from fhir_assets.fhir.auth.credentials import Credentials
-from fhir_assets.fhir.bulk.body import decode_body, parse_encodings
 from fhir_assets.fhir.bulk.file_lines import ReturnedLines, split_file
 from fhir_assets.fhir.client.http import FhirClient
 from fhir_assets.fhir.client.response import HttpStatusError
 from fhir_assets.fhir.transport.addresses import PrivateAddress, are_public, connect_publicly, resolve
+from fhir_assets.fhir.transport.body import decode_body, limit_bytes, parse_encodings
+from fhir_assets.fhir.transport.connections import LimitedConnection
+from fhir_assets.fhir.transport.limits import AnswerLimits
 from fhir_assets.fhir.transport.origin import Origin, format_origin, is_confidential, parse_origin
+from fhir_assets.fhir.transport.session import Session
 from fhir_assets.retries import TransientFailure
 
 _CHUNK_BYTES = 1 << 18
+_PROXY_CONNECTIONS = 64
 _MAX_REDIRECTS = 5
 _REDIRECT_STATUS = frozenset({301, 302, 303, 307, 308})
 _HEADERS = {"Accept": "application/fhir+ndjson", "Accept-Encoding": "gzip", "User-Agent": "fhir-assets"}
@@ -76,7 +81,7 @@ class _Response:
     content: Iterator[bytes]
 
 
-class _Connection(HTTPConnection):
+class _Connection(LimitedConnection, HTTPConnection):
     """A connection that is not made to a private address, unless it is the one of ``own_host`` (see ``addresses``)."""
 
     own_host: str | None = None
@@ -87,6 +92,7 @@ class _Connection(HTTPConnection):
         if self.own_host is None:
             super().connect()
             return
+        self.begin()
         self.sock = connect_publicly(self.host, self.port, self.timeout, own_host=self.own_host)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -108,6 +114,8 @@ class Downloads:
     def __init__(self, client: FhirClient) -> None:
         self._client = client
         self._labels = client.labels
+        self._limits = client.limits.file
+        self._proxy_session = Session(self._limits, connections=_PROXY_CONNECTIONS)
         self._idle: dict[Origin, list[HTTPConnection]] = defaultdict(list)
         self._proxied: dict[Origin, bool] = {}
         self._tls: ssl.SSLContext | None = None
@@ -125,6 +133,7 @@ class Downloads:
                 for connection in connections:
                     connection.close()
             self._idle.clear()
+        self._proxy_session.close()
 
     @contextmanager
     def share_slot(self) -> Iterator[None]:
@@ -153,6 +162,7 @@ class Downloads:
         returned = ReturnedLines()
         failures = short_reads = 0
         retrier = self._client.retrier
+        started = time.monotonic()
         while True:
             try:
                 for lines in returned.skip_in(self._attempt(url, authorized)):
@@ -165,13 +175,15 @@ class Downloads:
                 raise TransientFailure(f"the file ends after {returned.count} of {expected} resources")
             except TransientFailure as failure:
                 failures += 1
+                if time.monotonic() - started > self._limits.seconds:
+                    failure.attempts = failures
                 retrier.wait_or_raise(f"GET {format_origin(url)}, {_FILE}", failures, failure)
 
     def _attempt(self, url: str, authorized: bool) -> Iterator[list[bytes]]:
         """Read a file once. Raises TransientFailure."""
         try:
             with self._open(url, authorized) as response:
-                yield from split_file(response.content)
+                yield from split_file(response.content, self._client.limits.line_bytes)
         except _CONNECTION_ERRORS as error:
             raise TransientFailure(f"the download was interrupted ({type(error).__name__})") from None
 
@@ -243,7 +255,7 @@ class Downloads:
         if self._has_proxy(target):
             if not (self._may_be_private(target) or are_public(resolve(target.origin[1]))):
                 raise self._refuse_private(target)
-            with self._client.session.get(
+            with self._proxy_session.get(
                 target.url,
                 headers=_HEADERS,
                 auth=credentials,
@@ -252,13 +264,13 @@ class Downloads:
                 stream=True,
             ) as proxied:
                 raw = proxied.raw
-                content = _decode(lambda size: raw.read1(size, decode_content=False), proxied.headers)
+                content = _decode(lambda size: raw.read1(size, decode_content=False), proxied.headers, self._limits)
                 yield _Response(proxied.status_code, proxied.headers, content)
             return
         connection, response = self._request(target, credentials)
         try:
             headers = CaseInsensitiveDict(response.headers.items())
-            yield _Response(response.status, headers, _decode(_body_reader(response), headers))
+            yield _Response(response.status, headers, _decode(_body_reader(response), headers, self._limits))
         except BaseException:
             connection.close()
             raise
@@ -294,6 +306,7 @@ class Downloads:
             if scheme == "http"
             else _TlsConnection(host, port, timeout=timeout, context=self._tls_context(target))
         )
+        connection.limits = self._limits
         if not self._may_be_private(target):
             connection.own_host = self._client.origin[1]
         try:
@@ -320,9 +333,9 @@ class Downloads:
         return self._proxied[target.origin]
 
 
-def _decode(read: Callable[[int], bytes], headers: Mapping[str, str]) -> Iterator[bytes]:
+def _decode(read: Callable[[int], bytes], headers: Mapping[str, str], limits: AnswerLimits) -> Iterator[bytes]:
     codings = parse_encodings(headers.get("Content-Encoding"))
-    yield from decode_body(read, codings, may_be_empty=headers.get("Content-Length") == "0")
+    yield from limit_bytes(decode_body(read, codings, may_be_empty=headers.get("Content-Length") == "0"), limits)
 
 
 def _body_reader(response: HTTPResponse) -> Callable[[int], bytes]:

@@ -10,6 +10,8 @@ from fhir_assets.fhir.lines import DamagedFile
 from fhir_assets.retries import TransientFailure
 
 _BOM = b"\xef\xbb\xbf"
+LONG_LINE = b"a line longer than the limit for one resource"
+"""The line that ``split_file`` returns for a line that is too long. It is not JSON, and becomes a dead letter."""
 _CUT_OFF = "the server cuts it off: run again to request a new export"
 
 
@@ -59,13 +61,14 @@ class ReturnedLines:
             raise FileChanged
 
 
-def split_file(chunks: Iterable[bytes]) -> Iterator[list[bytes]]:
+def split_file(chunks: Iterable[bytes], limit: int) -> Iterator[list[bytes]]:
     """Split the content of a file into lines, in batches, without blank lines and without a byte order mark.
 
-    Raises TransientFailure if the content is HTML or XML, ends in the middle of a line, or is a damaged compressed
-    stream.
+    A line of more than ``limit`` bytes is returned as LONG_LINE, and does not need more memory. Raises TransientFailure
+    if the content is HTML or XML, ends in the middle of a line, or is a damaged compressed stream.
     """
     parts: list[bytes] = []
+    length = 0
     first = True
     try:
         for chunk in chunks:
@@ -79,14 +82,23 @@ def split_file(chunks: Iterable[bytes]) -> Iterator[list[bytes]]:
                     )
                 first = False
             head, *lines = chunk.split(b"\n")
-            parts.append(head)
+            length += len(head)
+            if length <= limit:
+                parts.append(head)
+            else:
+                parts.clear()
             if lines:
-                complete = [line for line in (b"".join(parts), *lines[:-1]) if line.strip()]
-                parts = [lines[-1]]
+                first_line = b"".join(parts) if length <= limit else LONG_LINE
+                others = (line if len(line) <= limit else LONG_LINE for line in lines[:-1])
+                complete = [line for line in (first_line, *others) if line.strip()]
+                parts, length = [lines[-1]], len(lines[-1])
                 if complete:
                     yield complete
     except DamagedFile as error:
         raise TransientFailure(str(error), advice=_CUT_OFF, final=NotFhir) from None
+    if length > limit:
+        yield [LONG_LINE]
+        return
     rest = b"".join(parts)
     if rest.strip():
         if not _is_json(rest):

@@ -13,6 +13,7 @@ from fhir_assets.errors import NotFhir
 from fhir_assets.fhir.record import parse_instant
 
 _ADVICE = "run again to request a new export, and ask the server's administrator if it happens again"
+_has_unstorable = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]").search
 _is_type_name = re.compile(r"[A-Za-z]{1,64}").fullmatch
 
 
@@ -67,6 +68,11 @@ class ExportManifest:
     answered_at: datetime | None = None
     next_url: str | None = None
 
+    @property
+    def size(self) -> int:
+        """The number of characters of the addresses of all files."""
+        return sum(len(file.url) for file in (*self.output, *self.deleted, *self.errors))
+
     def extend(self, following: "ExportManifest") -> "ExportManifest":
         """Return the manifest with the files of the next part, which is complete up to the earlier of both times."""
         return replace(
@@ -94,7 +100,7 @@ def parse_manifest(document: Any, url: str, answered_at: datetime | None = None)
             answered_at,
             _find_next_link(document, url),
         )
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise NotFhir(f"the server's answer to the export is not a Bulk Data manifest: {_ADVICE}") from None
 
 
@@ -152,7 +158,7 @@ def _parse_files(entries: list[dict[str, Any]] | None, url: str, default_type: s
         file = ExportFile(resource_type, urljoin(url, entry["url"]), _parse_count(entry.get("count")))
         if not isinstance(resource_type, str) or not _is_type_name(resource_type):
             raise ValueError
-        if urlsplit(file.url).scheme not in ("http", "https"):
+        if urlsplit(file.url).scheme not in ("http", "https") or _has_unstorable(file.url):
             raise ValueError
         files.setdefault((resource_type, file.url), file)
     return tuple(files.values())

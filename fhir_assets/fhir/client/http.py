@@ -12,7 +12,6 @@ from typing import NoReturn, Self, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import requests
-from requests.adapters import HTTPAdapter
 from requests.exceptions import (
     ConnectionError,
     InvalidSchema,
@@ -25,12 +24,13 @@ from urllib3.exceptions import HTTPError, LocationParseError, MaxRetryError, Nam
 
 from fhir_assets.errors import ConfigurationError, NotFhir, ServerUnavailable
 from fhir_assets.fhir.auth.credentials import Credentials
-from fhir_assets.fhir.client.body import clean_body
 from fhir_assets.fhir.client.capabilities import Capabilities, parse_capabilities
 from fhir_assets.fhir.client.clock import ServerClock
+from fhir_assets.fhir.client.limits import ClientLimits
 from fhir_assets.fhir.client.links import guess_base, is_below, is_http_url, rewrite_link
 from fhir_assets.fhir.client.response import FhirResponse, HttpStatusError, InternalServerError, invalid_json_failure
 from fhir_assets.fhir.labels import DEFAULT_LABELS, ServerLabels
+from fhir_assets.fhir.transport.body import decode_answer, read_answer
 from fhir_assets.fhir.transport.origin import DEFAULT_PORTS, format_origin, parse_origin
 from fhir_assets.fhir.transport.session import Session
 from fhir_assets.notices import Notices
@@ -52,14 +52,14 @@ _READ_HEADERS = {"Cache-Control": "no-cache"}
 """Some servers answer a repeated search or count from a cache, HAPI for 60 seconds."""
 _MAX_REDIRECTS = 5
 _MAX_CONNECT_SECONDS = 10.0
-_BODY_TIMEOUTS = 10
-"""A complete body may take this many times the timeout."""
-_CHUNK_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """One HTTP response, before its status is checked. ``is_redirect`` means that it names another address."""
+    """One HTTP response, before its status is checked, with its body as it was sent.
+
+    ``is_redirect`` means that it names another address.
+    """
 
     url: str
     status: int
@@ -71,14 +71,14 @@ class Exchange:
 class FhirClient:
     """An HTTP client of one FHIR server. It keeps its connections open and may be used by several threads.
 
-    ``timeout`` (seconds) limits the wait for the first byte of a response and for each further byte; a complete
-    response may take ten times as long. Each call is made within ``call_slot()``, a context manager that may block, so
-    that the number of concurrent calls to a server is limited. ``labels`` are the names of the settings in messages.
-    ``link_base`` is the address that the server uses in links instead of the base URL; such links are rewritten.
-    ``file_origins`` are other servers with the files of its exports: they may have a private address, and get the token
-    (never a password) if a manifest requires it. A ``persistent`` client makes as many attempts with a server that
-    never answered as with any other, instead of those of FIRST_CONTACT_POLICY. ``notices`` collects notices about the
-    server's answers; ``clock`` is the server's clock.
+    ``timeout`` (seconds) limits the wait for the first byte of a response and for each further byte; ``limits`` are the
+    limits of complete responses, of pages and of files, by default ten times the timeout. Each call is made within
+    ``call_slot()``, a context manager that may block, so that the number of concurrent calls to a server is limited.
+    ``labels`` are the names of the settings in messages. ``link_base`` is the address that the server uses in links
+    instead of the base URL; such links are rewritten. ``file_origins`` are other servers with the files of its exports:
+    they may have a private address, and get the token (never a password) if a manifest requires it. A ``persistent``
+    client makes as many attempts with a server that never answered as with any other, instead of those of
+    FIRST_CONTACT_POLICY. ``notices`` collects notices about the server's answers; ``clock`` is the server's clock.
     Raises ConfigurationError if ``base_url`` is not an HTTP URL or contains credentials.
     """
 
@@ -90,6 +90,7 @@ class FhirClient:
         file_origins: Collection[str] = (),
         credentials: Credentials | None = None,
         timeout: float = 60,
+        limits: ClientLimits | None = None,
         retrier: Retrier | None = None,
         connections: int = 4,
         call_slot: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -124,11 +125,9 @@ class FhirClient:
         self.credentials = credentials or Credentials(labels=labels)
         self.timeout = (min(_MAX_CONNECT_SECONDS, timeout), timeout)
         self.retrier = retrier or Retrier()
-        self.session = Session()
+        self.limits = limits or ClientLimits(labels, timeout=timeout)
+        self.session = Session(self.limits.answer, connections=connections)
         self.session.headers.update({"Accept": FHIR_JSON, "User-Agent": "fhir-assets"})
-        adapter = HTTPAdapter(pool_connections=1, pool_maxsize=connections, pool_block=True)
-        self.session.mount("http://", adapter)
-        self.session.mount("https://", adapter)
 
     def __enter__(self) -> Self:
         return self
@@ -286,7 +285,7 @@ class FhirClient:
             elif answer.is_redirect:
                 url, params = self._redirect_target(answer, method), ()
             elif answer.status in expect:
-                content = clean_body(answer.body)
+                content = decode_answer(answer.body, answer.headers, self.limits.answer)
                 return FhirResponse(answer.url, answer.status, answer.headers, content, self.labels)
             else:
                 self.raise_for_status(answer.status, answer.headers, method, path)
@@ -334,22 +333,12 @@ class FhirClient:
             ) from None
 
     def _read_body(self, response: requests.Response) -> bytes:
-        """Read the body until a deadline: a server that sends single bytes would otherwise block the run forever."""
-        seconds = _BODY_TIMEOUTS * self.timeout[1]
-        deadline = time.monotonic() + seconds
-        chunks = []
         try:
-            while chunk := response.raw.read1(_CHUNK_BYTES, decode_content=True):
-                chunks.append(chunk)
-                if time.monotonic() > deadline:
-                    raise TransientFailure(
-                        f"the answer was incomplete after {seconds:.0f} s (see {self.labels.timeout})"
-                    )
+            return read_answer(lambda size: response.raw.read1(size, decode_content=False))
         except ReadTimeoutError:
             raise TransientFailure(f"the answer stopped before its end (see {self.labels.timeout})") from None
         except HTTPError:
             raise TransientFailure("the connection was lost before the end of the answer") from None
-        return b"".join(chunks)
 
     def _redirect_target(self, answer: Exchange, method: str) -> str:
         try:

@@ -107,6 +107,7 @@ class DeletionHistory:
         latest = page.date - timedelta(seconds=monotonic() - started) if page.date else None
         times = DeletionTimes(latest=latest, fallback=since)
         links = set()
+        what = f"the history of {resource_type}"
         while True:
             for entry in page.entries:
                 yield from self._read_entry(resource_type, entry, times)
@@ -114,11 +115,10 @@ class DeletionHistory:
                 yield from times.finish()
                 return
             url = self._client.resolve(page.next_link, page.url)
-            if url in links:
-                raise NotFhir(
-                    f"the next links of the history of {resource_type} form a loop: the server's paging is broken"
-                )
-            links.add(url)
+            if hash(url) in links:
+                raise NotFhir(f"the next links of {what} form a loop: the server's paging is broken")
+            links.add(hash(url))
+            self._client.limits.check_pages(len(links) + 1, what)
             try:
                 page = self._client.get(url, _parse_page)
             except HttpStatusError as error:

@@ -79,6 +79,7 @@ class SearchPager:
         self._rejected = 0
         self._order = _MatchOrder()
         self._started_at: datetime | None = None
+        self._pages_read = 0
 
     def read_interval(self, interval: Interval) -> Iterator[Record | RejectedInput]:
         """Read the resources of an interval.
@@ -230,6 +231,8 @@ class SearchPager:
         links = set()
         number = 1
         while page.next_link is not None:
+            self._pages_read += 1
+            self._client.limits.check_pages(self._pages_read + 1, f"a search of {self._type}")
             if not page.next_link:
                 yield page
                 raise _PagesEnded(number, None)

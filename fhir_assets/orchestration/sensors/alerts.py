@@ -57,7 +57,11 @@ def build_alerts_sensor(
     their incidents, so that no event is lost or repeated if a tick is ended early.
     """
     url = settings.alert_webhook_url
-    webhook = Webhook(url.get_secret_value(), ui_url=settings.dagster_ui_url) if url else None
+    webhook = (
+        Webhook(url.get_secret_value(), ui_url=settings.dagster_ui_url, seconds=settings.alert_webhook_seconds)
+        if url
+        else None
+    )
 
     @dg.sensor(
         name="alerts",

@@ -208,6 +208,7 @@ class ExportRunner:
         reported = ""
         url = export.status_url
         manifest: ExportManifest | None = None
+        parts = self._client.count_parts()
         while True:
             try:
                 answer = self._client.poll(url, polls)
@@ -215,6 +216,7 @@ class ExportRunner:
                 self._check_limit(export)
                 raise
             if not isinstance(answer, ExportPending):
+                parts.add(url, answer)
                 manifest = manifest.extend(answer) if manifest else answer
                 if answer.next_url is None:
                     return manifest

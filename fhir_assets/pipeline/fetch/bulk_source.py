@@ -12,6 +12,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from fhir_assets.errors import ServerRefused, StoreError
+from fhir_assets.fhir.bulk.file_lines import LONG_LINE
 from fhir_assets.fhir.bulk.kick_off import ExportRefused
 from fhir_assets.fhir.bulk.manifest import ExportRequest
 from fhir_assets.fhir.client.http import FhirClient
@@ -201,6 +202,9 @@ class BulkSource:
             for line in batch:
                 number += 1
                 location = f"{part.name.rpartition('/')[2]}:{number}"
+                if line == LONG_LINE:
+                    yield RejectedInput(resource_type, None, "json", location, LONG_LINE.decode(), arrived, b"")
+                    continue
                 try:
                     header = read_header(line)
                     if header.resource_type != resource_type:

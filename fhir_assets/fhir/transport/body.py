@@ -1,16 +1,70 @@
-"""The content of a downloaded file: decompressed, and checked to be complete."""
+"""The bodies of answers: decompressed within a limit, and checked to be complete.
 
+A body is decompressed even if the server does not declare its compression.
+"""
+
+import io
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import BinaryIO, cast
 
 from fhir_assets.errors import NotFhir
 from fhir_assets.fhir.lines import DamagedFile, decompress
+from fhir_assets.fhir.transport.limits import AnswerLimits, AnswerTooLarge
+from fhir_assets.retries import TransientFailure
 
 _READ_BYTES = 1 << 18
 _MAGIC_BYTES = 2
 _GZIP_NAMES = frozenset({"gzip", "x-gzip"})
-_ADVICE = "run again to request a new export, and ask the server's administrator if it happens again"
+_BOM = b"\xef\xbb\xbf"
+_GZIP_MAGIC = b"\x1f\x8b"
+MAX_VALUES = 2_000_000
+"""The maximum number of objects, lists and members in an answer: 50 KiB of JSON can need a hundred times its size."""
+_SMALL_BYTES = 4 * 2**20
+"""A body of this size is parsed whatever it contains."""
+
+
+def read_answer(read: Callable[[int], bytes]) -> bytes:
+    """Read a body to its end, as it was sent. ``read(size)`` returns ``b""`` there, and enforces the limits."""
+    return _join(iter(lambda: read(_READ_BYTES), b""))
+
+
+def decode_answer(raw: bytes, headers: Mapping[str, str], limits: AnswerLimits) -> bytes:
+    """Return the content of a body without a byte order mark.
+
+    Raises AnswerTooLarge, TransientFailure if a compressed body is cut off or damaged, and NotFhir for an unknown
+    compression.
+    """
+    codings = parse_encodings(headers.get("Content-Encoding"))
+    if codings or raw.startswith(_GZIP_MAGIC):
+        try:
+            raw = _join(limit_bytes(decode_body(io.BytesIO(raw).read, codings, may_be_empty=not raw), limits))
+        except DamagedFile:
+            raise TransientFailure("the answer is compressed, and damaged or cut off") from None
+    content = raw.removeprefix(_BOM)
+    if len(content) > _SMALL_BYTES and sum(map(content.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise AnswerTooLarge(
+            f"the answer has more than {MAX_VALUES:,} elements", advice="ask the server for smaller pages"
+        )
+    return content
+
+
+def limit_bytes(chunks: Iterable[bytes], limits: AnswerLimits) -> Iterator[bytes]:
+    """Yield decompressed content. Raises AnswerTooLarge."""
+    left = limits.bytes
+    for chunk in chunks:
+        left -= len(chunk)
+        if left < 0:
+            raise limits.too_large()
+        yield chunk
+
+
+def _join(chunks: Iterable[bytes]) -> bytes:
+    """Join content without a second copy of it."""
+    joined = io.BytesIO()
+    for chunk in chunks:
+        joined.write(chunk)
+    return joined.getvalue()
 
 
 class _Stream:
@@ -38,7 +92,9 @@ def parse_encodings(header: str | None) -> tuple[str, ...]:
     codings = tuple(name for name in names if name not in ("", "identity"))
     unknown = [name[:20] for name in codings if name not in _GZIP_NAMES and name != "deflate"]
     if unknown:
-        raise NotFhir(f"an exported file has the Content-Encoding {unknown[0]}, which was not requested: {_ADVICE}")
+        raise NotFhir(
+            f"the server answers with the Content-Encoding {unknown[0]}, which was not requested: ask its administrator"
+        )
     return codings
 
 
