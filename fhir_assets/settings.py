@@ -527,6 +527,9 @@ def load_settings(**overrides: object) -> Settings:
             for detail in details
         )
         raise ConfigurationError(f"Invalid settings. {reasons}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise ConfigurationError(f"The file .env in this folder cannot be read: {reason}: correct it") from None
 
 
 def _cores() -> int:

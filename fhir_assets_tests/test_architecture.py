@@ -24,6 +24,7 @@ GROUND = {
     "file_modes",
     "control_characters",
     "connection_limits",
+    "local_files",
 }
 """The modules that every component may import."""
 
@@ -35,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "atomic_files": {"file_modes"},
     "windows": set(),
     "connection_limits": set(),
+    "local_files": set(),
     "catalog": set(),
     "sources": set(),
     "notices": {"control_characters"},

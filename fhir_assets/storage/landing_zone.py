@@ -1,7 +1,6 @@
 """The landing zone: a folder or a bucket that others put files into. Files in it are never moved or deleted."""
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,8 +8,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from fhir_assets.atomic_files import replace_file
+from fhir_assets.control_characters import escape_control_characters
 from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.file_modes import PRIVATE, create_folders
+from fhir_assets.local_files import (
+    LONG_NAME,
+    MAX_NAME_BYTES,
+    FoundFile,
+    open_file,
+    walk_files,
+)
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage.encrypted_parts import MARK, decrypt_stream, encrypt_frames
 from fhir_assets.storage.s3 import Bucket
@@ -18,18 +25,24 @@ from fhir_assets.storage.s3 import Bucket
 DONE = ".done"
 """The suffix of a marker file: the empty file ``<name>.done`` states that the file ``<name>`` is complete."""
 
+_ODD_KEY = "its key has a part . or .., which clients of S3 resolve differently: rename it"
+
 ENCRYPTED = ".encrypted"
 """The suffix of files that this project has encrypted, so that nobody takes them for the format of their name."""
 
 
 @dataclass(frozen=True, slots=True)
 class LandingFile:
-    """A file of a zone. ``mark`` changes when the content changes: a time of modification or an ETag."""
+    """A file of a zone. ``mark`` changes when the content changes: a time of modification or an ETag.
+
+    ``fault`` is the reason why it can never be read, such as a link; its name is then one that can be shown and stored.
+    """
 
     name: str
     size: int
     mark: str
     written: datetime
+    fault: str | None = None
 
 
 class Zone(Protocol):
@@ -71,25 +84,17 @@ class FolderZone:
             raise ConfigurationError(
                 f"FHIR_LANDING_URL: the folder {self.root} does not exist: create it, or correct the setting"
             )
-        for folder, below, names in os.walk(self.root):
-            below[:] = [name for name in below if not name.startswith(".")]
-            for name in names:
-                path = Path(folder) / name
-                try:
-                    stat = path.stat()
-                except FileNotFoundError:
-                    continue  # deleted since it was listed
-                if not name.startswith(".") and path.is_file():
-                    yield self._describe(path, stat)
+        try:
+            for found in walk_files(self.root):
+                yield self._describe(found)
+        except OSError as error:
+            raise ConfigurationError(
+                f"FHIR_LANDING_URL: the folder {self.root} cannot be read: {error.strerror}: correct its permissions"
+            ) from None
 
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading. Raises StoreError."""
-        try:
-            return (self.root / name).open("rb")
-        except OSError as error:
-            raise StoreError(
-                f"a file of the landing zone cannot be read: {error.strerror or type(error).__name__}"
-            ) from None
+        return open_file(self.root, name, _unreadable)
 
     def put(self, name: str, content: bytes) -> LandingFile:
         """Write a file, which appears complete, and return it as it is listed. Raises StoreError."""
@@ -99,15 +104,22 @@ class FolderZone:
             with replace_file(path) as file:
                 file.write(content)
                 path.with_name(path.name + DONE).touch(PRIVATE)
-            return self._describe(path, path.stat())
+            stat = path.stat()
+            return self._describe(FoundFile(name, stat.st_size, stat.st_mtime_ns))
         except OSError as error:
             raise StoreError(
                 f"a file cannot be written to the landing zone: {error.strerror or type(error).__name__}"
             ) from None
 
-    def _describe(self, path: Path, stat: os.stat_result) -> LandingFile:
-        written = datetime.fromtimestamp(stat.st_mtime, UTC)
-        return LandingFile(path.relative_to(self.root).as_posix(), stat.st_size, str(stat.st_mtime_ns), written)
+    def _describe(self, found: FoundFile) -> LandingFile:
+        written = datetime.fromtimestamp(found.modified_ns / 1e9, UTC)
+        if found.fault:
+            return _describe_fault(found.name, found.fault, written)
+        return LandingFile(found.name, found.size, str(found.modified_ns), written)
+
+
+def _unreadable(reason: str) -> StoreError:
+    return StoreError(f"a file of the landing zone cannot be read: {reason}")
 
 
 class BucketZone:
@@ -124,9 +136,13 @@ class BucketZone:
         """Yield all files except hidden ones. Raises ConfigurationError if the zone does not exist."""
         for entry in self.bucket.listing():
             name = entry["Name"]
-            if name.endswith("/") or any(part.startswith(".") for part in name.split("/")):
+            fault = _find_fault_of_key(name)
+            if not name or name.endswith("/") or (not fault and any(part.startswith(".") for part in name.split("/"))):
                 continue
-            yield _describe_object(entry)
+            if fault:
+                yield _describe_fault(name, fault, entry["LastModified"].astimezone(UTC))
+            else:
+                yield _describe_object(entry)
 
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading. Raises StoreError."""
@@ -163,6 +179,22 @@ class EncryptedZone:
         """Write a file, which appears complete, and return it as it is listed. Raises StoreError."""
         stored = b"".join([MARK, *encrypt_frames(content, self._cipher)]) if self._cipher.encrypts else content
         return self._zone.put(name, stored)
+
+
+def _describe_fault(name: str, fault: str, written: datetime) -> LandingFile:
+    """Return a file that can never be read, under a name that can be stored."""
+    shown = escape_control_characters(name)
+    if len(shown.encode()) > MAX_NAME_BYTES:
+        digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
+        shown = f"{shown[:100]}…{digest[:12]}…{shown[-100:]}"
+    return LandingFile(shown, 0, fault, written, fault)
+
+
+def _find_fault_of_key(name: str) -> str | None:
+    """Return why an object of a bucket is not read, None if it is."""
+    if any(part in (".", "..") for part in name.split("/")) or "\0" in name:
+        return _ODD_KEY
+    return LONG_NAME if len(name.encode(errors="replace")) > MAX_NAME_BYTES else None
 
 
 def _describe_object(entry: Mapping[str, Any]) -> LandingFile:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fhir_assets.control_characters import escape_control_characters
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.bundles import BundleEntry
-from fhir_assets.fhir.lines import DamagedFile, read_lines
+from fhir_assets.fhir.lines import DamagedFile, decompress, split_lines
 from fhir_assets.fhir.model import known_resource_type
 from fhir_assets.fhir.record import MalformedResource, read_header, to_single_line
+from fhir_assets.local_files import FoundFile, find_readable, open_file
 
 MAX_LINE_BYTES = 64 * 2**20
 
@@ -37,26 +39,38 @@ class Folder:
 
     def __init__(self, location: Path) -> None:
         root = location.expanduser()
+        files: list[FoundFile] = []
+        faulty: list[FoundFile] = []
         if root.is_file():
-            self._root, paths = root.parent, [root]
-        else:
-            self._root = root
-            paths = [path for path in root.rglob("*") if path.is_file() and is_ndjson(path.name)]
-        if not paths:
+            root = root.resolve()
+            stat = root.stat()
+            files = [FoundFile(root.name, stat.st_size, stat.st_mtime_ns)]
+            root = root.parent
+        elif root.is_dir():
+            try:
+                files, faulty = find_readable(root, _SUFFIX)
+            except OSError as error:
+                raise ConfigurationError(f"--input {location}: it cannot be read: {error.strerror}") from None
+        if not files and not faulty:
             raise ConfigurationError(f"--input {location}: there is no .ndjson or .ndjson.gz file")
-        self._paths = {path.relative_to(self._root).as_posix(): path for path in sorted(paths)}
+        self._root = root
+        self._faults = {file.fault for file in faulty}
+        self._files = {
+            escape_control_characters(file.name): file
+            for file in sorted([*files, *faulty], key=lambda file: file.name.split("/"))
+        }
 
     @property
     def names(self) -> list[str]:
         """The names of the files, in the order in which they are read."""
-        return list(self._paths)
+        return list(self._files)
 
     def state(self) -> str:
         """Return a digest of the names, sizes and modification times of the files."""
         digest = hashlib.sha256()
-        for name, path in self._paths.items():
-            stat = path.stat()
-            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+        for name, file in self._files.items():
+            fault = f"{file.fault}\0" if file.fault in self._faults else ""
+            digest.update(f"{name}\0{file.size}\0{file.modified_ns}\0{fault}".encode())
         return digest.hexdigest()[:32]
 
     def count(self, name: str, refuse: Callable[[Unusable], None]) -> dict[str, int]:
@@ -77,8 +91,12 @@ class Folder:
 
     def _items(self, name: str) -> Iterator[BundleEntry | Unusable]:
         number = 0
+        file = self._files[name]
+        if file.fault in self._faults:
+            yield Unusable("", name, f"the file is not read: {file.fault}", b"")
+            return
         try:
-            for lines in read_lines(self._paths[name], MAX_LINE_BYTES):
+            for lines in split_lines(self._read(file), MAX_LINE_BYTES):
                 for line in lines:
                     number += 1
                     if line is None:
@@ -88,7 +106,11 @@ class Folder:
         except DamagedFile as error:
             yield Unusable("", f"{name}:{number + 1}", f"{error}; {number} lines were read", b"")
         except OSError as error:
-            raise ConfigurationError(f"--input: {name} cannot be read: {error.strerror}") from None
+            raise ConfigurationError(f"--input: {name} cannot be read: {error.strerror or error}") from None
+
+    def _read(self, file: FoundFile) -> Iterator[bytes]:
+        with open_file(self._root, file.name, OSError) as stream:
+            yield from decompress(stream)
 
 
 def read_entry(body: bytes, location: str) -> BundleEntry | Unusable:

@@ -17,12 +17,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 from fhir_assets.catalog import BY_NAME
+from fhir_assets.control_characters import escape_control_characters
 from fhir_assets.errors import ConfigurationError, ServerRefused
 from fhir_assets.fhir.containers import CONTAINERS, Pages
 from fhir_assets.fhir.files import formats
 from fhir_assets.fhir.files.formats import FileItem, LandedContent
 from fhir_assets.fhir.labels import DEFAULT_LABELS, ServerLabels
-from fhir_assets.fhir.lines import DamagedFile, decompress, read_lines
+from fhir_assets.fhir.lines import DamagedFile, decompress, split_lines
 from fhir_assets.fhir.model import known_resource_type
 from fhir_assets.fhir.record import (
     Deletion,
@@ -34,6 +35,7 @@ from fhir_assets.fhir.record import (
     read_header,
     to_single_line,
 )
+from fhir_assets.local_files import FoundFile, find_readable, open_file
 from fhir_assets.notices import Notice, Notices
 from fhir_assets.windows import LATEST, Interval, add_clamped
 
@@ -55,7 +57,9 @@ _ALL_TIME = Interval(None, LATEST)
 class _File:
     """A file to read. ``name`` is its name in messages; ``types`` are the types in the name of a file of lines."""
 
-    path: Path
+    root: Path
+    path: str
+    """Its path below ``root``."""
     name: str
     size: int
     modified_ns: int
@@ -65,6 +69,11 @@ class _File:
     def is_document(self) -> bool:
         """Whether the file is a JSON document on any number of lines, rather than lines."""
         return _is_document(self.path)
+
+    def read(self) -> Iterator[bytes]:
+        """Yield the content in pieces, decompressed. Raises OSError and DamagedFile."""
+        with open_file(self.root, self.path, OSError) as stream:
+            yield from decompress(stream)
 
 
 class NdjsonSource:
@@ -136,7 +145,11 @@ class NdjsonSource:
         """
         self.skipped = Counter()
         requested = dict.fromkeys(resource_types)
-        for file in self._files():
+        files, faulty = self._find_files()
+        for found in faulty:
+            name = escape_control_characters(found.name)
+            self.notices.add("error", "unreadable-file", f"{name} is not read: {found.fault}")
+        for file in files:
             if file.types and file.types.isdisjoint(requested):
                 continue
             for item in self._read(file, list(requested)):
@@ -168,17 +181,27 @@ class NdjsonSource:
         return Interval(min(first, end), end)
 
     def _files(self) -> list[_File]:
+        return self._find_files()[0]
+
+    def _find_files(self) -> tuple[list[_File], list[FoundFile]]:
+        """Return the files to read, and those that cannot be read."""
         root = Path(self._location).expanduser()
+        faulty: list[FoundFile] = []
         if root.is_dir():
-            paths = [path for path in root.rglob("*") if _SUFFIXES.search(path.name) and not path.name.startswith(".")]
+            try:
+                found, faulty = find_readable(root, _SUFFIXES)
+            except OSError as error:
+                raise ConfigurationError(f"{self._labels.base_url}: {root} cannot be read: {error.strerror}") from None
+            files = [_describe(root, file.name, file.size, file.modified_ns) for file in found]
         elif root.is_file():
-            paths, root = [root], root.parent
+            root = root.resolve()
+            files = [_describe_path(root.parent, root)]
         else:
-            paths = [Path(match) for match in glob.glob(str(root), recursive=True)]
+            paths = [path for path in map(Path, sorted(glob.glob(str(root), recursive=True))) if path.is_file()]
             root = Path(os.path.commonpath([path.parent for path in paths])) if paths else root
-        files = [_describe(path, root) for path in sorted(paths) if path.is_file()]
-        if files:
-            return files
+            files = [_describe_path(root, path) for path in paths]
+        if files or faulty:
+            return sorted(files, key=lambda file: file.path.split("/")), faulty
         if root.is_dir():
             raise ConfigurationError(
                 f"{self._labels.base_url}: the folder {root} holds no .ndjson or .json file, plain or .gz"
@@ -194,20 +217,20 @@ class NdjsonSource:
         reader = _LineReader(file, requested, arrived, now, self.skipped)
         content = LandedContent(
             file.name,
-            _read_chunks(file),
+            file.read(),
             arrived,
             self._max_line_bytes,
             received=now,
-            reopen=lambda: _read_chunks(file),
+            reopen=file.read,
         )
         number = 0
         try:
             if file.is_document:
                 if not _begins_as_manifest(file):
-                    yield from reader.select(formats.read(file.path.name, content))
+                    yield from reader.select(formats.read(file.path, content))
                 return
             pages = Pages()
-            for lines in read_lines(file.path, self._max_line_bytes):
+            for lines in split_lines(file.read(), self._max_line_bytes):
                 for line in lines:
                     number += 1
                     item = reader.read(line, number)
@@ -221,7 +244,9 @@ class NdjsonSource:
         except DamagedFile as error:
             yield reader.reject("json", number + 1, f"{error}; {number} lines were read", b"")
         except OSError as error:
-            raise ConfigurationError(f"{self._labels.base_url}: {file.name} cannot be read: {error.strerror}") from None
+            raise ConfigurationError(
+                f"{self._labels.base_url}: {file.name} cannot be read: {error.strerror or error}"
+            ) from None
 
 
 class _LineReader:
@@ -296,7 +321,11 @@ class _LineReader:
         """Return whether the type is requested. Raises MalformedResource if the file name contains another type."""
         if name in CONTAINERS:
             return True
-        if self._file.types and name not in self._file.types and (name in BY_NAME or name not in self._file.path.name):
+        if (
+            self._file.types
+            and name not in self._file.types
+            and (name in BY_NAME or name not in self._file.path.rpartition("/")[2])
+        ):
             raise MalformedResource("a resource of another type than in the file's name", "structure")
         if name in self._requested:
             return True
@@ -315,24 +344,23 @@ class _LineReader:
         return self._requested[0]
 
 
-def _describe(path: Path, root: Path) -> _File:
+def _describe(root: Path, path: str, size: int, modified_ns: int) -> _File:
+    types = frozenset() if _is_document(path) else frozenset(_TYPE_IN_NAME.findall(path.rpartition("/")[2]))
+    return _File(root, path, escape_control_characters(path), size, modified_ns, types)
+
+
+def _describe_path(root: Path, path: Path) -> _File:
     stat = path.stat()
-    types = frozenset() if _is_document(path) else frozenset(_TYPE_IN_NAME.findall(path.name))
-    return _File(path, path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns, types)
+    return _describe(root, path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns)
 
 
-def _is_document(path: Path) -> bool:
-    return path.name.lower().endswith((".json", ".json.gz"))
-
-
-def _read_chunks(file: _File) -> Iterator[bytes]:
-    with file.path.open("rb") as stream:
-        yield from decompress(stream)
+def _is_document(path: str) -> bool:
+    return path.lower().endswith((".json", ".json.gz"))
 
 
 def _begins_as_manifest(file: _File) -> bool:
     try:
-        return _is_manifest(next(_read_chunks(file), b"")) is not None
+        return _is_manifest(next(file.read(), b"")) is not None
     except DamagedFile:
         return False
 

@@ -14,6 +14,7 @@ from fhir_assets.fhir.files.formats import FileItem, LandedContent
 from fhir_assets.fhir.intake.visits_csv import Visit
 from fhir_assets.fhir.lines import decompress
 from fhir_assets.fhir.record import Deletion, Record, RejectedInput
+from fhir_assets.local_files import BY_NAME, EMPTY_FOLDER
 from fhir_assets.pipeline.landing import visit_resources
 from fhir_assets.pipeline.receive.receiver import Received, Receiver
 from fhir_assets.storage.landing_zone import DONE, ENCRYPTED, LandingFile, Zone, hash_content
@@ -159,7 +160,12 @@ class LandingStep:
         files = list(self._zone.files())
         done = {file.name for file in files if file.name.endswith(DONE)}
         for file in files:
-            if _strip_suffix(file.name).lower().endswith(formats.SUFFIXES):
+            has_suffix = _strip_suffix(file.name).lower().endswith(formats.SUFFIXES)
+            if file.fault and (has_suffix or file.fault not in BY_NAME):
+                yield file, False
+            elif file.fault == EMPTY_FOLDER:
+                continue
+            elif has_suffix:
                 yield file, assume_complete or self._zone.atomic or _is_done(file.name, done)
             elif not file.name.endswith(DONE):
                 yield file, None

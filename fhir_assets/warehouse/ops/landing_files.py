@@ -53,6 +53,11 @@ class ListedFile(Protocol):
         """The time of the last modification."""
         ...
 
+    @property
+    def fault(self) -> str | None:
+        """The reason why the file can never be read, None if it can."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class ReadyFile:
@@ -74,19 +79,20 @@ def record_listing(conn: Connection, zone: str, files: Iterable[tuple[ListedFile
 
     None in place of the latter marks a file that the zone ignores: it has the status ``ignored``. A file is ready if it
     is known to be complete or unchanged since the last listing. The row of a changed file is reset. The rows of files
-    that were removed from the zone before they were loaded are deleted.
+    that were removed from the zone before they were loaded are deleted. A file with a fault has the status ``failed``
+    with the fault as its error, and is not tried again.
     """
     with conn.cursor() as cursor:
         cursor.execute(
             """
             CREATE TEMPORARY TABLE listing (
-                name text, size bigint, mark text, written timestamptz, complete boolean
+                name text, size bigint, mark text, written timestamptz, complete boolean, fault text
             ) ON COMMIT DROP
             """
         )
         with cursor.copy("COPY listing FROM STDIN") as copy:
             for file, complete in files:
-                copy.write_row((file.name, file.size, file.mark, file.written, complete))
+                copy.write_row((file.name, file.size, file.mark, file.written, complete, file.fault))
         cursor.execute("ANALYZE listing")
         cursor.execute(
             """
@@ -156,6 +162,7 @@ def find_ready(
             AND (
                 status = 'ready'
                 OR status = 'failed'
+                    -- Files that can never be read, such as links, were never tried.
                     AND tried_at < %(now)s
                         - least(%(first)s * power(2, least(attempts, 20) - 1), %(longest)s) * interval '1 second'
             )
@@ -201,7 +208,7 @@ def find_retries(conn: Connection, zone: str) -> Retries | None:
             count(*),
             min(tried_at + least(%(first)s * power(2, least(attempts, 20) - 1), %(longest)s) * interval '1 second')
         FROM ops.landing_files
-        WHERE source = ops.current_source() AND zone = %(zone)s AND status = 'failed'
+        WHERE source = ops.current_source() AND zone = %(zone)s AND status = 'failed' AND tried_at IS NOT NULL
         """,
         {"zone": zone, "first": FIRST_WAIT_SECONDS, "longest": LONGEST_WAIT_SECONDS},
     ).fetchone()
@@ -333,20 +340,29 @@ def _record_attempt(conn: Connection, zone: str, file: ReadyFile, values: Mappin
 
 
 _UPSERT_LISTING = """
-    INSERT INTO ops.landing_files AS f (zone, name, size, mark, written_at, status)
-    SELECT
+    INSERT INTO ops.landing_files AS f (zone, name, size, mark, written_at, status, error)
+    SELECT DISTINCT ON (name)
         %s, name, size, mark, written,
-        CASE WHEN complete THEN 'ready' WHEN complete IS NULL THEN 'ignored' ELSE 'arriving' END
+        CASE
+            WHEN complete IS NULL THEN 'ignored'
+            WHEN fault IS NOT NULL THEN 'failed'
+            WHEN complete THEN 'ready'
+            ELSE 'arriving'
+        END,
+        CASE WHEN complete IS NOT NULL THEN fault END
     FROM listing
-    ORDER BY name
+    -- The name of a file with a fault is escaped, and may then be that of another file.
+    ORDER BY name, fault NULLS FIRST
     ON CONFLICT (zone, name, source) DO UPDATE SET
         size = excluded.size,
         mark = excluded.mark,
         written_at = excluded.written_at,
         status = CASE
-            WHEN excluded.status <> 'ignored' AND (f.size, f.mark) = (excluded.size, excluded.mark) THEN 'ready'
+            WHEN excluded.status IN ('ignored', 'failed') THEN excluded.status
+            WHEN (f.size, f.mark) = (excluded.size, excluded.mark) THEN 'ready'
             ELSE excluded.status
         END,
+        tried_at = CASE WHEN (f.size, f.mark) = (excluded.size, excluded.mark) THEN f.tried_at END,
         attempts = CASE WHEN (f.size, f.mark) = (excluded.size, excluded.mark) THEN f.attempts ELSE 0 END,
         found_at = CASE
             WHEN (f.size, f.mark) = (excluded.size, excluded.mark) THEN f.found_at
@@ -357,7 +373,7 @@ _UPSERT_LISTING = """
         deleted = NULL,
         skipped = '{}',
         sha256 = NULL,
-        error = NULL,
+        error = excluded.error,
         known_before = false,
         batch = NULL
     WHERE f.status = 'arriving'
