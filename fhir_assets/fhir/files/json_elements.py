@@ -3,10 +3,18 @@
 import re
 from collections.abc import Iterable, Iterator
 
-_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+("?)|[{}\[\]]', re.DOTALL)
+_SKIPPED = re.compile(rb'(?:[^"{}\[\]]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
+"""What is between two brackets, with complete strings."""
+_TOKENS = re.compile(rb'"|[{\[]++|[}\]]++')
+_REST_OF_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+("?)', re.DOTALL)
 _OPENING = b"{["
 _SEPARATORS = b" \t\r\n,"
-_COLON_OR_END = re.compile(rb"\s*(:|\Z)")
+_SPACES = re.compile(rb"\s*")
+
+
+_QUOTE, _COLON = b'":'
+_LONGEST_NOTED = 64
+"""The longest string, in bytes, that may be one of the keys or resource types that matter here."""
 
 
 class UnbalancedJson(Exception):
@@ -48,7 +56,7 @@ class _Splitter:
     """The state of ``split_elements``: the bytes not yet consumed, and the nesting depth after the scanned bytes."""
 
     def __init__(self) -> None:
-        self.buffer = b""
+        self.buffer = bytearray()
         self.depth = 0
         self._base = 0
         """The depth at which documents begin: 1 within an array of documents."""
@@ -59,6 +67,10 @@ class _Splitter:
         self._bundle = bytearray()
         """The part of a Bundle before its entries."""
         self._scanned = 0
+        self._string: int | None = None
+        """The start of the string that is being scanned, None outside of strings."""
+        self._string_end: int | None = None
+        """Its end, None if it is in the next chunk."""
         self._start = 0
         """The start of the element or of the part of the Bundle that is being scanned."""
         self._key = b""
@@ -67,60 +79,103 @@ class _Splitter:
         """The ``resourceType`` of the document, as far as it was read."""
 
     def scan(self) -> Iterator[tuple[bytes, bytes]]:
-        """Scan the buffer and yield the elements that end in it."""
-        buffer = self.buffer
-        position = self._scanned
-        for token in _TOKENS.finditer(buffer, position):
-            mark = token[0][:1]
-            if mark == b'"':
-                if not token[1]:
-                    break  # the end of the string is in the next chunk
-                if self.depth == self._base + 1 and self._element_depth is None and not self._note_string(token):
-                    break
-                position = token.end()
+        """Scan the rest of the buffer and yield the elements that end in it."""
+        while (token := self._next_token()) is not None:
+            start, end = token
+            if self.buffer[start] == _QUOTE:
+                self._note_string(start, end)
                 continue
-            position = token.end()
-            if self.depth > (self._element_depth or self._base + 1):
-                self.depth += 1 if mark in _OPENING else -1
-                if self.depth == self._element_depth:
-                    yield self._array, buffer[self._start : position]
-                    self._start = position
-                continue
-            if self.depth in (self._base, self._element_depth):
-                self._begin_value(token.start())
-            if mark in _OPENING:
-                self._open(mark, position)
-            elif (document := self._close(token)) is not None:
-                yield (DOCUMENT_IN_ARRAY if self._base else DOCUMENT), document
-        self._scanned = position
+            opening = self.buffer[start] in _OPENING
+            position = start
+            while position < end:
+                floor = self._element_depth or self._base + 1
+                if self.depth > floor:
+                    # Inside of an element brackets are only counted, many at a time.
+                    count = end - position if opening else min(end - position, self.depth - floor)
+                    self.depth += count if opening else -count
+                    position += count
+                    if self.depth == self._element_depth:
+                        yield self._array, bytes(self.buffer[self._start : position])
+                        self._start = position
+                    continue
+                if self.depth in (self._base, self._element_depth):
+                    self._begin_value(position)
+                position += 1
+                if opening:
+                    self._open(self.buffer[position - 1 : position], position)
+                elif (document := self._close(position)) is not None:
+                    yield (DOCUMENT_IN_ARRAY if self._base else DOCUMENT), document
 
     def drop_consumed(self, limit: int) -> None:
         """Drop the bytes of finished elements. Raises ElementTooLong if an unfinished one exceeds ``limit``."""
         if len(self.buffer) - self._start + len(self._bundle) > limit:
             raise ElementTooLong
         if self._start:
-            self.buffer = self.buffer[self._start :]
+            del self.buffer[: self._start]
             self._scanned -= self._start
+            if self._string is not None:
+                self._string -= self._start
+            if self._string_end is not None:
+                self._string_end -= self._start
             self._start = 0
 
-    def _note_string(self, token: re.Match[bytes]) -> bool:
-        """Note a key, or the resource type. Return False if this can only be decided with the next chunk."""
-        following = _COLON_OR_END.match(self.buffer, token.end())
-        if following is not None and not following[1]:
-            return False
-        if following is not None:
-            self._key = token[0]
+    def _next_token(self) -> tuple[int, int] | None:
+        """Return the start and the end of the next brackets or string, None if it may go on in the next chunk.
+
+        What was scanned of an unfinished string, or of the space after a possible key, is not scanned again.
+        """
+        if self._string is None:
+            if not self._is_at_key:
+                skipped = _SKIPPED.match(self.buffer, self._scanned)
+                assert skipped is not None
+                self._scanned = skipped.end()
+            found = _TOKENS.search(self.buffer, self._scanned)
+            if found is None:
+                self._scanned = len(self.buffer)
+                return None
+            start, self._scanned = found.span()
+            if self.buffer[start] != _QUOTE:
+                return start, self._scanned
+            self._string, self._string_end = start, None
+        if self._string_end is None:
+            rest = _REST_OF_STRING.match(self.buffer, self._scanned)
+            assert rest is not None
+            self._scanned = rest.end()
+            if not rest[1]:
+                return None
+            self._string_end = self._scanned
+        if self._is_at_key:
+            spaces = _SPACES.match(self.buffer, self._scanned)
+            assert spaces is not None
+            self._scanned = spaces.end()
+            if self._scanned == len(self.buffer):
+                return None
+        token = self._string, self._string_end
+        self._string = self._string_end = None
+        return token
+
+    @property
+    def _is_at_key(self) -> bool:
+        """Whether a string may be a key of the document, or its resource type."""
+        return self.depth == self._base + 1 and self._element_depth is None
+
+    def _note_string(self, start: int, end: int) -> None:
+        """Note a key, or the resource type."""
+        if not self._is_at_key:
+            return
+        string = bytes(self.buffer[start:end]) if end - start <= _LONGEST_NOTED else b""
+        if self.buffer[self._scanned] == _COLON:
+            self._key = string
         elif self._key == b'"resourceType"':
-            self._type, self._key = token[0], b""
-        return True
+            self._type, self._key = string, b""
 
     def _begin_value(self, start: int) -> None:
         """Begin or end an element or a document. Raises UnbalancedJson after anything but separators."""
-        if self.buffer[self._start : start].strip(_SEPARATORS):
+        if bytes(self.buffer[self._start : start]).strip(_SEPARATORS):
             raise UnbalancedJson
         self._start = start
 
-    def _open(self, mark: bytes, end: int) -> None:
+    def _open(self, mark: bytes | bytearray, end: int) -> None:
         """Handle an opening bracket outside of elements, or of an element itself."""
         if self.depth == 0 and mark == b"[":
             self._base, self._start = 1, end
@@ -137,7 +192,7 @@ class _Splitter:
         self.depth += 1
         self._key = b""
 
-    def _close(self, token: re.Match[bytes]) -> bytes | None:
+    def _close(self, end: int) -> bytes | None:
         """Handle a closing bracket outside of elements. Return the document if it ends here."""
         document = None
         self.depth -= 1
@@ -146,10 +201,10 @@ class _Splitter:
         if self._element_depth is not None:
             self._element_depth = None
         elif self.depth < self._base:
-            self._base, self._start = 0, token.end()
+            self._base, self._start = 0, end
         elif self.depth == self._base:
-            document = bytes(self._bundle) + self.buffer[self._start : token.end()]
-            self._start = token.end()
+            document = bytes(self._bundle) + self.buffer[self._start : end]
+            self._start = end
             self._bundle.clear()
             self._key, self._type = b"", None
         return document
