@@ -199,6 +199,7 @@ class Deployment(RuleBasedStateMachine):
         version = patient.consents + 1
         decision = consent(f"consent-{name}", name, {"type": "deny" if deny else "permit"}, version=version)
         moment = self.hospital.day + timedelta(hours=2, minutes=version)
+        decision |= {"category": [{"text": "privacy"}], "policyRule": {"text": "opt-out"}}
         decision["meta"]["lastUpdated"] = moment.isoformat()
 
         def run() -> None:
@@ -331,7 +332,7 @@ class Deployment(RuleBasedStateMachine):
                 assert name in withheld
                 assert name not in loaded
             else:
-                assert loaded[name] == gender
+                assert loaded.get(name) == gender
         assert self.hospital.count_window().faults == []
 
     def teardown(self) -> None:

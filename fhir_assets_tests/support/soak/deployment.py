@@ -1,15 +1,19 @@
 """The deployment of a soak: its processes, its Postgres, its source and what stands between them."""
 
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
+import boto3
 import psutil
+import requests
 
+from fhir_assets.cli.local_ports import find_free_port
 from fhir_assets.settings import load_settings
 from fhir_assets_tests.support.api import TOKENS, Api, api_environment, api_process
 from fhir_assets_tests.support.dev_processes import PARTS, find, find_url, is_up, running_dev, wait_until
@@ -25,11 +29,11 @@ _DISK_MEGABYTES = 512
 class Deployment:
     """`fhir-assets dev`, the API and a source in ``folder``.
 
-    ``exposed``: behind proxies, with a Postgres cluster in place of the embedded one, and, as root, with the store on a
-    small disk.
+    ``exposed``: behind proxies, with a Postgres cluster in place of the embedded one, and the store in a bucket or, as
+    root, on a small disk.
     """
 
-    def __init__(self, folder: Path, *, exposed: bool) -> None:
+    def __init__(self, folder: Path, *, exposed: bool, in_bucket: bool) -> None:
         self.folder = folder
         self.landing = folder / "landing"
         self.landing.mkdir()
@@ -56,6 +60,7 @@ class Deployment:
         }
         if exposed:
             values |= self._expose()
+            values |= self._use_bucket() if in_bucket else self._use_small_disk()
         self.values = values
         self.settings = load_settings(**{name: str(value) for name, value in values.items()})
 
@@ -66,16 +71,34 @@ class Deployment:
         self._stack.callback(to_source.close)
         self.proxies = (to_source, self.cluster.proxy)
         del self.parts[_EMBEDDED]
-        values: dict[str, object] = {
-            "db_url": self.cluster.url,
-            "fhir_base_url": f"http://127.0.0.1:{to_source.port}/fhir",
-        }
+        return {"db_url": self.cluster.url, "fhir_base_url": f"http://127.0.0.1:{to_source.port}/fhir"}
+
+    def _use_small_disk(self) -> dict[str, object]:
         try:
             self.disk = SmallDisk(self.folder / "disk", _DISK_MEGABYTES)
         except subprocess.CalledProcessError:
-            return values
+            return {}
         self._stack.callback(self.disk.close)
-        return values | {"fhir_store_url": str(self.folder / "disk" / "store")}
+        return {"fhir_store_url": str(self.folder / "disk" / "store")}
+
+    def _use_bucket(self) -> dict[str, object]:
+        port = find_free_port()
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._stack.callback(server.kill)
+        proxy = Proxy(port)
+        self._stack.callback(proxy.close)
+        self.proxies = (*self.proxies, proxy)
+        # Every process of the deployment inherits these.
+        os.environ |= {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}",
+            "AWS_ACCESS_KEY_ID": "soak",
+            "AWS_SECRET_ACCESS_KEY": "soak",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        wait_until(lambda: _answers(port), "the S3 server does not start")
+        boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}").create_bucket(Bucket="store")
+        return {"fhir_store_url": "s3://store/fhir"}
 
     def __enter__(self) -> Self:
         try:
@@ -140,6 +163,12 @@ class Deployment:
         finally:
             process.kill()
             process.wait()
+
+
+def _answers(port: int) -> bool:
+    with suppress(requests.ConnectionError):
+        return requests.get(f"http://127.0.0.1:{port}", timeout=10).ok
+    return False
 
 
 def judge_command(arguments: Sequence[str], code: int, output: str) -> list[str]:

@@ -41,10 +41,13 @@ _COMMANDS = (
 
 
 class Soak:
-    """A deployment in ``folder`` with its traffic. With ``exposed``, every fault can be tried and commands run."""
+    """A deployment in ``folder`` with its traffic. With ``exposed``, every fault can be tried and commands run.
+
+    An odd seed keeps the store in a bucket, an even one on a disk.
+    """
 
     def __init__(self, folder: Path, seed: int, steps: Sequence[Step], *, exposed: bool) -> None:
-        self._deployment = Deployment(folder, exposed=exposed)
+        self._deployment = Deployment(folder, exposed=exposed, in_bucket=bool(seed % 2))
         self._steps = steps
         self._seed = seed
         self._exposed = exposed
