@@ -85,11 +85,11 @@ def main(total: int) -> None:
 
 
 def _encode(views: list[View], items: list[tuple[Record, ViewRows]]) -> None:
-    encoders = [build_row_encoder(view, NO_ENCRYPTION) for view in views]
-    for _, rows in items:
+    encoders = [build_row_encoder(view, NO_ENCRYPTION, "default") for view in views]
+    for record, rows in items:
         for encoder, view_rows in zip(encoders, rows, strict=True):
             for row in view_rows:
-                encoder(row)
+                encoder(row, record.id)
 
 
 def _load(url: str, views: list[View], items: list[tuple[Record, ViewRows]]) -> None:

@@ -73,7 +73,7 @@ def _measure_round(workers: WorkerPool, batches: dict[str, list[list[bytes]]]) -
     validation_ended = perf_counter()
     for name, lines in batches.items():
         built = workers.map(
-            RowBuilder([view for view in views if view.resource_type == name], NO_ENCRYPTION),
+            RowBuilder([view for view in views if view.resource_type == name], NO_ENCRYPTION, "default"),
             ((None, Batch(batch_lines, "2024-01", _ARRIVED)) for batch_lines in lines),
             weigh=lambda batch: batch.size,
             seconds=60,

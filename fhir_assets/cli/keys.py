@@ -46,7 +46,7 @@ def status(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] =
         if rotation:
             facts = {**asdict(rotation), "rate": rotation.rate, "seconds_left": rotation.seconds_left}
             facts["doing"] = facts.pop("current_step")
-        print_json({"keys": _rows(settings, usage), "rotation": facts})
+        print_json({"keys": _rows(settings, usage), "unbound": usage.count_unbound(), "rotation": facts})
         return
     rows = _rows(settings, usage)
     locations = [location for location, counts in usage.counts.items() if counts]
@@ -83,6 +83,7 @@ def rotate(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] =
                 "busy": +result.busy,
                 "left_over": result.left_over,
                 "keys": _rows(settings, result.usage),
+                "unbound": result.usage.count_unbound(),
             }
         )
     else:
@@ -93,14 +94,13 @@ def rotate(json: Annotated[bool, typer.Option("--json", help="Print as JSON")] =
 
 def _rows(settings: Settings, usage: KeyUsage) -> list[dict[str, object]]:
     """Return a row for each key that is set or used, newest first."""
-    cipher = build_cipher(settings)
-    ids: list[str | None] = [key.id for key in cipher.keys]
+    ids: list[str | None] = [key.id for key in build_cipher(settings).keys]
     return [
         {
             "key": key or _UNENCRYPTED,
             "set": key is None or key in ids,
-            "newest": key is not None and key == cipher.key_id,
-            "needed": key is not None and (key == cipher.key_id or usage.is_used(key)),
+            "newest": key is not None and key in ids[:1],
+            "needed": key is not None and (key in ids[:1] or usage.is_used(key)),
             **usage.count_by_location(key),
         }
         for key in dict.fromkeys([*ids, *usage.keys])
@@ -124,6 +124,11 @@ def _advice(settings: Settings, usage: KeyUsage) -> Iterator[str]:
             "the end of PHI_ENCRYPTION_KEYS, then run `fhir-assets keys rotate`. If it is lost, load the windows "
             "again with a full refresh."
         )
+    if any((unbound := usage.count_unbound()).values()):
+        yield (
+            f"Not bound to their rows and files: {_format_counts(unbound)}. If two of them were exchanged, it would "
+            "not be noticed. `fhir-assets keys rotate` binds those whose keys are set."
+        )
     clear = usage.count_by_location(None)
     if not settings.phi_encrypt_store:
         del clear["parts"]
@@ -133,7 +138,7 @@ def _advice(settings: Settings, usage: KeyUsage) -> Iterator[str]:
 
 def _print_result(settings: Settings, result: ReencryptResult) -> None:
     done = _format_counts(result.encrypted) or "nothing; all data was already encrypted with it"
-    console.print(f"Encrypted with key {build_cipher(settings).key_id}: {done}.", markup=False, soft_wrap=True)
+    console.print(f"Encrypted with key {build_cipher(settings).keys[0].id}: {done}.", markup=False, soft_wrap=True)
     if any(result.from_clear.values()):
         console.print(f"Previously stored in the clear: {_format_counts(result.from_clear)}.", markup=False)
     for reason, count in result.refused.most_common():

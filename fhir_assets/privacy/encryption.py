@@ -3,16 +3,23 @@
 ``Cipher`` does all three with the keys of a deployment. Without keys the cipher is ``NO_ENCRYPTION``, which returns
 everything unchanged, so that callers need no special case.
 
-An encrypted resource consists of ``FS1``, the id of the key (4 bytes), a nonce (12 bytes) and the AES-256-GCM
-ciphertext of the zlib-compressed bytes. The AES key is derived from the Fernet key. The key id identifies the key that
-decryption needs, and the resources that a key rotation still has to re-encrypt. Column values are Fernet tokens.
+An encrypted resource consists of ``FS2``, the id of the key (4 bytes), a nonce (12 bytes) and the AES-256-GCM
+ciphertext of the zlib-compressed bytes. The AES key is derived from the Fernet key. A value of a column is ``fs2_`` and
+the same, uncompressed, in URL-safe base64. Each column has an AES key of its own, because a key must not encrypt more
+than 2^32 values with random nonces (NIST SP 800-38D, section 8.3). The associated data of both is the ``Place`` of the
+value, so that a value that was moved to another row is refused.
+
+Earlier releases wrote ``FS1`` without associated data, and Fernet tokens. Both stay readable until a key rotation has
+bound them to their places.
 """
 
 import base64
 import hashlib
 import hmac
 import os
-from collections.abc import Sequence
+import re
+from binascii import b2a_base64
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import cast
 
@@ -23,14 +30,21 @@ from isal import isal_zlib
 
 from fhir_assets.errors import EncryptionError
 from fhir_assets.privacy.keys import ID_BYTES, KEY_BYTES, Key, derive
+from fhir_assets.privacy.places import FILE, Place
 
 _DAMAGED_DEFLATE = cast(type[Exception], isal_zlib.error)
 
-MAGIC = b"FS1"
+MAGIC = b"FS2"
+_UNBOUND_MAGIC = b"FS1"
+_MAGICS = (MAGIC, _UNBOUND_MAGIC)
 _NONCE_BYTES = 12
 _HEAD_BYTES = len(MAGIC) + ID_BYTES + _NONCE_BYTES
-_TOKEN = "gAAAAA"
+_TOKEN = "fs2_"
+_IS_TOKEN = re.compile(r"fs2_[-_A-Za-z0-9]{43,}").fullmatch
+_FERNET_TOKEN = "gAAAAA"
 """The first characters of every Fernet token until the year 2106: its version and the first bytes of its time."""
+BOUND = ":bound"
+"""The end of the key id that is stored beside a value that is bound to its place."""
 
 _UNKEYED_BYTES = 16
 
@@ -49,6 +63,7 @@ class Cipher:
         """Whether written data is encrypted."""
         self._secret = secret
         self._ciphers = {bytes.fromhex(key.id): AESGCM(key.derived("resource")) for key in self.keys}
+        self._column_ciphers: dict[tuple[bytes, str, str], AESGCM] = {}
         self._fernet = MultiFernet([Fernet(key.encoded) for key in self.keys]) if self.keys else None
         if self.keys:
             newest = bytes.fromhex(self.keys[0].id)
@@ -63,8 +78,13 @@ class Cipher:
 
     @property
     def key_id(self) -> str | None:
-        """The id of the key that encrypts, or None without keys."""
-        return self.keys[0].id if self.keys else None
+        """The key id that is stored beside what this cipher encrypts, or None without keys."""
+        return self.keys[0].id + BOUND if self.keys else None
+
+    @property
+    def outdated_key_ids(self) -> list[str]:
+        """The stored key ids of readable values that are to be encrypted again: of older keys, or not bound."""
+        return [*(key.id for key in self.keys), *(key.id + BOUND for key in self.keys[1:])]
 
     def with_secret(self, secret: bytes) -> "Cipher":
         """Return a cipher with the same keys and ``secret`` as the root of the hash keys."""
@@ -76,58 +96,87 @@ class Cipher:
 
     # Bytes, for example whole resources
 
-    def compress_and_encrypt(self, content: bytes) -> bytes:
-        """Return ``content`` compressed with zlib and encrypted, or unchanged without keys."""
-        return self.encrypt(isal_zlib.compress(content, 1)) if self.encrypts else content
+    def compress_and_encrypt(self, content: bytes, place: Place) -> bytes:
+        """Return ``content`` compressed with zlib, encrypted and bound to ``place``, or unchanged without keys."""
+        return self.encrypt(isal_zlib.compress(content, 1), place) if self.encrypts else content
 
-    def decrypt_and_decompress(self, encrypted: bytes) -> bytes:
+    def decrypt_and_decompress(self, encrypted: bytes, place: Place) -> bytes:
         """Reverse ``compress_and_encrypt``. Clear text is returned unchanged.
 
-        Raises EncryptionError if the key is missing or the bytes were altered.
+        Raises EncryptionError if the key is missing, or if the bytes were altered or belong to another place.
         """
-        if not encrypted.startswith(MAGIC):
+        if not encrypted.startswith(_MAGICS):
             return encrypted
         try:
-            return isal_zlib.decompress(self.decrypt(encrypted))
+            return isal_zlib.decompress(self.decrypt(encrypted, place))
         except _DAMAGED_DEFLATE:
-            raise EncryptionError(_DAMAGED) from None
+            raise EncryptionError(_describe_damage(place)) from None
 
-    def encrypt(self, content: bytes) -> bytes:
-        """Return ``content`` encrypted without compression, or unchanged without keys."""
+    def encrypt(self, content: bytes, place: Place) -> bytes:
+        """Return ``content`` encrypted without compression and bound to ``place``, or unchanged without keys."""
         if not self.encrypts:
             return content
         nonce = os.urandom(_NONCE_BYTES)
-        return self._head + nonce + self._newest.encrypt(nonce, content, None)
+        return self._head + nonce + self._newest.encrypt(nonce, content, place.associated_data)
 
-    def decrypt(self, encrypted: bytes) -> bytes:
+    def decrypt(self, encrypted: bytes, place: Place) -> bytes:
         """Reverse ``encrypt``.
 
-        Raises EncryptionError if the key is missing, the bytes were altered, or they are not encrypted at all.
+        Raises EncryptionError if the key is missing, if the bytes were altered or belong to another place, or if they
+        are not encrypted at all.
         """
-        if not encrypted.startswith(MAGIC) or len(encrypted) <= _HEAD_BYTES:
-            raise EncryptionError(_DAMAGED)
-        cipher = self._ciphers.get(encrypted[len(MAGIC) : len(MAGIC) + ID_BYTES])
+        if not encrypted.startswith(_MAGICS) or len(encrypted) <= _HEAD_BYTES:
+            raise EncryptionError(_describe_damage(place))
+        key_id = encrypted[len(MAGIC) : len(MAGIC) + ID_BYTES]
+        cipher = self._ciphers.get(key_id)
         if cipher is None:
-            raise EncryptionError(self._describe_missing_key(key_id_of(encrypted)))
+            raise EncryptionError(self._describe_missing_key(key_id.hex()))
         nonce = encrypted[_HEAD_BYTES - _NONCE_BYTES : _HEAD_BYTES]
+        associated_data = place.associated_data if encrypted.startswith(MAGIC) else None
         try:
-            return cipher.decrypt(nonce, encrypted[_HEAD_BYTES:], None)
+            return cipher.decrypt(nonce, encrypted[_HEAD_BYTES:], associated_data)
         except InvalidTag:
-            raise EncryptionError(_DAMAGED) from None
+            raise EncryptionError(_describe_damage(place)) from None
 
-    def reencrypt(self, content: bytes) -> bytes:
+    def reencrypt(self, content: bytes, place: Place) -> bytes:
         """Return encrypted or clear-text ``content`` encrypted with the newest key. Raises EncryptionError."""
-        return self.encrypt(self.decrypt(content)) if content.startswith(MAGIC) else self.compress_and_encrypt(content)
+        if content.startswith(_MAGICS):
+            return self.encrypt(self.decrypt(content, place), place)
+        return self.compress_and_encrypt(content, place)
 
     # Values of columns
 
-    def encrypt_token(self, value: str) -> str:
-        """Return ``value`` as a Fernet token, or unchanged without keys."""
-        return self._fernet.encrypt(value.encode()).decode() if self._fernet else value
+    def build_encryptor(self, table: str, column: str, source: str) -> Callable[[str, str], str]:
+        """Return a function that encrypts values of a column: it takes a value and the key of its row.
 
-    def decrypt_token(self, token: str) -> str:
-        """Return the value of a Fernet token; any other text is returned unchanged. Raises EncryptionError."""
-        if not is_token(token):
+        Without keys it returns the value unchanged.
+        """
+        if not self.keys:
+            return lambda value, key: value
+        key_id = bytes.fromhex(self.keys[0].id)
+        encrypt = self._get_column_cipher(key_id, table, column).encrypt
+        start = Place(table, column, source, "").associated_data
+
+        def encrypt_value(value: str, key: str) -> str:
+            nonce = os.urandom(_NONCE_BYTES)
+            ciphertext = encrypt(nonce, value.encode(), start + key.encode())
+            encoded = b2a_base64(key_id + nonce + ciphertext, newline=False)
+            return _TOKEN + encoded.translate(_URL_SAFE, b"=").decode()
+
+        return encrypt_value
+
+    def encrypt_token(self, value: str, place: Place) -> str:
+        """Return ``value`` as a token that is bound to ``place``, or unchanged without keys."""
+        return self.build_encryptor(*place[:3])(value, place.key)
+
+    def decrypt_token(self, token: str, place: Place) -> str:
+        """Return the value of a token; any other text is returned unchanged.
+
+        Raises EncryptionError if the key is missing, or if the token was altered or belongs to another place.
+        """
+        if _IS_TOKEN(token):
+            return self._decrypt_bound_token(token, place)
+        if not token.startswith(_FERNET_TOKEN):
             return token
         if self._fernet is None:
             raise EncryptionError(self._describe_missing_key(None))
@@ -139,12 +188,34 @@ class Cipher:
                 "add the missing key as the last one"
             ) from None
 
-    def reencrypt_token(self, value: str) -> str:
+    def _decrypt_bound_token(self, token: str, place: Place) -> str:
+        text = token[len(_TOKEN) :]
+        try:
+            content = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+        except ValueError:
+            raise EncryptionError(_describe_damage(place)) from None
+        key_id, nonce = content[:ID_BYTES], content[ID_BYTES : ID_BYTES + _NONCE_BYTES]
+        if key_id not in self._ciphers:
+            raise EncryptionError(self._describe_missing_key(key_id.hex()))
+        cipher = self._get_column_cipher(key_id, place.table, place.column)
+        try:
+            return cipher.decrypt(nonce, content[ID_BYTES + _NONCE_BYTES :], place.associated_data).decode()
+        except InvalidTag:
+            raise EncryptionError(_describe_damage(place)) from None
+
+    def _get_column_cipher(self, key_id: bytes, table: str, column: str) -> AESGCM:
+        cipher = self._column_ciphers.get((key_id, table, column))
+        if cipher is None:
+            key = next(key for key in self.keys if bytes.fromhex(key.id) == key_id)
+            cipher = self._column_ciphers[key_id, table, column] = AESGCM(key.derived(f"value\0{table}\0{column}"))
+        return cipher
+
+    def reencrypt_token(self, value: str, place: Place) -> str:
         """Return a token encrypted with the newest key; any other text is returned unchanged.
 
         Raises EncryptionError.
         """
-        return self.encrypt_token(self.decrypt_token(value)) if is_token(value) else value
+        return self.encrypt_token(self.decrypt_token(value, place), place) if is_token(value) else value
 
     # Hashes
 
@@ -224,13 +295,20 @@ def new_secret() -> bytes:
 
 
 def key_id_of(content: bytes) -> str | None:
-    """Return the id of the key that ``content`` is encrypted with, or None for clear text."""
-    return content[len(MAGIC) : len(MAGIC) + ID_BYTES].hex() if content.startswith(MAGIC) else None
+    """Return the key id to store beside ``content``, or None for clear text."""
+    if not content.startswith(_MAGICS):
+        return None
+    return content[len(MAGIC) : len(MAGIC) + ID_BYTES].hex() + (BOUND if content.startswith(MAGIC) else "")
+
+
+def is_bound(content: bytes) -> bool:
+    """Return whether encrypted ``content`` is bound to its place."""
+    return content.startswith(MAGIC)
 
 
 def is_token(value: str) -> bool:
-    """Return whether a value looks like a Fernet token."""
-    return value.startswith(_TOKEN)
+    """Return whether a value looks like a token, of this or an earlier release."""
+    return value.startswith(_FERNET_TOKEN) or _IS_TOKEN(value) is not None
 
 
 def as_json(encrypted: bytes) -> bytes:
@@ -243,10 +321,18 @@ def from_json(value: str) -> bytes:
     try:
         return base64.b64decode(value, validate=True)
     except ValueError:
-        raise EncryptionError(_DAMAGED) from None
+        raise EncryptionError("encrypted patient data is damaged: load its window again") from None
 
 
-_DAMAGED = "encrypted patient data is damaged, or was altered: load its window again"
+def _describe_damage(place: Place) -> str:
+    other = "file" if place.column == FILE else "row"
+    return (
+        f"encrypted patient data is damaged, was altered, or belongs to another {other} (in {place.table}, column "
+        f"{place.column}): load its window again, or restore it from a backup"
+    ).replace(f", column {FILE})", ")")
+
+
+_URL_SAFE = bytes.maketrans(b"+/", b"-_")
 _UNKEYED = b"fhir_assets: no keys"
 
 NO_ENCRYPTION = Cipher()

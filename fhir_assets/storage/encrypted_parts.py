@@ -1,6 +1,7 @@
 """The file format of encrypted parts: MARK and a sequence of frames.
 
-A frame is the number of its encrypted bytes, as 4 bytes in big-endian order, followed by these bytes.
+A frame is the number of its encrypted bytes, as 4 bytes in big-endian order, followed by these bytes. Each is bound to
+its file and to its number in the file.
 """
 
 import io
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, cast
 
 from fhir_assets.privacy.encryption import Cipher, key_id_of
+from fhir_assets.privacy.places import Place, frame_place
 
 MARK = b"FSP1"
 SUFFIX = ".sealed"
@@ -16,22 +18,32 @@ FRAME_BYTES = 1 << 18
 _LENGTH = 4
 
 
-def encrypt_frames(content: bytes, cipher: Cipher) -> Iterator[bytes]:
-    """Yield the content of a part as encrypted frames, which follow MARK in its file."""
-    view = memoryview(content)
-    for start in range(0, len(view), FRAME_BYTES):
-        encrypted = cipher.encrypt(bytes(view[start : start + FRAME_BYTES]))
-        yield len(encrypted).to_bytes(_LENGTH, "big") + encrypted
+class FrameEncryptor:
+    """Encrypts the content of one file, piece by piece, as frames, which follow MARK in the file."""
+
+    def __init__(self, cipher: Cipher, place: Place) -> None:
+        self._cipher = cipher
+        self._place = place
+        self._frames = 0
+
+    def encrypt(self, content: bytes) -> Iterator[bytes]:
+        """Yield the frames of the next piece of the content."""
+        view = memoryview(content)
+        for start in range(0, len(view), FRAME_BYTES):
+            place = frame_place(self._place, self._frames)
+            encrypted = self._cipher.encrypt(bytes(view[start : start + FRAME_BYTES]), place)
+            self._frames += 1
+            yield len(encrypted).to_bytes(_LENGTH, "big") + encrypted
 
 
-def decrypt_stream(file: BinaryIO, cipher: Cipher) -> BinaryIO:
-    """Return the content of a part as a stream, decrypted if it is encrypted."""
+def decrypt_stream(file: BinaryIO, cipher: Cipher, place: Place) -> BinaryIO:
+    """Return the content of the file at ``place`` as a stream, decrypted if it is encrypted."""
     if not file.seekable():
         head = file.read(len(MARK))
-        raw = _DecryptedFile(file, cipher) if head == MARK else _PrefixedFile(head, file)
+        raw = _DecryptedFile(file, cipher, place) if head == MARK else _PrefixedFile(head, file)
         return cast(BinaryIO, io.BufferedReader(raw, FRAME_BYTES))
     if file.read(len(MARK)) == MARK:
-        return cast(BinaryIO, io.BufferedReader(_DecryptedFile(file, cipher), FRAME_BYTES))
+        return cast(BinaryIO, io.BufferedReader(_DecryptedFile(file, cipher, place), FRAME_BYTES))
     file.seek(0)
     return file
 
@@ -45,11 +57,13 @@ def read_key_id(file: BinaryIO) -> str | None:
 
 
 class _DecryptedFile(io.RawIOBase):
-    """Decrypts frame by frame. Raises EOFError if the file is truncated, EncryptionError if it was altered."""
+    """Decrypts frame by frame. Raises EOFError if the file is truncated, EncryptionError if it was altered or moved."""
 
-    def __init__(self, file: BinaryIO, cipher: Cipher) -> None:
+    def __init__(self, file: BinaryIO, cipher: Cipher, place: Place) -> None:
         self._file = file
         self._cipher = cipher
+        self._place = place
+        self._frames = 0
         self._rest = memoryview(b"")
 
     def readable(self) -> bool:
@@ -77,7 +91,9 @@ class _DecryptedFile(io.RawIOBase):
         encrypted = self._file.read(length)
         if len(encrypted) < length:
             raise EOFError
-        return self._cipher.decrypt(encrypted)
+        place = frame_place(self._place, self._frames)
+        self._frames += 1
+        return self._cipher.decrypt(encrypted, place)
 
 
 class _PrefixedFile(io.RawIOBase):

@@ -19,7 +19,8 @@ from fhir_assets.local_files import (
     walk_files,
 )
 from fhir_assets.privacy.encryption import Cipher
-from fhir_assets.storage.encrypted_parts import MARK, decrypt_stream, encrypt_frames
+from fhir_assets.privacy.places import file_place
+from fhir_assets.storage.encrypted_parts import MARK, FrameEncryptor, decrypt_stream
 from fhir_assets.storage.s3 import Bucket
 
 DONE = ".done"
@@ -173,12 +174,14 @@ class EncryptedZone:
 
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading. Raises StoreError."""
-        return decrypt_stream(self._zone.open(name), self._cipher)
+        return decrypt_stream(self._zone.open(name), self._cipher, file_place("landing zone", "", name))
 
     def put(self, name: str, content: bytes) -> LandingFile:
         """Write a file, which appears complete, and return it as it is listed. Raises StoreError."""
-        stored = b"".join([MARK, *encrypt_frames(content, self._cipher)]) if self._cipher.encrypts else content
-        return self._zone.put(name, stored)
+        if not self._cipher.encrypts:
+            return self._zone.put(name, content)
+        encryptor = FrameEncryptor(self._cipher, file_place("landing zone", "", name))
+        return self._zone.put(name, b"".join([MARK, *encryptor.encrypt(content)]))
 
 
 def _describe_fault(name: str, fault: str, written: datetime) -> LandingFile:

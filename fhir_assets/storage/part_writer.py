@@ -10,8 +10,7 @@ from types import TracebackType
 from isal import igzip
 
 from fhir_assets.errors import StoreError
-from fhir_assets.privacy.encryption import Cipher
-from fhir_assets.storage.encrypted_parts import MARK, SUFFIX, encrypt_frames
+from fhir_assets.storage.encrypted_parts import MARK, SUFFIX, FrameEncryptor
 from fhir_assets.storage.manifest import Arrival, Part
 from fhir_assets.storage.store import LAYERS, Store, map_concurrently, partition_folder
 
@@ -30,7 +29,8 @@ _PartKey = tuple[str, str, bool, bool]
 class _OpenPart:
     path: Path
     name: str
-    cipher: Cipher
+    encryptor: FrameEncryptor | None
+    """None in a store that is not encrypted."""
     dated: bool
     lines: list[bytes] = field(default_factory=list)
     rows: int = 0
@@ -61,12 +61,12 @@ class _OpenPart:
         content = b"\n".join(self.lines) + b"\n"
         packed = igzip.compress(content, 1)
         with self.path.open("ab") as file:
-            if not self.cipher.encrypts:
+            if self.encryptor is None:
                 file.write(packed)
             else:
                 if not self.rows:
                     file.write(MARK)
-                file.writelines(encrypt_frames(packed, self.cipher))
+                file.writelines(self.encryptor.encrypt(packed))
             self.stored_bytes = file.tell()
         self.rows += len(self.lines)
         self.bytes += len(content)
@@ -143,7 +143,9 @@ class PartWriter:
         self._number += 1
         cipher = self._store.cipher
         file = f"part-{self._generation}-{self._number:05}.ndjson.gz{SUFFIX if cipher.encrypts else ''}"
-        part = _OpenPart(self._spool / file, f"{partition_folder(self._layer, *key[:2])}/{file}", cipher, key[2])
+        name = f"{partition_folder(self._layer, *key[:2])}/{file}"
+        encryptor = FrameEncryptor(cipher, self._store.place(name)) if cipher.encrypts else None
+        part = _OpenPart(self._spool / file, name, encryptor, key[2])
         self._open[key] = part
         return part
 

@@ -7,7 +7,7 @@ from itertools import islice
 
 from fhir_assets.errors import EncryptionError, FhirAssetsError, StoreError
 from fhir_assets.privacy.encryption import Cipher
-from fhir_assets.storage.encrypted_parts import FRAME_BYTES, MARK, decrypt_stream, encrypt_frames, read_key_id
+from fhir_assets.storage.encrypted_parts import FRAME_BYTES, MARK, FrameEncryptor, decrypt_stream, read_key_id
 from fhir_assets.storage.store import LAYERS, Store
 
 BATCH_PARTS = 64
@@ -48,9 +48,10 @@ def _try_to_reencrypt(store: Store, name: str, cipher: Cipher) -> FhirAssetsErro
     try:
         with store.blobs.open(name) as file, path.open("wb") as target:
             target.write(MARK)
-            content = decrypt_stream(file, cipher)
+            content = decrypt_stream(file, cipher, store.place(name))
+            encryptor = FrameEncryptor(cipher, store.place(name))
             while chunk := content.read(FRAME_BYTES):
-                target.writelines(encrypt_frames(chunk, cipher))
+                target.writelines(encryptor.encrypt(chunk))
         store.blobs.put_file(name, path)
     except EOFError:
         return StoreError(f"{store.blobs.url}/{name} is incomplete: materialize its raw partition again, in full")

@@ -5,6 +5,7 @@ A folder contains ``manifest.json`` and the parts that the manifest names.
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar, cast
@@ -16,6 +17,7 @@ from fhir_assets.catalog import snake_case
 from fhir_assets.errors import ConfigurationError, EncryptionError, FileMissing, StoreError
 from fhir_assets.file_modes import PRIVATE
 from fhir_assets.privacy.encryption import Cipher
+from fhir_assets.privacy.places import Place, file_place
 from fhir_assets.sources import DEFAULT_SOURCE, require_source_key
 from fhir_assets.storage.blobs import Blobs, LocalBlobs
 from fhir_assets.storage.encrypted_parts import decrypt_stream
@@ -98,6 +100,10 @@ class Store:
         self.cipher = cipher
         self.source = source
 
+    def place(self, name: str) -> Place:
+        """Return the place of the file ``name``, to which its encrypted content is bound."""
+        return file_place("store", self.source, name)
+
     def manifest(self, layer: str, resource_type: str, partition_key: str) -> Manifest | None:
         """Return the manifest of a partition, or None if it does not exist. Raises StoreError if it is damaged."""
         return self.read_manifest(f"{partition_folder(layer, resource_type, partition_key)}/manifest.json", layer)
@@ -173,10 +179,7 @@ class Store:
         rows = 0
         last = b"\n"
         try:
-            with (
-                self.blobs.open(part.name) as raw,
-                _unpack(fileobj=decrypt_stream(raw, self.cipher), mode="rb") as file,
-            ):
+            with self._open(part) as file:
                 while chunk := file.read(BATCH_BYTES):
                     rows += chunk.count(b"\n")
                     last = chunk[-1:]
@@ -194,12 +197,14 @@ class Store:
 
     def _lines(self, part: Part) -> Iterator[list[bytes]]:
         rest = b""
-        with self.blobs.open(part.name) as raw, _unpack(fileobj=decrypt_stream(raw, self.cipher), mode="rb") as file:
+        with self._open(part) as file:
             while True:
                 try:
                     chunk = file.read(BATCH_BYTES)
                 except (OSError, EOFError, _DAMAGED):
                     raise self._damaged(part) from None
+                except EncryptionError as error:
+                    raise EncryptionError(f"{part.name}: {error}") from None
                 if not chunk:
                     break
                 lines = (rest + chunk).split(b"\n")
@@ -208,6 +213,14 @@ class Store:
                     yield lines
         if rest:
             raise self._damaged(part)
+
+    @contextmanager
+    def _open(self, part: Part) -> Iterator[BinaryIO]:
+        """Open a part for reading, decrypted and unpacked."""
+        with self.blobs.open(part.name) as raw:
+            content = decrypt_stream(raw, self.cipher, self.place(part.name))
+            with _unpack(fileobj=content, mode="rb") as file:
+                yield file
 
     def _damaged(self, part: Part) -> StoreError:
         return StoreError(

@@ -29,7 +29,7 @@ def condition(resource_id: str, subject: dict[str, Any], version: int = 1) -> by
 
 def load(conn: Session, *lines: bytes) -> None:
     view_tables.ensure_tables(conn, VIEWS)
-    built = RowBuilder(VIEWS, NO_ENCRYPTION)(Batch(list(lines), "2026-01", NOW))
+    built = RowBuilder(VIEWS, NO_ENCRYPTION, "default")(Batch(list(lines), "2026-01", NOW))
     loader = Loader(conn, "Condition", VIEWS, run_id="run")
     loader.add_block(built.block, list(lines), "2026-01")
     loader.finish()

@@ -8,6 +8,7 @@ from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.rebuild.step import RebuildProgress, RebuildResult, RebuildStep
 from fhir_assets.privacy.keys import new_key
+from fhir_assets.privacy.places import value_place
 from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.warehouse.postgres.db.connections import Session, connect
 from fhir_assets.warehouse.postgres.tables import rebuilding, view_tables
@@ -44,8 +45,10 @@ def rebuild(database: str, session: Session, *views: View, drop_columns: bool = 
 def read_families(session: Session) -> dict[str, str | None]:
     rows = select(session, "SELECT id, family FROM fhir.patient")
     assert len(rows) == len(dict(rows))
-    decrypt = session.cipher.decrypt_token if session.cipher.encrypts else str
-    return {key: decrypt(value) if value else value for key, value in rows}
+    decrypt = session.cipher.decrypt_token
+    return {
+        key: decrypt(value, value_place("patient", "family", "default", key)) if value else None for key, value in rows
+    }
 
 
 def test_a_new_column_is_filled_in_batches_and_the_windows_stay_loaded(

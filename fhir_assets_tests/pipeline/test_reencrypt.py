@@ -23,6 +23,7 @@ from fhir_assets_tests.support.key_rotation import (
     NAME,
     VIEWS,
     build_reencrypt_step,
+    decrypt_value,
     encrypted_column,
     fetch_rows,
     fill_deployment,
@@ -73,7 +74,7 @@ def test_everything_is_encrypted_with_the_newest_key_and_readable_without_the_ol
         assert read_decrypted(conn, deployment.store(NEW)) == before
         usage = count_key_usage(conn, deployment.store(NEW), VIEWS)
         assert usage.keys == [NEW_ID]
-        assert fetch_rows(conn, "SELECT DISTINCT key_id FROM ops.corrections") == [(NEW_ID,)]
+        assert fetch_rows(conn, "SELECT DISTINCT key_id FROM ops.corrections") == [(f"{NEW_ID}:bound",)]
         assert audit_log.find_fault(conn) is None
         audit_records = fetch_rows(conn, "SELECT sum(count)::int FROM ops.audit_log WHERE action = 'key rotation'")
         assert audit_records == [(38 + 1,)]
@@ -150,7 +151,7 @@ def test_both_rows_of_a_dead_letter_that_failed_before_and_after_keys_were_set_a
         conn.commit()
     assert build_reencrypt_step(deployment.url, deployment.store(NEW), NEW).run().left_over == 0
     with open_session(deployment.url, NEW) as conn:
-        assert fetch_rows(conn, "SELECT attempts, key_id FROM ops.dead_letters") == [(1, NEW_ID), (1, NEW_ID)]
+        assert fetch_rows(conn, "SELECT attempts, key_id FROM ops.dead_letters") == [(1, f"{NEW_ID}:bound")] * 2
         known = corrections.read_by_fingerprint(conn, "Patient", ["validate"], [DAY])
         assert DEAD_LETTER.fingerprint(cipher_of(conn)) in known[DAY]
         assert DEAD_LETTER.fingerprint(NO_ENCRYPTION) not in {
@@ -178,25 +179,25 @@ def test_rows_that_a_partial_load_left_with_the_older_key_are_reencrypted(deploy
         assert (usage["resources"], usage["rows"]) == (0, 10)
     assert build_reencrypt_step(deployment.url, deployment.store(NEW, OLD), NEW, OLD).run().left_over == 0
     with open_session(deployment.url, NEW) as conn:
-        tokens = fetch_rows(conn, "SELECT family FROM fhir.patient_name")
-        assert len([cipher_of(conn).decrypt_token(str(token)) for (token,) in tokens]) == 10
+        tokens = fetch_rows(conn, "SELECT _resource_key, family FROM fhir.patient_name")
+        assert len([decrypt_value(conn, "patient_name", "family", *row) for row in tokens]) == 10
 
 
 def test_resources_of_a_lost_key_stay_unchanged_and_all_others_are_reencrypted(deployment: DeploymentFiles) -> None:
     with open_session(deployment.url, OLD) as conn:
         fill_deployment(conn, deployment.store(OLD))
         lose_key(conn, 4, "0badc0de")
-        before = fetch_rows(conn, "SELECT resource FROM fhir.resource WHERE key_id = '0badc0de'")
+        before = fetch_rows(conn, "SELECT resource FROM fhir.resource WHERE key_id = '0badc0de:bound'")
     rotated = build_reencrypt_step(deployment.url, deployment.store(NEW, OLD), NEW, OLD).run()
     assert rotated.encrypted["resources"] == 26
     assert rotated.left_over == 4
     assert rotated.encrypted["rows"] == 4 * 3
     assert rotated.usage.count_by_location("0badc0de")["resources"] == 4
     with open_session(deployment.url, NEW) as conn:
-        assert fetch_rows(conn, "SELECT resource FROM fhir.resource WHERE key_id = '0badc0de'") == before
+        assert fetch_rows(conn, "SELECT resource FROM fhir.resource WHERE key_id = '0badc0de:bound'") == before
         assert not count_key_usage(conn, deployment.store(NEW), VIEWS).is_used(OLD_ID)
-        names = fetch_rows(conn, "SELECT family FROM fhir.patient_name WHERE _resource_key = 'p00001'")
-        assert {cipher_of(conn).decrypt_token(str(name)) for (name,) in names} == {"Family1-0", "Family1-1"}
+        names = fetch_rows(conn, "SELECT _resource_key, family FROM fhir.patient_name WHERE _resource_key = 'p00001'")
+        assert {decrypt_value(conn, "patient_name", "family", *row) for row in names} == {"Family1-0", "Family1-1"}
 
 
 def test_a_damaged_resource_is_reported_by_its_type_and_the_others_are_reencrypted(deployment: DeploymentFiles) -> None:
@@ -288,11 +289,12 @@ def test_rows_without_a_view_or_a_resource_are_reencrypted_token_by_token(deploy
     assert (rotated.encrypted["resources"], rotated.encrypted["rows"], rotated.left_over) == (4, 1 + 10, 0)
     with open_session(deployment.url, NEW) as conn:
         assert fetch_rows(conn, "SELECT _resource_key, gender, mrn_index FROM fhir.patient ORDER BY 1") == before
-        tokens = fetch_rows(conn, "SELECT family FROM fhir.patient_name UNION ALL SELECT mrn FROM fhir.patient")
-        decrypted_tokens = {cipher_of(conn).decrypt_token(str(token)) for (token,) in tokens}
-        assert decrypted_tokens == {f"Family{n}-{k}" for n in range(5) for k in range(2)} | {
-            f"MRN-{n}" for n in range(5)
+        values = {
+            decrypt_value(conn, table, name, *row)
+            for table, name in (("patient_name", "family"), ("patient", "mrn"))
+            for row in fetch_rows(conn, f"SELECT _resource_key, {name} FROM fhir.{table}")
         }
+        assert values == {f"Family{n}-{k}" for n in range(5) for k in range(2)} | {f"MRN-{n}" for n in range(5)}
 
 
 def test_a_resource_that_its_changed_views_reject_is_reencrypted_and_keeps_its_rows(

@@ -13,11 +13,12 @@ from fhir_assets.pipeline.reencrypt.step import ReencryptResult, ReencryptStep
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.ops import audit_log, key_rotations
-from fhir_assets.warehouse.postgres.db.connections import cipher_of, connect
+from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets.warehouse.postgres.tables.loading import Loader
 from fhir_assets_tests.support.key_rotation import (
     VIEWS,
     build_reencrypt_step,
+    decrypt_value,
     fetch_rows,
     fill_deployment,
     load_people,
@@ -43,7 +44,7 @@ def wait_until(url: str, query: str) -> None:
 def read_families(url: str) -> list[tuple[str, str]]:
     with open_session(url, NEW) as conn:
         tokens = fetch_rows(conn, "SELECT _resource_key, family FROM fhir.patient_name")
-        return sorted((str(key), cipher_of(conn).decrypt_token(str(token))) for key, token in tokens)
+        return sorted((str(key), decrypt_value(conn, "patient_name", "family", key, token)) for key, token in tokens)
 
 
 def test_a_rotation_waits_for_locked_rows_and_keeps_the_versions_that_a_load_writes(

@@ -37,7 +37,7 @@ def load_shipped_views() -> tuple[View, ...]:
 def build_view_rows(resource_type: str, cipher: Cipher) -> dict[str, bytes]:
     """Return the rows of each view of a type, as they are copied into its table."""
     views = [view for view in load_shipped_views() if view.resource_type == resource_type]
-    build_rows = RowBuilder(views, cipher)
+    build_rows = RowBuilder(views, cipher, "default")
     lines = [json.dumps(resource).encode() for resource in saturated_resources(resource_type)]
     built = build_rows(Batch(lines, "2020-02-03", datetime.now(UTC)))
     assert built.block, built.rejected

@@ -1,6 +1,6 @@
 """A small deployment for the tests of key rotation: encrypted patient data in every table and in the store."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -9,6 +9,15 @@ from fhir_assets.fhir.views import View
 from fhir_assets.pipeline.reencrypt.step import ReencryptStep
 from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher, as_json, from_json
 from fhir_assets.privacy.keys import parse_keys
+from fhir_assets.privacy.places import (
+    Place,
+    answer_place,
+    correction_place,
+    dead_letter_place,
+    resource_place,
+    value_place,
+)
+from fhir_assets.sources import DEFAULT_SOURCE
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store, open_store
@@ -74,21 +83,25 @@ def fill_deployment(conn: Session, store: Store, people: int = 30) -> None:
     load_people(conn, range(people))
     cipher = cipher_of(conn)
     clear = b'{"id": "held-Smith"}'
-    body = as_json(cipher.compress_and_encrypt(clear)).decode() if cipher.encrypts else clear.decode()
+
+    def encrypt(resource_type: str, resource_id: str) -> str:
+        place = resource_place(conn.source, resource_type, resource_id)
+        return (as_json(cipher.compress_and_encrypt(clear, place)) if cipher.encrypts else clear).decode()
+
     for number in range(3):
         conn.execute(
             """
             INSERT INTO ops.withheld (resource_type, id, as_of, partition_key, run_id, key_id, patients, resource)
             VALUES ('Patient', %s, now(), %s, 'run', %s, '{}', %s::jsonb)
             """,
-            [f"w{number}", DAY, cipher.key_id, body],
+            [f"w{number}", DAY, cipher.key_id, encrypt("Patient", f"w{number}")],
         )
     conn.execute(
         """
         INSERT INTO ops.consent_records (consent_id, keys, as_of, resource, key_id)
         VALUES ('c', '{p}', now(), %s::jsonb, %s)
         """,
-        [body, cipher.key_id],
+        [encrypt("Consent", "c"), cipher.key_id],
     )
     dead_letters.record(conn, "run", [DEAD_LETTER])
     [(dead_letter_id,)] = conn.execute("SELECT id FROM ops.dead_letters").fetchall()
@@ -116,13 +129,17 @@ def read_decrypted(conn: Connection, store: Store) -> dict[str, object]:
 
     def text(query: str) -> list[object]:
         texts: list[object] = []
-        for key_id, value in conn.execute(query.encode()).fetchall():
-            content = value.encode() if key_id is None else cipher.decrypt_and_decompress(from_json(value))
+        for resource_type, resource_id, key_id, value in conn.execute(query.encode()).fetchall():
+            place = resource_place(DEFAULT_SOURCE, resource_type, resource_id)
+            content = value.encode() if key_id is None else cipher.decrypt_and_decompress(from_json(value), place)
             texts.append(content.replace(b" ", b""))
         return texts
 
-    def binary(query: str) -> list[object]:
-        return [cipher.decrypt_and_decompress(bytes(value)) for (value,) in conn.execute(query.encode()).fetchall()]
+    def binary(query: str, build_place: Callable[..., Place], *of_source: str) -> list[object]:
+        return [
+            cipher.decrypt_and_decompress(bytes(value), build_place(*of_source, bytes(key)))
+            for key, value in conn.execute(query.encode()).fetchall()
+        ]
 
     stored_text = "key_id, CASE WHEN key_id IS NULL THEN resource::text ELSE resource #>> '{}' END"
     tokens = conn.execute("SELECT _resource_key, mrn FROM fhir.patient ORDER BY 1").fetchall()
@@ -130,20 +147,27 @@ def read_decrypted(conn: Connection, store: Store) -> dict[str, object]:
     manifest = store.manifest("raw", "Patient", DAY)
     assert manifest
     return {
-        "resources": text(f"SELECT {stored_text} FROM fhir.resource ORDER BY id"),
+        "resources": text(f"SELECT resource_type, id, {stored_text} FROM fhir.resource ORDER BY id"),
         "facts": conn.execute(
             "SELECT id, run_id, loaded_at, as_of, partition_key FROM fhir.resource ORDER BY 1"
         ).fetchall(),
-        "mrn": [(key, cipher.decrypt_token(mrn)) for key, mrn in tokens],
-        "names": sorted((key, cipher.decrypt_token(family)) for key, family in names),
-        "withheld": text(f"SELECT {stored_text} FROM ops.withheld ORDER BY id"),
-        "consents": text(f"SELECT {stored_text} FROM ops.consent_records"),
-        "dead_letters": binary("SELECT resource FROM ops.dead_letters ORDER BY id"),
-        "corrected": binary("SELECT resource FROM ops.corrections"),
-        "original": binary("SELECT original FROM ops.corrections"),
-        "answers": binary("SELECT answer FROM ops.idempotency"),
+        "mrn": [(key, decrypt_value(conn, "patient", "mrn", key, mrn)) for key, mrn in tokens],
+        "names": sorted((key, decrypt_value(conn, "patient_name", "family", key, family)) for key, family in names),
+        "withheld": text(f"SELECT resource_type, id, {stored_text} FROM ops.withheld ORDER BY id"),
+        "consents": text(f"SELECT 'Consent', consent_id, {stored_text} FROM ops.consent_records"),
+        "dead_letters": binary(
+            "SELECT fingerprint, resource FROM ops.dead_letters ORDER BY id", dead_letter_place, DEFAULT_SOURCE
+        ),
+        "corrected": binary("SELECT fingerprint, resource FROM ops.corrections", correction_place, DEFAULT_SOURCE),
+        "original": binary("SELECT fingerprint, original FROM ops.corrections", dead_letter_place, DEFAULT_SOURCE),
+        "answers": binary("SELECT key, answer FROM ops.idempotency", answer_place),
         "lines": [line for batch in store.batches(manifest.parts) for line in batch],
     }
+
+
+def decrypt_value(conn: Connection, table: str, name: str, key: object, token: object) -> str:
+    """Return the value of a token in a column of a view's table."""
+    return cipher_of(conn).decrypt_token(str(token), value_place(table, name, DEFAULT_SOURCE, str(key)))
 
 
 def build_reencrypt_step(
@@ -157,7 +181,7 @@ def build_reencrypt_step(
 def lose_key(conn: Connection, count: int, key_id: str) -> None:
     """Make the first ``count`` resources look as if a lost key encrypted them: change the key id in their bytes."""
     conn.execute(
-        "UPDATE fhir.resource SET key_id = %(key)s, resource = to_jsonb(encode('FS1'::bytea"
+        "UPDATE fhir.resource SET key_id = %(key)s || ':bound', resource = to_jsonb(encode('FS2'::bytea"
         " || decode(%(key)s, 'hex') || substring(decode(resource #>> '{}', 'base64') FROM 8), 'base64'))"
         " WHERE id IN (SELECT id FROM fhir.resource ORDER BY id LIMIT %(count)s)",
         {"key": key_id, "count": count},

@@ -53,12 +53,12 @@ CASES = [
 
 @pytest.mark.parametrize(("kind", "value"), CASES)
 def test_postgres_accepts_every_encoded_value(conn: Connection[Any], kind: str, value: object) -> None:
-    encoder = build_row_encoder(view("v", "Patient", column("x", "birthDate", kind)), NO_ENCRYPTION)
+    encoder = build_row_encoder(view("v", "Patient", column("x", "birthDate", kind)), NO_ENCRYPTION, "default")
     precision = ", p text" if kind in ("date", "dateTime") else ""
     day = ", d date, o text" if kind in ("dateTime", "instant") else ""
     conn.execute(f"CREATE TEMP TABLE t (x {TYPES[kind]}{precision}{day})".encode())
     try:
-        line = encoder((value,))
+        line = encoder((value,), "id")
     except UnstorableValue:
         return
     with conn.cursor() as cursor, cursor.copy("COPY t FROM STDIN") as copy:
@@ -85,9 +85,9 @@ def test_postgres_accepts_every_encoded_value(conn: Connection[Any], kind: str, 
     ],
 )
 def test_an_unstorable_value_is_rejected_and_the_message_does_not_contain_it(kind: str, value: object) -> None:
-    encoder = build_row_encoder(view("v", "Patient", column("x", "birthDate", kind)), NO_ENCRYPTION)
+    encoder = build_row_encoder(view("v", "Patient", column("x", "birthDate", kind)), NO_ENCRYPTION, "default")
     with pytest.raises(UnstorableValue) as exc_info:
-        encoder((value,))
+        encoder((value,), "id")
     message, column_index = exc_info.value.args
     assert column_index == 0
     assert str(value) not in message

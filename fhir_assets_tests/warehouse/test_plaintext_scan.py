@@ -39,6 +39,7 @@ def test_a_scan_of_encrypted_tables_counts_no_unencrypted_value(encrypted: Conne
     [
         ("family", "O'Hara"),
         ("family", "gAAAAA O'Hara"),
+        ("family", "fs2_O'Hara"),
         ("multiple", "2"),
         ("mrn", "gAAAAABMRN-1"),
         ("mrn_index", "MRN-1"),

@@ -18,6 +18,7 @@ from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.fhir.bundles import BundleEntry, EntryResult, ReferenceTarget, find_references
 from fhir_assets.file_modes import PRIVATE, create_folders
 from fhir_assets.privacy.encryption import Cipher
+from fhir_assets.privacy.places import undelivered_place
 
 _SCHEMA = """
     CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT);
@@ -112,7 +113,7 @@ class Journal:
         try:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
-            self._db.create_function("reason", 3, self._reason, deterministic=True)
+            self._db.create_function("reason", 6, self._reason, deterministic=True)
             self._db.executescript(_SCHEMA.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS"))
         except sqlite3.OperationalError as error:
             self._db.close()
@@ -164,7 +165,14 @@ class Journal:
             INSERT INTO failures (resource_type, id, place, body, status, outcome, message)
             VALUES (?, NULL, ?, ?, 0, x'', ?)
             """,
-            (line.resource_type, line.location, self._cipher.compress_and_encrypt(line.body), line.message),
+            (
+                line.resource_type,
+                line.location,
+                self._cipher.compress_and_encrypt(
+                    line.body, undelivered_place("body", line.resource_type, None, line.location)
+                ),
+                line.message,
+            ),
         )
 
     def resume(self, facts: dict[str, str]) -> None:
@@ -259,10 +267,11 @@ class Journal:
         while rows := self._db.execute(query, {"after": after, **parameters}).fetchall():
             for n, name, resource_id, location, body, status, outcome, first_pass in rows:
                 after = n
+                key = (name, resource_id, location)
                 yield HeldEntry(
                     n,
-                    BundleEntry(name, resource_id, self._cipher.decrypt_and_decompress(body), location),
-                    EntryResult(status, self._cipher.decrypt_and_decompress(outcome)),
+                    BundleEntry(name, resource_id, self._decrypt("body", key, body), location),
+                    EntryResult(status, self._decrypt("outcome", key, outcome)),
                     first_pass,
                 )
 
@@ -306,7 +315,9 @@ class Journal:
             self._db.execute("BEGIN")
             self._db.execute("""
                 INSERT INTO failures (resource_type, id, place, body, status, outcome, message)
-                SELECT resource_type, id, place, body, status, outcome, reason(status, outcome, first_pass)
+                SELECT
+                    resource_type, id, place, body, status, outcome,
+                    reason(resource_type, id, place, status, outcome, first_pass)
                 FROM held
                 ORDER BY n
             """)
@@ -322,29 +333,26 @@ class Journal:
         with closing(self._db.execute(query)) as rows:
             for row in rows:
                 name, resource_id, location, body, status, outcome, message = row
+                key = (name, resource_id, location)
                 yield Failure(
-                    name,
-                    resource_id,
-                    location,
-                    self._cipher.decrypt_and_decompress(body),
-                    status,
-                    self._cipher.decrypt_and_decompress(outcome),
-                    message,
+                    *key, self._decrypt("body", key, body), status, self._decrypt("outcome", key, outcome), message
                 )
 
     def _row(self, entry: BundleEntry, result: EntryResult) -> tuple[str, str, str, bytes, int, bytes]:
+        key = (entry.resource_type, entry.id, entry.location)
         encrypt = self._cipher.compress_and_encrypt
         return (
-            entry.resource_type,
-            entry.id,
-            entry.location,
-            encrypt(entry.body),
+            *key,
+            encrypt(entry.body, undelivered_place("body", *key)),
             result.status,
-            encrypt(result.outcome),
+            encrypt(result.outcome, undelivered_place("outcome", *key)),
         )
 
-    def _reason(self, status: int, outcome: bytes, first_pass: int) -> str:
-        reason = EntryResult(status, self._cipher.decrypt_and_decompress(outcome)).reason
+    def _decrypt(self, column: str, key: tuple[str, str | None, str], content: bytes) -> bytes:
+        return self._cipher.decrypt_and_decompress(content, undelivered_place(column, *key))
+
+    def _reason(self, name: str, resource_id: str, location: str, status: int, outcome: bytes, first_pass: int) -> str:
+        reason = EntryResult(status, self._decrypt("outcome", (name, resource_id, location), outcome)).reason
         if not first_pass:
             return reason
         return f"{reason}; the server holds it without its references to resources that failed"

@@ -64,7 +64,7 @@ class PostedDecisions:
 
     def _build_blocks(self, conn: Session, posted: Sequence[Record], now: datetime) -> list[PartitionBlock]:
         views = [view for view in self._list_views() if view.resource_type == "Consent"]
-        row_builder = RowBuilder(views, cipher_of(conn), with_subjects=True)
+        row_builder = RowBuilder(views, cipher_of(conn), conn.source, with_subjects=True)
         blocks = []
         for record in posted:
             window = self._scheme.window_at(min(record.as_of, now))

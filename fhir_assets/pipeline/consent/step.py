@@ -239,7 +239,7 @@ class ConsentStep:
         row_builder = self._row_builders.get(resource_type)
         if row_builder is None:
             row_builder = self._row_builders[resource_type] = RowBuilder(
-                views, cipher_of(conn), with_subjects=self._consent_gate.withholds
+                views, cipher_of(conn), conn.source, with_subjects=self._consent_gate.withholds
             )
         rows = row_builder(batch._replace(with_identifiers=identifiers.hold_type(conn, resource_type)))
         loader = Loader(conn, resource_type, views, run_id=self._run_id, restore_rows=True, record_consents=False)

@@ -129,7 +129,7 @@ class ConditionalReferenceStep:
     def _get_row_builder(self, conn: Session, resource_type: str) -> RowBuilder:
         if resource_type not in self._row_builders:
             self._row_builders[resource_type] = RowBuilder(
-                self._views[resource_type], cipher_of(conn), with_subjects=self._consent_gate.withholds
+                self._views[resource_type], cipher_of(conn), conn.source, with_subjects=self._consent_gate.withholds
             )
         return self._row_builders[resource_type]
 

@@ -116,19 +116,21 @@ class BuiltRows(NamedTuple):
 
 
 class RowBuilder:
-    """Builds the rows of all ``views`` of one resource type, with encrypted columns if ``cipher`` has keys.
+    """Builds the rows of all ``views`` of a resource type of ``source``, with encrypted columns if ``cipher`` has keys.
 
     ``with_subjects`` also determines which patients each resource is about, which a consent policy needs. A pickle
     contains the arguments only; the views are compiled again when it is loaded.
     """
 
-    def __init__(self, views: Sequence[View], cipher: Cipher, *, with_subjects: bool = False) -> None:
+    def __init__(self, views: Sequence[View], cipher: Cipher, source: str, *, with_subjects: bool = False) -> None:
         self._views = CompiledViews(views, empty_join=False)
-        self._encoder = ResourceEncoder(views, cipher)
+        self._encoder = ResourceEncoder(views, cipher, source)
         self._with_subjects = with_subjects
 
     def __reduce__(self) -> tuple[object, ...]:
-        return partial(RowBuilder, with_subjects=self._with_subjects), (self._encoder.views, self._encoder.cipher)
+        encoder = self._encoder
+        arguments = (encoder.views, encoder.cipher, encoder.source)
+        return partial(RowBuilder, with_subjects=self._with_subjects), arguments
 
     def __call__(self, batch: Batch) -> BuiltRows:
         """Build the rows of a batch."""

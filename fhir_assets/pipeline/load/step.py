@@ -286,7 +286,7 @@ class LoadStep:
 
     def _get_row_builder(self, conn: Session) -> RowBuilder:
         self._row_builder = self._row_builder or RowBuilder(
-            self._views, cipher_of(conn), with_subjects=self._consent_gate.withholds
+            self._views, cipher_of(conn), conn.source, with_subjects=self._consent_gate.withholds
         )
         return self._row_builder
 

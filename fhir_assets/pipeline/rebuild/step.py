@@ -17,7 +17,7 @@ from fhir_assets.pipeline.load.row_builder import RowBuilder
 from fhir_assets.pipeline.load.stored_rows import build_stored_rows
 from fhir_assets.warehouse.ops import checkpoints
 from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session, cipher_of
-from fhir_assets.warehouse.postgres.resources import decrypt_text
+from fhir_assets.warehouse.postgres.resources import decrypt_resource
 from fhir_assets.warehouse.postgres.tables import rebuilding, view_tables
 
 
@@ -108,7 +108,7 @@ class RebuildStep:
         if not total:
             return
         views = self._views_by_type[resource_type]
-        row_builder = RowBuilder(views, cipher_of(conn))
+        row_builder = RowBuilder(views, cipher_of(conn), conn.source)
         after, done = "", 0
         while ids := rebuilding.find_next_ids(conn, resource_type, after):
             conn.commit()
@@ -127,7 +127,7 @@ class RebuildStep:
             readable, bodies = [], []
             for resource_id, key_id, text in rebuilding.lock_bodies(conn, resource_type, ids):
                 try:
-                    bodies.append(decrypt_text(text, key_id, cipher_of(conn)))
+                    bodies.append(decrypt_resource(conn, resource_type, resource_id, text, key_id))
                 except EncryptionError:
                     refused += 1
                     continue

@@ -27,7 +27,7 @@ from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, encryption_secret, key_rotations
 from fhir_assets.warehouse.postgres.db import session_settings
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session, cipher_of
-from fhir_assets.warehouse.postgres.resources import decrypt_text
+from fhir_assets.warehouse.postgres.resources import decrypt_resource
 from fhir_assets.warehouse.postgres.tables import reencryption_batches, view_tables
 from fhir_assets.warehouse.postgres.tables.loading import Loader
 
@@ -113,8 +113,8 @@ class ReencryptStep:
                 return self._end(conn, count_key_usage(guard, self._store, self._views), cipher)
 
     def _reencrypt_all(self, conn: Session, cipher: Cipher) -> None:
-        older = [key.id for key in cipher.keys[1:]]
-        newest = cipher.keys[0].id
+        older = cipher.outdated_key_ids
+        newest = cipher.key_id or ""
         for encrypted_table in reencryption_batches.ENCRYPTED_TABLES:
             self._reencrypt_batches(
                 conn,
@@ -135,7 +135,7 @@ class ReencryptStep:
                     if tables.get(v.name)
                 ),
             ]
-            rebuild = partial(self._rebuild, conn, resource_type, RowBuilder(views, cipher))
+            rebuild = partial(self._rebuild, conn, resource_type, RowBuilder(views, cipher, conn.source))
             for source in sources:
                 self._reencrypt_batches(conn, RESOURCES, resource_type, source, rebuild)
         # Rows without a resource from which they could be rebuilt, or in tables without a view.
@@ -224,7 +224,7 @@ class ReencryptStep:
         key_ids = {}
         for resource_id, key_id, text in rows:
             try:
-                bodies.append(decrypt_text(text, key_id, cipher))
+                bodies.append(decrypt_resource(conn, resource_type, resource_id, text, key_id))
             except EncryptionError as error:
                 result.refused[str(error)] += 1
                 continue
@@ -247,7 +247,7 @@ class ReencryptStep:
         return result
 
     def _reencrypt_parts(self, conn: Session, cipher: Cipher) -> None:
-        readable_keys = {key.id for key in cipher.keys[1:]} | ({None} if self._store.cipher.encrypts else set())
+        readable_keys = {*cipher.outdated_key_ids, *([None] if self._store.cipher.encrypts else ())}
         outdated = (part for part in reencrypt.list_part_keys(self._store) if part[1] in readable_keys)
         results = reencrypt.reencrypt(self._store, outdated, cipher)
         while group := list(islice(results, reencrypt.BATCH_PARTS)):
@@ -262,9 +262,9 @@ class ReencryptStep:
 
     def _record(self, conn: Session, location: str, encrypted: int, from_clear: int, step_name: str) -> None:
         key_rotations.advance(conn, self._rotation, step_name, encrypted)
-        detail = {
+        detail: dict[str, str | int | bool | None] = {
             "place": location,
-            "key": cipher_of(conn).key_id,
+            "key": cipher_of(conn).keys[0].id,
             "from_clear": from_clear,
             "rotation": self._rotation,
         }

@@ -69,7 +69,9 @@ class ReplayLoadStep:
             conn.commit()
         resolved = failed = 0
         with self._connect() as reading, self._connect() as writing:
-            row_builder = RowBuilder(self._views, cipher_of(writing), with_subjects=self._consent_gate.withholds)
+            row_builder = RowBuilder(
+                self._views, cipher_of(writing), writing.source, with_subjects=self._consent_gate.withholds
+            )
             for batch in replays.stream_claimed(reading, self._run_id, resource_type, LOAD_STAGES, list(arrived)):
                 with writing.transaction():
                     failures = self._load(writing, row_builder, resource_type, batch, arrived)

@@ -34,8 +34,8 @@ from fhir_assets.privacy.consent import (
     read_consent,
 )
 from fhir_assets.warehouse.postgres.db import advisory_locks
-from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
-from fhir_assets.warehouse.postgres.resources import decrypt_text
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session
+from fhir_assets.warehouse.postgres.resources import decrypt_resource
 
 _parse = msgspec.json.Decoder(dict[str, Any]).decode
 
@@ -201,7 +201,6 @@ def _read_consents(conn: Session, patients: Sequence[str]) -> Mapping[str, list[
     A Consent concerns a patient that it names by id, or by an identifier that the Patient has. Its permits count only
     if the patient is among its keys, and if its identifiers do not match several Patients.
     """
-    cipher = cipher_of(conn)
     consents: defaultdict[str, list[tuple[Consent, str | None]]] = defaultdict(list)
     rows = conn.execute(
         """
@@ -222,7 +221,7 @@ def _read_consents(conn: Session, patients: Sequence[str]) -> Mapping[str, list[
             FROM unnest(%s::text[]) key
         )
         SELECT
-            named.key, c.version_id,
+            named.key, c.consent_id, c.version_id,
             CASE WHEN c.key_id IS NULL THEN c.resource::text ELSE c.resource #>> '{}' END,
             c.key_id,
             named.key = ANY(c.keys) AND (
@@ -235,8 +234,9 @@ def _read_consents(conn: Session, patients: Sequence[str]) -> Mapping[str, list[
         """,
         [list(patients)],
     )
-    for patient, version, text, key_id, is_certain in rows:
-        consent = read_consent(_parse(decrypt_text(text, key_id, cipher)), patient, may_permit=is_certain)
+    for patient, consent_id, version, text, key_id, is_certain in rows:
+        resource = _parse(decrypt_resource(conn, "Consent", consent_id, text, key_id))
+        consent = read_consent(resource, patient, may_permit=is_certain)
         if consent:
             consents[patient].append((consent, version))
     return consents

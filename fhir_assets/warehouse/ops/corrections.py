@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from fhir_assets.privacy.encryption import Cipher
+from fhir_assets.privacy.places import correction_place
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter
 from fhir_assets.warehouse.postgres.db.connections import OpenSession, Session, cipher_of
 
@@ -28,6 +29,13 @@ def record(conn: Session, dead_letter_id: int, resource: bytes, *, by: str) -> N
     An earlier correction is overwritten; the original resource is kept. ``by`` names the author.
     """
     cipher = cipher_of(conn)
+    # The lock keeps the fingerprint, which a key rotation may replace, until the correction is recorded.
+    row = conn.execute(
+        "SELECT source, fingerprint FROM ops.dead_letters WHERE id = %s FOR SHARE", [dead_letter_id]
+    ).fetchone()
+    if row is None:
+        return
+    encrypted = cipher.compress_and_encrypt(resource, correction_place(row[0], bytes(row[1])))
     conn.execute(
         """
         INSERT INTO ops.corrections
@@ -41,7 +49,7 @@ def record(conn: Session, dead_letter_id: int, resource: bytes, *, by: str) -> N
             corrected_by = excluded.corrected_by,
             corrected_at = now()
         """,
-        {"id": dead_letter_id, "resource": cipher.compress_and_encrypt(resource), "key": cipher.key_id, "by": by},
+        {"id": dead_letter_id, "resource": encrypted, "key": cipher.key_id, "by": by},
     )
 
 
@@ -49,14 +57,19 @@ def get(conn: Session, dead_letter_id: int) -> Correction | None:
     """Return the correction of a dead letter, or None if it has none. Raises EncryptionError."""
     row = conn.execute(
         """
-        SELECT c.resource, c.corrected_by, c.corrected_at
+        SELECT c.corrected_by, c.corrected_at, source, fingerprint, c.resource
         FROM ops.corrections c
         JOIN ops.dead_letters d USING (fingerprint, source)
         WHERE d.id = %s
         """,
         [dead_letter_id],
     ).fetchone()
-    return None if row is None else Correction(cipher_of(conn).decrypt_and_decompress(bytes(row[0])), row[1], row[2])
+    return None if row is None else Correction(decrypt_content(conn, *row[2:]), row[0], row[1])
+
+
+def decrypt_content(conn: Session, source: str, fingerprint: bytes, resource: bytes) -> bytes:
+    """Return the decrypted resource of a row of ``ops.corrections``. Raises EncryptionError."""
+    return cipher_of(conn).decrypt_and_decompress(bytes(resource), correction_place(source, bytes(fingerprint)))
 
 
 def read_by_fingerprint(
@@ -74,7 +87,8 @@ def read_by_fingerprint(
         [resource_type, list(stages), list(partition_keys)],
     )
     for key, fingerprint, resource in rows:
-        resources.setdefault(key, {})[bytes(fingerprint)] = cipher_of(conn).decrypt_and_decompress(bytes(resource))
+        content = decrypt_content(conn, conn.source, fingerprint, resource)
+        resources.setdefault(key, {})[bytes(fingerprint)] = content
     return resources
 
 
@@ -107,7 +121,7 @@ class Corrections:
                 "SELECT resource FROM ops.corrections WHERE source = ops.current_source() AND fingerprint = %s",
                 [fingerprint],
             ).fetchone()
-            return None if row is None else self._cipher.decrypt_and_decompress(bytes(row[0]))
+            return None if row is None else decrypt_content(conn, conn.source, fingerprint, row[0])
 
     def _get_fingerprints(self) -> dict[str, set[bytes]]:
         if self._fingerprints is None:

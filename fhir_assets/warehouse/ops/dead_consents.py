@@ -13,6 +13,8 @@ from datetime import datetime
 from psycopg import sql
 
 from fhir_assets.privacy.encryption import as_json
+from fhir_assets.privacy.places import resource_place
+from fhir_assets.warehouse.ops.dead_letters import decrypt_content
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 
 PREFIX = "dead-letter/"
@@ -55,11 +57,16 @@ def is_changed(conn: Connection) -> bool:
 
 def find_unrecorded(conn: Session, limit: int) -> list[DeadConsent]:
     """Return at most ``limit`` dead letters of Consents that have no record. Raises EncryptionError."""
-    cipher = cipher_of(conn)
     rows = conn.execute(sql.SQL("{} ORDER BY d.id LIMIT %s").format(_UNRECORDED), [limit]).fetchall()
     return [
-        DeadConsent(number, None if body is None else cipher.decrypt_and_decompress(bytes(body)), key, arrived, origin)
-        for number, body, key, arrived, origin in rows
+        DeadConsent(
+            number,
+            decrypt_content(conn, conn.source, fingerprint, body),
+            key,
+            arrived,
+            origin,
+        )
+        for number, fingerprint, body, key, arrived, origin in rows
     ]
 
 
@@ -72,11 +79,13 @@ def record(conn: Session, denial: PossibleDenial, *, by_file: bool) -> None:
     cipher = cipher_of(conn)
     consent = denial.consent
     content = _DENIAL if denial.denies else _NOTHING
+    consent_id = f"{PREFIX}{consent.id}"
+    encrypted = cipher.compress_and_encrypt(content, resource_place(conn.source, "Consent", consent_id))
     conn.execute(
         _RECORD,
         {
-            "id": f"{PREFIX}{consent.id}",
-            "resource": (as_json(cipher.compress_and_encrypt(content)) if cipher.encrypts else content).decode(),
+            "id": consent_id,
+            "resource": (as_json(encrypted) if cipher.encrypts else content).decode(),
             "key_id": cipher.key_id,
             "denies": denial.denies,
             "patients": list(denial.patients),
@@ -87,7 +96,7 @@ def record(conn: Session, denial: PossibleDenial, *, by_file: bool) -> None:
             "by_file": by_file,
         },
     )
-    conn.execute(_MARK, [f"{PREFIX}{consent.id}"])
+    conn.execute(_MARK, [consent_id])
 
 
 def remove_resolved(conn: Connection) -> None:
@@ -99,7 +108,7 @@ def remove_resolved(conn: Connection) -> None:
 
 
 _UNRECORDED = sql.SQL("""
-    SELECT d.id, d.resource, d.partition_key, d.arrived, d.origin
+    SELECT d.id, d.fingerprint, d.resource, d.partition_key, d.arrived, d.origin
     FROM ops.dead_letters d
     WHERE d.source = ops.current_source()
         AND d.resource_type = 'Consent'

@@ -21,6 +21,7 @@ from psycopg.types.json import Jsonb
 
 from fhir_assets.fhir.record import MalformedResource, parse_instant, read_header
 from fhir_assets.privacy.encryption import Cipher
+from fhir_assets.privacy.places import dead_letter_place
 from fhir_assets.warehouse.ops import runs
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session, cipher_of
 
@@ -225,25 +226,34 @@ def read_resource(conn: Session, dead_letter_id: int) -> bytes | None:
 
     Raises KeyError for an unknown id, EncryptionError.
     """
-    row = conn.execute("SELECT resource FROM ops.dead_letters WHERE id = %s", [dead_letter_id]).fetchone()
+    query = "SELECT source, fingerprint, resource FROM ops.dead_letters WHERE id = %s"
+    row = conn.execute(query, [dead_letter_id]).fetchone()
     if row is None:
         raise KeyError(dead_letter_id)
-    return None if row[0] is None else cipher_of(conn).decrypt_and_decompress(bytes(row[0]))
+    return decrypt_content(conn, *row)
+
+
+def decrypt_content(conn: Session, source: str, fingerprint: bytes, resource: bytes | None) -> bytes | None:
+    """Return the decrypted resource of a row of ``ops.dead_letters``, None if it has none. Raises EncryptionError."""
+    if resource is None:
+        return None
+    return cipher_of(conn).decrypt_and_decompress(bytes(resource), dead_letter_place(source, bytes(fingerprint)))
 
 
 def stream(conn: Session, selection: Selection) -> Iterator[tuple[StoredDeadLetter, bytes | None]]:
     """Yield the dead letters of a selection with their resources, in the order of ids. Raises EncryptionError."""
     where, params = selection.where()
     columns = sql.SQL(", ").join([sql.Identifier(field.name) for field in fields(StoredDeadLetter)])
-    query = sql.SQL("SELECT {}, resource FROM ops.dead_letters WHERE {} ORDER BY id").format(columns, where)
-    cipher = cipher_of(conn)
+    query = sql.SQL("""
+        SELECT {}, source, fingerprint, resource
+        FROM ops.dead_letters
+        WHERE {}
+        ORDER BY id
+    """).format(columns, where)
     with conn.transaction(), conn.cursor(name="dead_letters") as cursor:
         cursor.itersize = _ROWS_PER_FETCH
         for row in cursor.execute(query, params):
-            yield (
-                StoredDeadLetter(*row[:-1]),
-                None if row[-1] is None else cipher.decrypt_and_decompress(bytes(row[-1])),
-            )
+            yield StoredDeadLetter(*row[:-3]), decrypt_content(conn, *row[-3:])
 
 
 def count_by_reason(conn: Connection, selection: Selection) -> list[dict[str, Any]]:
@@ -304,7 +314,9 @@ def _record(conn: Session, run_id: str, failures: Sequence[DeadLetter]) -> None:
             _storable(dead_letter.path),
             _storable(dead_letter.message),
             Jsonb([{name: _storable(text) for name, text in issue.items()} for issue in dead_letter.issues]),
-            None if dead_letter.resource is None else cipher.compress_and_encrypt(dead_letter.resource),
+            None
+            if dead_letter.resource is None
+            else cipher.compress_and_encrypt(dead_letter.resource, dead_letter_place(conn.source, fingerprint)),
             _storable(dead_letter.partition_key),
             dead_letter.origin,
             _last_updated(dead_letter.resource) if dead_letter.dated else None,

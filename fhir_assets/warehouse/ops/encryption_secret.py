@@ -4,7 +4,8 @@
 """
 
 from fhir_assets.errors import ConfigurationError, EncryptionError
-from fhir_assets.privacy.encryption import Cipher, new_secret
+from fhir_assets.privacy.encryption import BOUND, Cipher, new_secret
+from fhir_assets.privacy.places import SECRET_PLACE
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 
@@ -20,18 +21,18 @@ def unlock(conn: Connection, cipher: Cipher) -> Cipher:
                 return cipher
             conn.execute(
                 "INSERT INTO ops.encryption (key_id, secret) VALUES (%s, %s) ON CONFLICT DO NOTHING",
-                [cipher.key_id, cipher.encrypt(new_secret())],
+                [cipher.key_id, cipher.encrypt(new_secret(), SECRET_PLACE)],
             )
             encrypted = _read_encrypted_secret(conn)
             assert encrypted is not None
-    key_id, content = encrypted
+    key_id, content = encrypted[0].removesuffix(BOUND), encrypted[1]
     if not cipher.encrypts:
         raise ConfigurationError(
             f"This database is encrypted with key {key_id}, but PHI_ENCRYPTION_KEYS is not set: set it. "
             "Without that key the patient data cannot be read; it must be loaded again into a new database"
         )
     try:
-        return cipher.with_secret(cipher.decrypt(content))
+        return cipher.with_secret(cipher.decrypt(content, SECRET_PLACE))
     except EncryptionError:
         raise ConfigurationError(
             f"This database is encrypted with key {key_id}, which is not in PHI_ENCRYPTION_KEYS (its keys: "
@@ -48,7 +49,7 @@ def reencrypt(conn: Connection, cipher: Cipher) -> bool:
             return False
         conn.execute(
             "UPDATE ops.encryption SET key_id = %s, secret = %s, encrypted_at = now()",
-            [cipher.key_id, cipher.encrypt(cipher.decrypt(encrypted[1]))],
+            [cipher.key_id, cipher.encrypt(cipher.decrypt(encrypted[1], SECRET_PLACE), SECRET_PLACE)],
         )
         return True
 

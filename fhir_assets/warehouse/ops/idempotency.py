@@ -6,6 +6,7 @@ A repeated request gets the stored response and is not executed again.
 from dataclasses import dataclass
 from datetime import timedelta
 
+from fhir_assets.privacy.places import answer_place
 from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Session, cipher_of
 
@@ -53,7 +54,7 @@ def find_response(conn: Session, request: Request) -> tuple[int, bytes] | None:
         return None
     if bytes(row[0]) != request.body:
         raise KeyReused
-    return row[1], cipher_of(conn).decrypt_and_decompress(bytes(row[2]))
+    return row[1], cipher_of(conn).decrypt_and_decompress(bytes(row[2]), answer_place(request.key))
 
 
 def record_response(conn: Session, request: Request, status: int, answer: bytes) -> None:
@@ -70,7 +71,13 @@ def record_response(conn: Session, request: Request, status: int, answer: bytes)
             key_id = excluded.key_id,
             answered_at = now()
         """,
-        [request.key, request.body, status, cipher.compress_and_encrypt(answer), cipher.key_id],
+        [
+            request.key,
+            request.body,
+            status,
+            cipher.compress_and_encrypt(answer, answer_place(request.key)),
+            cipher.key_id,
+        ],
     )
     conn.execute(
         """

@@ -63,7 +63,7 @@ def begin(conn: Session, actor: str, total: int) -> int:
     """Record the start of a rotation to the newest key and return its id."""
     row = conn.execute(
         "INSERT INTO ops.key_rotations (key_id, actor, total) VALUES (%s, %s, %s) RETURNING id",
-        [cipher_of(conn).key_id, actor, total],
+        [cipher_of(conn).keys[0].id, actor, total],
     ).fetchone()
     assert row
     return int(row[0])

@@ -10,8 +10,8 @@ from datetime import datetime
 
 from psycopg import sql
 
-from fhir_assets.warehouse.ops.dead_letters import Selection
-from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
+from fhir_assets.warehouse.ops.dead_letters import Selection, decrypt_content
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,6 @@ def lock(conn: Session, ids: Sequence[int], statuses: Collection[str]) -> list[R
     The rows are locked in the order in which ``dead_letters.record`` locks them, so that the two cannot deadlock.
     Raises EncryptionError.
     """
-    cipher = cipher_of(conn)
     rows = conn.execute(
         """
         SELECT
@@ -65,6 +64,8 @@ def lock(conn: Session, ids: Sequence[int], statuses: Collection[str]) -> list[R
                 (SELECT min(f.written_at) FROM ops.landing_files f WHERE 'landing:' || f.sha256 = d.origin),
                 d.first_failure
             ),
+            d.source,
+            d.fingerprint,
             d.resource
         FROM ops.dead_letters d
         WHERE d.source = ops.current_source() AND d.id = ANY(%s) AND d.status = ANY(%s)
@@ -74,7 +75,7 @@ def lock(conn: Session, ids: Sequence[int], statuses: Collection[str]) -> list[R
         [list(ids), sorted(statuses)],
     ).fetchall()
     locked = [
-        RejectedRow(number, rule, path, arrived, cipher.decrypt_and_decompress(bytes(body)) if body else b"")
-        for number, rule, path, arrived, body in rows
+        RejectedRow(number, rule, path, arrived, decrypt_content(conn, *content) or b"")
+        for number, rule, path, arrived, *content in rows
     ]
     return sorted(locked, key=lambda row: (row.arrived, row.id))

@@ -17,11 +17,11 @@ from datetime import datetime
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
-from fhir_assets.warehouse.ops import runs
+from fhir_assets.warehouse.ops import corrections, dead_letters, runs
 from fhir_assets.warehouse.ops.dead_letter_resolution import SUPERSEDED
 from fhir_assets.warehouse.ops.dead_letters import Selection
 from fhir_assets.warehouse.postgres import version_order
-from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session
 
 REPLAYABLE_STAGES = ("validate", "transform", "load")
 """The stages whose dead letters are replayed from their stored bytes.
@@ -233,12 +233,11 @@ def stream_claimed(
     The rows are streamed: ``conn`` is in a transaction until the iterator is exhausted or closed. Raises
     EncryptionError if a resource cannot be decrypted.
     """
-    cipher = cipher_of(conn)
     with closing(conn.cursor(name="claimed")) as cursor:
         cursor.execute(
             """
             SELECT
-                d.id, d.partition_key, d.rule, d.occurrences, coalesce(c.resource, d.resource), d.arrived, d.dated
+                d.id, d.partition_key, d.rule, d.occurrences, fingerprint, c.resource, d.resource, d.arrived, d.dated
             FROM ops.dead_letters d
             LEFT JOIN ops.corrections c USING (fingerprint, source)
             WHERE source = ops.current_source()
@@ -253,11 +252,16 @@ def stream_claimed(
         )
         while rows := cursor.fetchmany(_ROWS_PER_BATCH):
             yield [
-                ClaimedDeadLetter(
-                    identity, key, rule, occurrences, cipher.decrypt_and_decompress(bytes(body or b"")), arrived, dated
-                )
-                for identity, key, rule, occurrences, body, arrived, dated in rows
+                ClaimedDeadLetter(identity, key, rule, occurrences, _read_newest(conn, *contents), arrived, dated)
+                for identity, key, rule, occurrences, *contents, arrived, dated in rows
             ]
+
+
+def _read_newest(conn: Session, fingerprint: bytes, corrected: bytes | None, original: bytes | None) -> bytes:
+    """Return the correction of a dead letter, or its resource without one."""
+    if corrected is not None:
+        return corrections.decrypt_content(conn, conn.source, fingerprint, corrected)
+    return dead_letters.decrypt_content(conn, conn.source, fingerprint, original) or b""
 
 
 def record_failures(conn: Connection, run_id: str, failures: Sequence[FailedReplay]) -> None:

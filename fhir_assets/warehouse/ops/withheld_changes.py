@@ -21,8 +21,8 @@ from fhir_assets.warehouse.ops.withheld_conditions import (
     build_withheld_condition,
 )
 from fhir_assets.warehouse.ops.withheld_resources import COLUMNS, delete_view_rows, list_targets, mark_referring
-from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
-from fhir_assets.warehouse.postgres.resources import decrypt_text
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session
+from fhir_assets.warehouse.postgres.resources import decrypt_resource
 
 ResourceKey = tuple[str, str]
 """The type and the id of a resource."""
@@ -265,10 +265,16 @@ def find_releasable(conn: Session, batch: Sequence[ResourceKey]) -> list[Withhel
         )
         ORDER BY w.resource_type, w.partition_key, w.last_updated IS NOT NULL, w.id
     """).format(in_batch=_IN_BATCH)
-    cipher = cipher_of(conn)
     rows = conn.execute(query, _batch_params(batch)).fetchall()
     return [
-        WithheldResource(resource_type, partition_key, resource_id, arrived, dated, decrypt_text(text, key_id, cipher))
+        WithheldResource(
+            resource_type,
+            partition_key,
+            resource_id,
+            arrived,
+            dated,
+            decrypt_resource(conn, resource_type, resource_id, text, key_id),
+        )
         for resource_type, partition_key, resource_id, arrived, dated, text, key_id in rows
     ]
 

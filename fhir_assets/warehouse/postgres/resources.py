@@ -8,6 +8,7 @@ from typing import Any
 from psycopg import sql
 
 from fhir_assets.privacy.encryption import Cipher, from_json
+from fhir_assets.privacy.places import Place, resource_place
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 
 _ROWS_PER_FETCH = 500
@@ -34,19 +35,27 @@ COLUMNS = sql.SQL("""
 """The columns of ``fhir.resource`` that ``decrypt_row`` takes."""
 
 
-def decrypt_row(row: Sequence[Any], cipher: Cipher) -> StoredResource:
+def decrypt_row(conn: Session, row: Sequence[Any]) -> StoredResource:
     """Return the resource in a row of COLUMNS. Raises EncryptionError."""
     resource_type, resource_id, version_id, last_updated, partition_key, text, key_id, created_at = row
-    body = decrypt_text(text, key_id, cipher)
+    body = decrypt_resource(conn, resource_type, resource_id, text, key_id)
     return StoredResource(resource_type, resource_id, version_id, last_updated, partition_key, body, created_at)
 
 
-def decrypt_text(text: str, key_id: str | None, cipher: Cipher) -> bytes:
-    """Return the JSON of a resource from the text of its column, which is encrypted unless ``key_id`` is None.
+def decrypt_resource(conn: Session, resource_type: str, resource_id: str, text: str, key_id: str | None) -> bytes:
+    """Return the JSON of a resource of the session's source from the text of its column.
+
+    It is encrypted unless ``key_id`` is None. Raises EncryptionError, also if the text belongs to another resource.
+    """
+    return decrypt_text(text, key_id, cipher_of(conn), resource_place(conn.source, resource_type, resource_id))
+
+
+def decrypt_text(text: str, key_id: str | None, cipher: Cipher, place: Place) -> bytes:
+    """Return the JSON from the text of a column, which is encrypted unless ``key_id`` is None.
 
     Raises EncryptionError.
     """
-    return text.encode() if key_id is None else cipher.decrypt_and_decompress(from_json(text))
+    return text.encode() if key_id is None else cipher.decrypt_and_decompress(from_json(text), place)
 
 
 def read(conn: Session, resource_type: str, resource_id: str) -> StoredResource | None:
@@ -60,7 +69,7 @@ def read(conn: Session, resource_type: str, resource_id: str) -> StoredResource 
         """).format(COLUMNS),
         [resource_type, resource_id],
     ).fetchone()
-    return None if row is None else decrypt_row(row, cipher_of(conn))
+    return None if row is None else decrypt_row(conn, row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +157,7 @@ def stream_type(
 
 
 def _stream(conn: Session, query: sql.Composed, params: dict[str, object]) -> Iterator[StoredResource]:
-    cipher = cipher_of(conn)
     with conn.transaction(), conn.cursor(name="resources") as cursor:
         cursor.itersize = _ROWS_PER_FETCH
         for row in cursor.execute(query, params):
-            yield decrypt_row(row, cipher)
+            yield decrypt_row(conn, row)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
-from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
-from fhir_assets.warehouse.postgres.resources import decrypt_text
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session
+from fhir_assets.warehouse.postgres.resources import decrypt_resource
 
 TABLES = (sql.Identifier("fhir", "resource"), sql.Identifier("ops", "withheld"))
 """The tables whose resources have subjects."""
@@ -40,7 +40,6 @@ def lock_unassigned_resources(conn: Session, table: sql.Identifier, limit: int) 
 
     Raises EncryptionError.
     """
-    cipher = cipher_of(conn)
     rows = conn.execute(
         sql.SQL("""
             SELECT
@@ -55,7 +54,10 @@ def lock_unassigned_resources(conn: Session, table: sql.Identifier, limit: int) 
         """).format(table),
         [limit],
     ).fetchall()
-    return [UnassignedResource(name, key, decrypt_text(text, key_id, cipher)) for name, key, text, key_id in rows]
+    return [
+        UnassignedResource(name, key, decrypt_resource(conn, name, key, text, key_id))
+        for name, key, text, key_id in rows
+    ]
 
 
 def set_subjects(

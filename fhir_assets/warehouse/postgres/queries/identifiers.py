@@ -14,7 +14,7 @@ from hashlib import sha256
 from fhir_assets.fhir.conditional_references import UNIDENTIFIED, WAITING
 from fhir_assets.warehouse.postgres.db import advisory_locks
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
-from fhir_assets.warehouse.postgres.resources import decrypt_text
+from fhir_assets.warehouse.postgres.resources import decrypt_resource
 
 _REVISION = "1"
 """Increase this number whenever identifiers are hashed to other tokens."""
@@ -154,7 +154,7 @@ def lock_unidentified(conn: Session, resource_type: str, after: str, limit: int)
         """,
         [resource_type, after, [UNIDENTIFIED], limit],
     ).fetchall()
-    return _decrypt(conn, rows)
+    return _decrypt(conn, resource_type, rows)
 
 
 def set_identifiers(conn: Connection, resource_type: str, identifiers: Iterable[tuple[str, Sequence[str]]]) -> None:
@@ -313,7 +313,7 @@ def lock_waiting(
         """,
         [resource_type, list(ids), [WAITING], list(targets)],
     ).fetchall()
-    return _decrypt(conn, rows)
+    return _decrypt(conn, resource_type, rows)
 
 
 def store_resolved(conn: Connection, resource_type: str, resources: Iterable[ResolvedResource]) -> None:
@@ -339,9 +339,12 @@ def store_resolved(conn: Connection, resource_type: str, resources: Iterable[Res
         )
 
 
-def _decrypt(conn: Session, rows: Iterable[tuple[str, str, datetime, str, str | None]]) -> list[LockedResource]:
-    cipher = cipher_of(conn)
+def _decrypt(
+    conn: Session, resource_type: str, rows: Iterable[tuple[str, str, datetime, str, str | None]]
+) -> list[LockedResource]:
     return [
-        LockedResource(resource_id, partition_key, arrived, decrypt_text(text, key_id, cipher))
+        LockedResource(
+            resource_id, partition_key, arrived, decrypt_resource(conn, resource_type, resource_id, text, key_id)
+        )
         for resource_id, partition_key, arrived, text, key_id in rows
     ]

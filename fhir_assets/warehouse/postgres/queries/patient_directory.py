@@ -229,5 +229,4 @@ def read_compartments(
         """).format(columns=resources.COLUMNS, withheld=build_withheld_condition(consent_gate, "resource")),
         [resource_type, list(ids)],
     ).fetchall()
-    cipher = cipher_of(conn)
-    return [resources.decrypt_row(row, cipher) for row in rows]
+    return [resources.decrypt_row(conn, row) for row in rows]

@@ -16,6 +16,7 @@ from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
 from fhir_assets.fhir.views.row_identity import find_key_column
 from fhir_assets.privacy.encryption import Cipher
+from fhir_assets.privacy.places import resource_place
 from fhir_assets.warehouse.postgres.tables.encoding import (
     MAX_INDEXED_BYTES,
     NULL,
@@ -131,17 +132,21 @@ class UnstorableResource(Exception):
 
 
 class ResourceEncoder:
-    """Encodes resources of one type and their rows of ``views``, encrypted if ``cipher`` has keys. Can be pickled."""
+    """Encodes resources of one type of ``source`` and their rows of ``views``, encrypted if ``cipher`` has keys.
 
-    def __init__(self, views: Sequence[View], cipher: Cipher) -> None:
+    It can be pickled.
+    """
+
+    def __init__(self, views: Sequence[View], cipher: Cipher, source: str) -> None:
         self.views = tuple(views)
         self.cipher = cipher
+        self.source = source
         self._columns = [[column.name for column in view.columns] for view in views]
-        self._row_encoders = [build_row_encoder(view, cipher) for view in views]
+        self._row_encoders = [build_row_encoder(view, cipher, source) for view in views]
         self._has_own_key = [find_key_column(view) is not None for view in views]
 
     def __reduce__(self) -> tuple[object, ...]:
-        return ResourceEncoder, (self.views, self.cipher)
+        return ResourceEncoder, (self.views, self.cipher, self.source)
 
     def encode(self, record: Record, partition_key: str, rows: ViewRows) -> EncodedResource:
         """Return a resource and its rows in the format of COPY. ``rows`` has an element for each view.
@@ -151,7 +156,8 @@ class ResourceEncoder:
         try:
             key = escape_text(record.id)
             version = NULL if record.version_id is None else escape_text(record.version_id)
-            body = encode_body(record.body, self.cipher)
+            place = resource_place(self.source, record.resource_type, record.id)
+            body = encode_body(record.body, self.cipher, place)
             patients = NULL if record.patients is None else _encode_texts(record.patients)
             keyless = NULL if record.keyless is None else _encode_texts(record.keyless)
             mentions = NULL if record.mentions is None else encode_text_array(record.mentions)
@@ -177,9 +183,9 @@ class ResourceEncoder:
                 continue
             try:
                 if self._has_own_key[view]:
-                    text = "".join([f"{encode_row(row)}\n" for row in rows[view]])
+                    text = "".join([f"{encode_row(row, record.id)}\n" for row in rows[view]])
                 else:
-                    text = "".join([f"{key}\t{encode_row(row)}\n" for row in rows[view]])
+                    text = "".join([f"{key}\t{encode_row(row, record.id)}\n" for row in rows[view]])
             except UnstorableValue as error:
                 column = self._columns[view][error.args[1]]
                 raise UnstorableResource(self.views[view].name, column, str(error.args[0])) from None

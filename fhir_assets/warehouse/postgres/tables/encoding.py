@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from datetime import date, datetime
 from decimal import Decimal
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from fhir_assets.fhir.half_surrogates import HALF_SURROGATE_PAIR
 from fhir_assets.fhir.views import Column, View
 from fhir_assets.privacy.encryption import Cipher, as_json
+from fhir_assets.privacy.places import Place, table_in_places
 from fhir_assets.warehouse.postgres.tables.layout import (
     PARTIAL_DATE_KINDS,
     Kind,
@@ -49,28 +50,34 @@ class UnstorableValue(ValueError):
     """Raised for a value that its column cannot store. The message states the reason and does not contain the value."""
 
 
-def build_row_encoder(view: View, cipher: Cipher) -> Callable[[Sequence[object]], str]:
+class _ColumnEncoder(NamedTuple):
+    """The encoder of a column's values, and the text for null. One that encrypts also takes the id of the resource."""
+
+    encode: Callable[..., str]
+    null: str
+    encrypts: bool = False
+
+
+def build_row_encoder(view: View, cipher: Cipher, source: str) -> Callable[[Sequence[object], str], str]:
     """Return a function that encodes a row of ``view`` as a line of COPY, without the key column and the line feed.
 
-    Columns that the view tags as patient data are encrypted with ``cipher``. The function raises UnstorableValue with
-    the index of the column as second argument.
+    Its second argument is the id of the row's resource in ``source``. Columns that the view tags as patient data are
+    encrypted with ``cipher`` and bound to that resource. The function raises UnstorableValue with the index of the
+    column as second argument.
     """
-    encoders = [
-        _build_column_encoder(column, cipher, with_day=has_day_columns(view, column)) for column in view.columns
-    ]
-    value_encoders = [encode_value for encode_value, _ in encoders]
+    encoders = [_build_column_encoder(view, column, cipher, source) for column in view.columns]
     write = _compile_row_writer(encoders, f"\t{cipher.key_id}" if cipher.encrypts and holds_phi(view) else "")
 
-    def encode(row: Sequence[object]) -> str:
+    def encode(row: Sequence[object], resource_id: str) -> str:
         try:
-            return write(row)
+            return write(row, resource_id)
         except (UnstorableValue, ValueError, TypeError, OverflowError):
-            raise _find_unstorable_column(value_encoders, row) from None
+            raise _find_unstorable_column(encoders, row) from None
 
     return encode
 
 
-def _compile_row_writer(columns: Sequence[tuple[ValueEncoder, str]], end: str) -> Callable[[Sequence[object]], str]:
+def _compile_row_writer(columns: Sequence[_ColumnEncoder], end: str) -> Callable[[Sequence[object], str], str]:
     """Compile a function that encodes a row in one expression.
 
     Most values of a wide row are null or plain text; a loop or a call for each value would take longer than the
@@ -78,22 +85,23 @@ def _compile_row_writer(columns: Sequence[tuple[ValueEncoder, str]], end: str) -
     """
     namespace: dict[str, Any] = {"end": end, "backslash": "\\"}
     line = ""
-    for i, (encode_value, null) in enumerate(columns):
+    for i, (encode_value, null, encrypts) in enumerate(columns):
         namespace |= {f"encode{i}": encode_value, f"null{i}": null}
         plain = _plain_text_branch(f"v{i}") if encode_value in _TEXT_ENCODERS else ""
-        line += f"{{null{i} if v{i} is None else {plain}encode{i}(v{i})}}\t"
+        arguments = f"v{i}, key" if encrypts else f"v{i}"
+        line += f"{{null{i} if v{i} is None else {plain}encode{i}({arguments})}}\t"
     names = "".join(f"v{i}, " for i in range(len(columns)))
-    exec(f"def write(row):\n    {names} = row\n    return f'{line[:-1]}{{end}}'", namespace)
-    write: Callable[[Sequence[object]], str] = namespace["write"]
+    exec(f"def write(row, key):\n    {names} = row\n    return f'{line[:-1]}{{end}}'", namespace)
+    write: Callable[[Sequence[object], str], str] = namespace["write"]
     return write
 
 
-def _find_unstorable_column(value_encoders: Sequence[ValueEncoder], row: Sequence[object]) -> UnstorableValue:
+def _find_unstorable_column(columns: Sequence[_ColumnEncoder], row: Sequence[object]) -> UnstorableValue:
     """Encode the values of a row one by one, and return the error of the first that fails, with its column."""
-    for index, (encode_value, value) in enumerate(zip(value_encoders, row, strict=False)):
+    for index, (column, value) in enumerate(zip(columns, row, strict=False)):
         try:
             if value is not None:
-                encode_value(value)
+                column.encode(value, "") if column.encrypts else column.encode(value)
         except UnstorableValue as error:
             return UnstorableValue(str(error), index)
         except (ValueError, TypeError, OverflowError):
@@ -101,15 +109,15 @@ def _find_unstorable_column(value_encoders: Sequence[ValueEncoder], row: Sequenc
     return UnstorableValue("a row whose number of values differs from the number of columns of the view", 0)
 
 
-def encode_body(body: bytes, cipher: Cipher) -> bytes:
-    """Encode the JSON of a resource for a jsonb column, encrypted if ``cipher`` has keys.
+def encode_body(body: bytes, cipher: Cipher, place: Place) -> bytes:
+    """Encode the JSON of a resource for a jsonb column, encrypted and bound to ``place`` if ``cipher`` has keys.
 
     Raises UnstorableValue for text that jsonb cannot store.
     """
     if cipher.encrypts:
         if b"\\u" in body:
             check_escapes(body)
-        return as_json(cipher.compress_and_encrypt(body))
+        return as_json(cipher.compress_and_encrypt(body, place))
     if b"\\" in body:
         if b"\\u" in body:
             check_escapes(body)
@@ -172,27 +180,40 @@ def encode_text_array(values: Sequence[str]) -> str:
 _TWO_NULLS = f"{NULL}\t{NULL}"
 
 
-def _build_column_encoder(column: Column, cipher: Cipher, *, with_day: bool) -> tuple[ValueEncoder, str]:
-    """Return the encoder of a column's values, and the text for null. ``with_day`` adds the cells of day and offset."""
+def _build_column_encoder(view: View, column: Column, cipher: Cipher, source: str) -> _ColumnEncoder:
+    """Return the encoder of a column, with the cells of day and offset if the table has them."""
     kind = column_kind(column)
+    with_day = has_day_columns(view, column)
     nulls = "\t".join([NULL] * (1 + (kind in PARTIAL_DATE_KINDS) + 2 * with_day))
     match phi_treatment(column, encrypted=cipher.encrypts):
-        case PhiTreatment.ENCRYPT if has_blind_index(column):
-            return (
-                lambda value: f"{cipher.encrypt_token(text := _to_plaintext(value))}\t{cipher.index(text)}",
-                _TWO_NULLS,
-            )
         case PhiTreatment.ENCRYPT:
-            return lambda value: cipher.encrypt_token(_to_plaintext(value)), NULL
+            return _build_encrypting_encoder(view, column, cipher, source)
         case PhiTreatment.HASH:
-            return lambda value: cipher.index(_to_plaintext(value)), NULL
+            return _ColumnEncoder(lambda value: cipher.index(_to_plaintext(value)), NULL)
         case PhiTreatment.DROP:
-            return lambda value: nulls, nulls
+            return _ColumnEncoder(lambda value: nulls, nulls)
         case phi:
             encode_value = (
                 _ENCODERS_WITH_DAY[kind] if with_day else _choose_encoder(kind, indexed="index" in column.tags)
             )
-            return (lambda value: encode_value(str(value)[:4])) if phi is PhiTreatment.YEAR else encode_value, nulls
+            if phi is PhiTreatment.YEAR:
+                return _ColumnEncoder(lambda value: encode_value(str(value)[:4]), nulls)
+            return _ColumnEncoder(encode_value, nulls)
+
+
+def _build_encrypting_encoder(view: View, column: Column, cipher: Cipher, source: str) -> _ColumnEncoder:
+    encrypt = cipher.build_encryptor(table_in_places(view.name), column.name, source)
+
+    def encode(value: object, resource_id: str) -> str:
+        return encrypt(_to_plaintext(value), resource_id)
+
+    def encode_with_index(value: object, resource_id: str) -> str:
+        text = _to_plaintext(value)
+        return f"{encrypt(text, resource_id)}\t{cipher.index(text)}"
+
+    if has_blind_index(column):
+        return _ColumnEncoder(encode_with_index, _TWO_NULLS, encrypts=True)
+    return _ColumnEncoder(encode, NULL, encrypts=True)
 
 
 def _to_plaintext(value: object) -> str:

@@ -124,7 +124,7 @@ class PhiTreatment(StrEnum):
     """Not encrypted."""
 
     ENCRYPT = "encrypt"
-    """Stored as a Fernet token. With ``has_blind_index``, a column ``<column>_index`` contains a hash for searches."""
+    """Stored as a token. With ``has_blind_index``, a column ``<column>_index`` contains a hash for searches."""
 
     HASH = "hash"
     """Replaced by the blind index of the value, which can be joined and counted but not decrypted."""

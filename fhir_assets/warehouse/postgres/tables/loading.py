@@ -232,7 +232,7 @@ class Loader:
 
     @cached_property
     def _encoder(self) -> ResourceEncoder:
-        return ResourceEncoder(self._views, self._cipher)
+        return ResourceEncoder(self._views, self._cipher, self._conn.source)
 
     def _add_unloadable(self, unloadable: UnloadableResource) -> None:
         self._unloadable.append(unloadable)

@@ -23,7 +23,7 @@ from fhir_assets.warehouse.postgres.tables.layout import (
 SAMPLE_ROWS = 10_000
 SAMPLE_PAGES = 2_000
 
-_IS_NOT_TOKEN = sql.SQL("{} !~ '^gAAAAA[-_A-Za-z0-9]{{90,}}={{0,2}}$'")
+_IS_NOT_TOKEN = sql.SQL("{} !~ '^(gAAAAA[-_A-Za-z0-9]{{90,}}={{0,2}}|fs2_[-_A-Za-z0-9]{{43,}})$'")
 _IS_NOT_HASH = sql.SQL("{} !~ '^[0-9a-f]{{64}}$'")
 _IS_NOT_YEAR = sql.SQL("to_char({} AT TIME ZONE 'UTC', 'MM-DD') <> '01-01'")
 _IS_NOT_NULL = sql.SQL("{} IS NOT NULL")

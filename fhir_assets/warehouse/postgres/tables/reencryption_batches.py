@@ -9,7 +9,7 @@ A rotation therefore delays a load by one batch at most, and never causes a dead
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, LiteralString
 
@@ -19,6 +19,14 @@ from fhir_assets.catalog import CATALOG
 from fhir_assets.errors import EncryptionError
 from fhir_assets.fhir.views import View
 from fhir_assets.privacy.encryption import Cipher, as_json
+from fhir_assets.privacy.places import (
+    Place,
+    answer_place,
+    correction_place,
+    dead_letter_place,
+    resource_place,
+    value_place,
+)
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import decrypt_text
 from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, KEY_ID_COLUMN, SOURCE_COLUMN, holds_phi
@@ -33,22 +41,29 @@ RowKey = tuple[Any, ...]
 
 _OUTDATED = "(key_id IS NULL OR key_id = ANY(%(older)s))"
 _KEY_ID_OF_ORIGINAL = """
-    CASE WHEN substring(original FOR 3) = 'FS1' THEN encode(substring(original FROM 4 FOR 4), 'hex') END
+    CASE substring(original FOR 3)
+        WHEN 'FS1' THEN encode(substring(original FROM 4 FOR 4), 'hex')
+        WHEN 'FS2' THEN encode(substring(original FROM 4 FOR 4), 'hex') || ':bound'
+    END
 """
+"""The key id of an original, as ``privacy.encryption.key_id_of`` returns it."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncryptedTable:
     """A table of schema ``ops`` with encrypted columns (``contents``, all jsonb or all bytea) and a column ``key_id``.
 
-    ``outdated`` is the condition for rows that are not encrypted with the newest key; its parameter ``older`` is the
-    list of ids of the older keys.
+    ``places`` returns the place of each column in ``contents``; its arguments are the columns ``named_by`` of the row.
+    ``outdated`` is the condition for rows that are not encrypted with the newest key or not bound to their place; its
+    parameter ``older`` is ``Cipher.outdated_key_ids``.
     """
 
     name: str
     table: str
     key: tuple[str, ...]
     contents: tuple[str, ...]
+    named_by: tuple[str, ...]
+    places: Callable[..., Sequence[Place]]
     json: bool = False
     outdated: LiteralString = _OUTDATED
 
@@ -64,18 +79,43 @@ class EncryptedTable:
 
 
 ENCRYPTED_TABLES = (
-    EncryptedTable("withheld", "withheld", ("resource_type", "id", "source"), ("resource",), json=True),
-    EncryptedTable("consents", "consent_records", ("consent_id", "source"), ("resource",), json=True),
-    EncryptedTable("dead_letters", "dead_letters", ("id",), ("resource",)),
+    EncryptedTable(
+        "withheld",
+        "withheld",
+        ("resource_type", "id", "source"),
+        ("resource",),
+        ("source", "resource_type", "id"),
+        lambda source, resource_type, resource_id: [resource_place(source, resource_type, resource_id)],
+        json=True,
+    ),
+    EncryptedTable(
+        "consents",
+        "consent_records",
+        ("consent_id", "source"),
+        ("resource",),
+        ("source", "consent_id"),
+        lambda source, consent_id: [resource_place(source, "Consent", consent_id)],
+        json=True,
+    ),
+    EncryptedTable(
+        "dead_letters",
+        "dead_letters",
+        ("id",),
+        ("resource",),
+        ("source", "fingerprint"),
+        lambda source, fingerprint: [dead_letter_place(source, fingerprint)],
+    ),
     EncryptedTable(
         "corrections",
         "corrections",
         ("fingerprint", "source"),
         ("resource", "original"),
+        ("source", "fingerprint"),
+        lambda source, fingerprint: [correction_place(source, fingerprint), dead_letter_place(source, fingerprint)],
         # The original is a copy of the dead letter's bytes and may be encrypted with another key than the correction.
         outdated=f"({_OUTDATED} OR original IS NOT NULL AND coalesce({_KEY_ID_OF_ORIGINAL} = ANY(%(older)s), true))",
     ),
-    EncryptedTable("answers", "idempotency", ("key",), ("answer",)),
+    EncryptedTable("answers", "idempotency", ("key",), ("answer",), ("key",), lambda key: [answer_place(key)]),
 )
 
 
@@ -312,7 +352,14 @@ def encrypt_resources(conn: Session, resource_type: str, resources: Iterable[tup
             WHERE source = ops.current_source() AND resource_type = %s AND id = %s
             """,
             [
-                (as_json(cipher.compress_and_encrypt(body)).decode(), cipher.key_id, resource_type, resource_id)
+                (
+                    as_json(
+                        cipher.compress_and_encrypt(body, resource_place(conn.source, resource_type, resource_id))
+                    ).decode(),
+                    cipher.key_id,
+                    resource_type,
+                    resource_id,
+                )
                 for resource_id, body in resources
             ],
         )
@@ -329,7 +376,7 @@ def reencrypt_tokens(conn: Session, table: str, older: Sequence[str], keys: Sequ
     target = sql.Identifier("fhir", table)
     key = _read_key_column(conn, table)
     names = [
-        sql.Identifier(name)
+        name
         for (name,) in conn.execute(
             """
             SELECT attname
@@ -345,14 +392,14 @@ def reencrypt_tokens(conn: Session, table: str, older: Sequence[str], keys: Sequ
         )
     ]
     select = sql.SQL("""
-        SELECT ctid, {columns}
+        SELECT ctid, {key}, {columns}
         FROM {table}
         WHERE _source = ops.current_source()
             AND {key} = ANY(%s)
             AND {key_id} = ANY(%s)
         FOR UPDATE SKIP LOCKED
     """).format(
-        columns=sql.SQL(", ").join(names),
+        columns=sql.SQL(", ").join(map(sql.Identifier, names)),
         table=target,
         key=sql.Identifier(key),
         key_id=sql.Identifier(KEY_ID_COLUMN),
@@ -360,17 +407,19 @@ def reencrypt_tokens(conn: Session, table: str, older: Sequence[str], keys: Sequ
     rows = conn.execute(select, [[resource_id for (resource_id,) in keys], list(older)]).fetchall()
     result = BatchResult(0, 0, 0 if rows else len(keys), Counter())
     updates = []
-    for ctid, *values in rows:
+    for ctid, resource_id, *values in rows:
         try:
-            updates.append(
-                [*(cipher.reencrypt_token(value) if value else value for value in values), cipher.key_id, ctid]
-            )
+            tokens = [
+                cipher.reencrypt_token(value, value_place(table, name, conn.source, resource_id)) if value else value
+                for name, value in zip(names, values, strict=True)
+            ]
+            updates.append([*tokens, cipher.key_id, ctid])
             result.encrypted += 1
         except EncryptionError as error:
             result.refused[str(error)] += 1
     update = sql.SQL("UPDATE {table} SET {assignments}, {key_id} = %s WHERE ctid = %s").format(
         table=target,
-        assignments=sql.SQL(", ").join([sql.SQL("{} = %s").format(name) for name in names]),
+        assignments=sql.SQL(", ").join([sql.SQL("{} = %s").format(sql.Identifier(name)) for name in names]),
         key_id=sql.Identifier(KEY_ID_COLUMN),
     )
     with conn.cursor() as cursor:
@@ -389,13 +438,14 @@ def reencrypt_rows(conn: Session, table: EncryptedTable, older: Sequence[str], k
         text = sql.SQL("CASE WHEN key_id IS NULL THEN {0}::text ELSE {0} #>> '{{}}' END")
         contents = [text.format(column) for column in contents]
     select = sql.SQL("""
-        SELECT key_id, {key}, {contents}
+        SELECT key_id, {key}, {named_by}, {contents}
         FROM {table}
         WHERE ({key}) IN (VALUES {keys})
             AND {outdated}
         FOR UPDATE SKIP LOCKED
     """).format(
         key=table.key_columns,
+        named_by=sql.SQL(", ").join(map(sql.Identifier, table.named_by)),
         contents=sql.SQL(", ").join(contents),
         table=table.identifier,
         keys=sql.SQL(", ").join([sql.SQL("({})").format(_join_literals(key)) for key in keys]),
@@ -405,14 +455,18 @@ def reencrypt_rows(conn: Session, table: EncryptedTable, older: Sequence[str], k
     result = BatchResult(0, 0, max(0, len(keys) - len(rows)), Counter())
     updates = []
     keys_from_clear = []
-    width = len(table.key)
+    width, names = len(table.key), len(table.named_by)
     for key_id, *row in rows:
-        key, stored = row[:width], row[width:]
+        key, named_by, stored = row[:width], row[width : width + names], row[width + names :]
         try:
-            updates.append([*(_reencrypt_value(value, key_id, table, cipher) for value in stored), cipher.key_id, *key])
+            values = [
+                _reencrypt_value(value, key_id, table, cipher, place)
+                for value, place in zip(stored, table.places(*named_by), strict=True)
+            ]
         except EncryptionError as error:
             result.refused[str(error)] += 1
             continue
+        updates.append([*values, cipher.key_id, *key])
         result.encrypted += 1
         if key_id is None:
             result.from_clear += 1
@@ -432,12 +486,12 @@ def reencrypt_rows(conn: Session, table: EncryptedTable, older: Sequence[str], k
     return result
 
 
-def _reencrypt_value(stored: Any, key_id: str | None, table: EncryptedTable, cipher: Cipher) -> Any:
+def _reencrypt_value(stored: Any, key_id: str | None, table: EncryptedTable, cipher: Cipher, place: Place) -> Any:
     if stored is None:
         return None
     if not table.json:
-        return cipher.reencrypt(bytes(stored))
-    return as_json(cipher.compress_and_encrypt(decrypt_text(stored, key_id, cipher))).decode()
+        return cipher.reencrypt(bytes(stored), place)
+    return as_json(cipher.compress_and_encrypt(decrypt_text(stored, key_id, cipher, place), place)).decode()
 
 
 def _join_literals(key: RowKey) -> sql.Composed:
