@@ -229,6 +229,9 @@ class Settings(BaseSettings):
         None, description="A file with one key on each line, instead of PHI_ENCRYPTION_KEYS"
     )
     phi_required: bool = Field(False, description="Refuse to start without encryption keys")
+    phi_bound_only: bool = Field(
+        False, description="With encryption keys: refuse patient data that is not bound to its row, column or file"
+    )
     phi_encrypt_store: bool = Field(True, description="With encryption keys: encrypt the parts in the store too")
 
     upload_dir: str = Field(
@@ -417,6 +420,10 @@ class Settings(BaseSettings):
             raise ValueError(
                 "PHI_REQUIRED is set, but there are no keys: create one by `fhir-assets keys new`, and set "
                 "PHI_ENCRYPTION_KEYS"
+            )
+        if not self.encrypts and self.phi_bound_only:
+            raise ValueError(
+                "PHI_BOUND_ONLY is set, but there are no keys: unset it, or create a key by `fhir-assets keys new`"
             )
         if not self.encrypts and (self.phi_encryption_keys or self.phi_encryption_keys_file):
             raise ValueError("PHI_ENCRYPTION_KEYS contains no key: unset it, or set a key (`fhir-assets keys new`)")

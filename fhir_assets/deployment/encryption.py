@@ -8,9 +8,10 @@ from fhir_assets.settings import Settings
 def build_cipher(settings: Settings) -> Cipher:
     """Return the cipher of the patient data in the database. Without keys it returns data unchanged.
 
-    Raises ConfigurationError if a key is malformed, weak or given twice.
+    With PHI_BOUND_ONLY=1 it refuses what is not bound to its place. Raises ConfigurationError if a key is malformed,
+    weak or given twice.
     """
-    return Cipher(parse_keys(settings.encryption_keys))
+    return Cipher(parse_keys(settings.encryption_keys), bound_only=settings.phi_bound_only)
 
 
 def build_store_cipher(settings: Settings) -> Cipher:

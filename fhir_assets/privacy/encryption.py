@@ -54,11 +54,15 @@ class Cipher:
 
     ``secret`` is the root of the hash keys. A deployment has one secret, which is stored, encrypted, in the database
     (``warehouse/ops/encryption_secret.py``), so that blind indexes, fingerprints and the audit log survive
-    every key rotation. With ``writes=False`` the cipher decrypts, but does not encrypt.
+    every key rotation. With ``writes=False`` the cipher decrypts, but does not encrypt. With ``bound_only`` it refuses
+    what is not bound to a place: clear text and what earlier releases encrypted.
     """
 
-    def __init__(self, keys: Sequence[Key] = (), secret: bytes | None = None, *, writes: bool = True) -> None:
+    def __init__(
+        self, keys: Sequence[Key] = (), secret: bytes | None = None, *, writes: bool = True, bound_only: bool = False
+    ) -> None:
         self.keys = tuple(keys)
+        self.bound_only = bound_only
         self.encrypts = bool(keys) and writes
         """Whether written data is encrypted."""
         self._secret = secret
@@ -74,7 +78,7 @@ class Cipher:
         return f"Cipher({', '.join(key.id for key in self.keys)})" if self.keys else "Cipher(no keys)"
 
     def __reduce__(self) -> tuple[object, ...]:
-        return partial(Cipher, writes=self.encrypts), (self.keys, self._secret)
+        return partial(Cipher, writes=self.encrypts, bound_only=self.bound_only), (self.keys, self._secret)
 
     @property
     def key_id(self) -> str | None:
@@ -88,24 +92,30 @@ class Cipher:
 
     def with_secret(self, secret: bytes) -> "Cipher":
         """Return a cipher with the same keys and ``secret`` as the root of the hash keys."""
-        return Cipher(self.keys, secret)
+        return Cipher(self.keys, secret, bound_only=self.bound_only)
 
     def reading_only(self) -> "Cipher":
         """Return a cipher that decrypts with the same keys and writes clear text."""
-        return Cipher(self.keys, self._secret, writes=False)
+        return Cipher(self.keys, self._secret, writes=False, bound_only=self.bound_only)
 
     # Bytes, for example whole resources
 
     def compress_and_encrypt(self, content: bytes, place: Place) -> bytes:
         """Return ``content`` compressed with zlib, encrypted and bound to ``place``, or unchanged without keys."""
-        return self.encrypt(isal_zlib.compress(content, 1), place) if self.encrypts else content
+        return self.compress_and_bind(content, place.associated_data) if self.encrypts else content
+
+    def compress_and_bind(self, content: bytes, associated_data: bytes) -> bytes:
+        """Do the same as ``compress_and_encrypt`` with the associated data of a place. Keys are required."""
+        return self._encrypt(isal_zlib.compress(content, 1), associated_data)
 
     def decrypt_and_decompress(self, encrypted: bytes, place: Place) -> bytes:
-        """Reverse ``compress_and_encrypt``. Clear text is returned unchanged.
+        """Reverse ``compress_and_encrypt``. Clear text is returned unchanged, unless it is refused.
 
         Raises EncryptionError if the key is missing, or if the bytes were altered or belong to another place.
         """
         if not encrypted.startswith(_MAGICS):
+            if encrypted:
+                self.check_unbound(place)
             return encrypted
         try:
             return isal_zlib.decompress(self.decrypt(encrypted, place))
@@ -114,10 +124,11 @@ class Cipher:
 
     def encrypt(self, content: bytes, place: Place) -> bytes:
         """Return ``content`` encrypted without compression and bound to ``place``, or unchanged without keys."""
-        if not self.encrypts:
-            return content
+        return self._encrypt(content, place.associated_data) if self.encrypts else content
+
+    def _encrypt(self, content: bytes, associated_data: bytes) -> bytes:
         nonce = os.urandom(_NONCE_BYTES)
-        return self._head + nonce + self._newest.encrypt(nonce, content, place.associated_data)
+        return self._head + nonce + self._newest.encrypt(nonce, content, associated_data)
 
     def decrypt(self, encrypted: bytes, place: Place) -> bytes:
         """Reverse ``encrypt``.
@@ -132,6 +143,8 @@ class Cipher:
         if cipher is None:
             raise EncryptionError(self._describe_missing_key(key_id.hex()))
         nonce = encrypted[_HEAD_BYTES - _NONCE_BYTES : _HEAD_BYTES]
+        if not encrypted.startswith(MAGIC):
+            self.check_unbound(place)
         associated_data = place.associated_data if encrypted.startswith(MAGIC) else None
         try:
             return cipher.decrypt(nonce, encrypted[_HEAD_BYTES:], associated_data)
@@ -143,6 +156,15 @@ class Cipher:
         if content.startswith(_MAGICS):
             return self.encrypt(self.decrypt(content, place), place)
         return self.compress_and_encrypt(content, place)
+
+    def check_unbound(self, place: Place) -> None:
+        """Raise EncryptionError if this cipher refuses what is not bound to ``place``."""
+        if self.bound_only:
+            raise EncryptionError(
+                f"patient data in {place.table}{_name_column(place)} is not bound to its place, and PHI_BOUND_ONLY "
+                "refuses it: if an earlier release may have written it, run `fhir-assets keys rotate` without "
+                "PHI_BOUND_ONLY. Otherwise it was exchanged: restore it from a backup, or load its window again"
+            )
 
     # Values of columns
 
@@ -176,6 +198,7 @@ class Cipher:
         """
         if _IS_TOKEN(token):
             return self._decrypt_bound_token(token, place)
+        self.check_unbound(place)
         if not token.startswith(_FERNET_TOKEN):
             return token
         if self._fernet is None:
@@ -327,9 +350,13 @@ def from_json(value: str) -> bytes:
 def _describe_damage(place: Place) -> str:
     other = "file" if place.column == FILE else "row"
     return (
-        f"encrypted patient data is damaged, was altered, or belongs to another {other} (in {place.table}, column "
-        f"{place.column}): load its window again, or restore it from a backup"
-    ).replace(f", column {FILE})", ")")
+        f"encrypted patient data is damaged, was altered, or belongs to another {other} "
+        f"(in {place.table}{_name_column(place)}): load its window again, or restore it from a backup"
+    )
+
+
+def _name_column(place: Place) -> str:
+    return "" if place.column == FILE else f", column {place.column}"
 
 
 _URL_SAFE = bytes.maketrans(b"+/", b"-_")

@@ -20,12 +20,18 @@ class Place(NamedTuple):
     @property
     def associated_data(self) -> bytes:
         """The place as bytes. Only the key, which is the last part, can contain the separator."""
-        return "\0".join(self).encode("utf-8", "surrogatepass")
+        table, column, source, key = self
+        return f"{table}\0{column}\0{source}\0{key}".encode("utf-8", "surrogatepass")
 
 
 def resource_place(source: str, resource_type: str, resource_id: str) -> Place:
     """Return the place of a resource, whether it is loaded, withheld or recorded as a Consent."""
     return Place("fhir.resource", "resource", source, f"{resource_type}/{resource_id}")
+
+
+def resource_associated_data(source: str, resource_type: str, resource_id: str) -> bytes:
+    """Return the associated data of the place of a resource. A load calls this once for each resource."""
+    return f"fhir.resource\0resource\0{source}\0{resource_type}/{resource_id}".encode("utf-8", "surrogatepass")
 
 
 def value_place(view: str, column: str, source: str, resource_id: str) -> Place:

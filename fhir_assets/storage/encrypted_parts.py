@@ -36,14 +36,18 @@ class FrameEncryptor:
             yield len(encrypted).to_bytes(_LENGTH, "big") + encrypted
 
 
-def decrypt_stream(file: BinaryIO, cipher: Cipher, place: Place) -> BinaryIO:
-    """Return the content of the file at ``place`` as a stream, decrypted if it is encrypted."""
-    if not file.seekable():
-        head = file.read(len(MARK))
-        raw = _DecryptedFile(file, cipher, place) if head == MARK else _PrefixedFile(head, file)
-        return cast(BinaryIO, io.BufferedReader(raw, FRAME_BYTES))
-    if file.read(len(MARK)) == MARK:
+def decrypt_stream(file: BinaryIO, cipher: Cipher, place: Place, *, clear: bool = True) -> BinaryIO:
+    """Return the content of the file at ``place`` as a stream, decrypted if it is encrypted.
+
+    Clear text is expected if ``clear`` is true. Otherwise EncryptionError is raised if the cipher refuses it.
+    """
+    head = file.read(len(MARK))
+    if head == MARK:
         return cast(BinaryIO, io.BufferedReader(_DecryptedFile(file, cipher, place), FRAME_BYTES))
+    if not clear:
+        cipher.check_unbound(place)
+    if not file.seekable():
+        return cast(BinaryIO, io.BufferedReader(_PrefixedFile(head, file), FRAME_BYTES))
     file.seek(0)
     return file
 

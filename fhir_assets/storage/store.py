@@ -218,7 +218,7 @@ class Store:
     def _open(self, part: Part) -> Iterator[BinaryIO]:
         """Open a part for reading, decrypted and unpacked."""
         with self.blobs.open(part.name) as raw:
-            content = decrypt_stream(raw, self.cipher, self.place(part.name))
+            content = decrypt_stream(raw, self.cipher, self.place(part.name), clear=not self.cipher.encrypts)
             with _unpack(fileobj=content, mode="rb") as file:
                 yield file
 

@@ -15,7 +15,8 @@ from fhir_assets.storage.part_writer import PartWriter
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import audit_log, corrections, dead_letters, key_rotations
 from fhir_assets.warehouse.postgres.db.connections import cipher_of, connect
-from fhir_assets.warehouse.postgres.tables import reencryption_batches, view_tables
+from fhir_assets.warehouse.postgres.tables import view_tables
+from fhir_assets.warehouse.postgres.tables.encrypted_tables import ENCRYPTED_TABLES
 from fhir_assets_tests.support.key_rotation import (
     CORRECTED,
     DAY,
@@ -321,7 +322,7 @@ def test_every_ops_table_with_a_key_id_is_reencrypted(deployment: DeploymentFile
             " AND relnamespace = 'ops'::regnamespace AND relkind = 'r'"
             " AND relname NOT IN ('encryption', 'key_rotations')",
         )
-    assert {name for (name,) in tables} == {table.table for table in reencryption_batches.ENCRYPTED_TABLES}
+    assert {name for (name,) in tables} == {table.table for table in ENCRYPTED_TABLES}
 
 
 def test_a_store_layer_that_rotations_do_not_cover_is_refused(deployment: DeploymentFiles) -> None:

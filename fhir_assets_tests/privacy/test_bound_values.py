@@ -1,5 +1,6 @@
 """Encrypted values belong to a place: one that was moved to another row, column, table or file is refused."""
 
+import pickle
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from fhir_assets.errors import EncryptionError
 from fhir_assets.pipeline.rebuild.step import RebuildStep
 from fhir_assets.pipeline.reencrypt.key_usage import count_key_usage
-from fhir_assets.privacy.encryption import Cipher
+from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.privacy.places import value_place
 from fhir_assets.storage.landing_zone import EncryptedZone, open_zone
@@ -17,7 +18,8 @@ from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Selection
 from fhir_assets.warehouse.ops.withheld_changes import find_releasable
 from fhir_assets.warehouse.postgres import resources
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of, connect
-from fhir_assets.warehouse.postgres.queries import compartments, identifiers
+from fhir_assets.warehouse.postgres.queries import compartments, identifiers, patient_directory
+from fhir_assets.warehouse.postgres.tables.loading import NO_CONSENT_GATE
 from fhir_assets_tests.support.key_rotation import (
     CORRECTED,
     DAY,
@@ -75,6 +77,7 @@ def test_resources_of_two_patients_that_were_exchanged_are_refused_by_every_read
         for read in (
             lambda: list(resources.stream_type(conn, "Patient")),
             lambda: list(resources.stream_patient(conn, "p00003")),
+            lambda: patient_directory.read_compartments(conn, "Patient", ["p00003"], NO_CONSENT_GATE),
             lambda: compartments.lock_unassigned_resources(conn, compartments.TABLES[0], 10),
             lambda: identifiers.lock_unidentified(conn, "Patient", "", 10),
         ):
@@ -181,7 +184,7 @@ def test_stored_answers_that_were_exchanged_are_refused(database: str) -> None:
             idempotency.record_response(conn, request, 200, b"the answer: Smith")
         exchange(conn, "ops.idempotency", "answer", "key")
         with expect_refusal("ops.idempotency", "answer"):
-            idempotency.begin(conn, first)
+            idempotency.find_response(conn, first)
 
 
 def test_values_of_columns_belong_to_their_row_column_and_table(database: str) -> None:
@@ -205,7 +208,8 @@ def test_a_rotation_refuses_exchanged_values_of_a_table_without_a_view(database:
     rotated = build_reencrypt_step(database, open_store_in(tmp_path, CIPHER), NEW, KEY, views=[VIEWS[1]]).run()
     [(reason, count)] = [(reason, count) for reason, count in rotated.refused.items() if "fhir.patient," in reason]
     assert (count, "column mrn" in reason, "p0000" in reason) == (2, True, False)
-    assert rotated.usage.count_by_location(CIPHER.keys[0].id) == {**dict.fromkeys(rotated.usage.counts, 0), "rows": 2, "secret": 1}
+    usage = rotated.usage.count_by_location(CIPHER.keys[0].id)
+    assert {location: count for location, count in usage.items() if count} == {"rows": 2, "secret": 1}
 
 
 def test_files_of_the_store_that_were_exchanged_are_refused(tmp_path: Path) -> None:
@@ -271,3 +275,31 @@ def test_a_correction_that_was_recorded_before_its_clear_dead_letter_is_encrypte
         known = corrections.read_by_fingerprint(conn, "Patient", ["validate"], [DAY])
         assert known == {DAY: {DEAD_LETTER.fingerprint(cipher_of(conn)): CORRECTED}}
         assert dead_letters.read_resource(conn, 1) == DEAD_LETTER.resource
+
+
+def test_a_strict_cipher_refuses_what_is_not_bound(database: str, tmp_path: Path) -> None:
+    with open_unbound_session(database, CIPHER) as conn:
+        load_people(conn, range(1))
+        part = write_part(open_store_in(tmp_path, make_unbound(CIPHER)), b"a")
+        strict = Cipher(conn.cipher.keys, conn.cipher._secret, bound_only=True)
+    with connect(database, cipher=pickle.loads(pickle.dumps(strict))) as conn:
+        for _ in range(2):
+            with pytest.raises(EncryptionError, match=r"in fhir\.resource, column resource is not bound .*keys rotate"):
+                resources.read(conn, "Patient", "p00000")
+            conn.execute("""UPDATE fhir.resource SET key_id = NULL, resource = '{"id": "p00000"}'""")
+        [(mrn,)] = fetch_rows(conn, "SELECT mrn FROM fhir.patient")
+        for value in (str(mrn), "MRN-0"):
+            with pytest.raises(EncryptionError, match=r"in fhir\.patient, column mrn is not bound"):
+                decrypt_value(conn, "patient", "mrn", "p00000", value)
+        load_people(conn, range(1), version="2", updated="2024-01-02T00:00:00Z")
+        assert resources.read(conn, "Patient", "p00000")
+    manifest = open_store_in(tmp_path, strict).manifest("raw", "Patient", DAY)
+    assert manifest
+    with pytest.raises(EncryptionError, match=f"{part}: patient data in store is not bound"):
+        list(open_store_in(tmp_path, strict).batches(manifest.parts))
+    write_part(open_store_in(tmp_path, NO_ENCRYPTION), b"b", "validated")
+    manifest = open_store_in(tmp_path, strict).manifest("validated", "Patient", DAY)
+    assert manifest
+    with pytest.raises(EncryptionError, match="patient data in store is not bound"):
+        list(open_store_in(tmp_path, strict).batches(manifest.parts))
+    assert list(open_store_in(tmp_path, strict.reading_only()).batches(manifest.parts)) == [[b"b"] * 5]

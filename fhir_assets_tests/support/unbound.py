@@ -7,7 +7,6 @@ from cryptography.fernet import Fernet
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fhir_assets.privacy.encryption import Cipher
-from fhir_assets.privacy.places import Place
 from fhir_assets.warehouse.ops import encryption_secret
 from fhir_assets.warehouse.postgres.db.connections import Session, connect
 
@@ -19,7 +18,7 @@ class UnboundCipher(Cipher):
     def key_id(self) -> str | None:
         return self.keys[0].id
 
-    def encrypt(self, content: bytes, place: Place) -> bytes:
+    def _encrypt(self, content: bytes, associated_data: bytes) -> bytes:
         key, nonce = self.keys[0], os.urandom(12)
         return b"FS1" + bytes.fromhex(key.id) + nonce + AESGCM(key.derived("resource")).encrypt(nonce, content, None)
 

@@ -189,7 +189,7 @@ def test_comments_name_the_table_that_a_key_leads_to_and_the_columns_with_patien
     assert described["family"] == "Family name (patient data)"
     assert described["doctor_key"] == "doctor_key (-> fhir.practitioner.id)"
     described = {c.name: c.description for c in build_layout(name, encrypted=True).columns}
-    assert described["family"] == "Family name (encrypted: a Fernet token)"
+    assert described["family"] == "Family name (encrypted: a token that belongs to this row)"
 
 
 # Days and offsets as written ---------------------------------------------------------------------------------------

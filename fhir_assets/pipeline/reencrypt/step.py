@@ -29,6 +29,7 @@ from fhir_assets.warehouse.postgres.db import session_settings
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import decrypt_resource
 from fhir_assets.warehouse.postgres.tables import reencryption_batches, view_tables
+from fhir_assets.warehouse.postgres.tables.encrypted_tables import ENCRYPTED_TABLES
 from fhir_assets.warehouse.postgres.tables.loading import Loader
 
 LOCK_TIMEOUT_MS = 500
@@ -115,7 +116,7 @@ class ReencryptStep:
     def _reencrypt_all(self, conn: Session, cipher: Cipher) -> None:
         older = cipher.outdated_key_ids
         newest = cipher.key_id or ""
-        for encrypted_table in reencryption_batches.ENCRYPTED_TABLES:
+        for encrypted_table in ENCRYPTED_TABLES:
             self._reencrypt_batches(
                 conn,
                 encrypted_table.name,

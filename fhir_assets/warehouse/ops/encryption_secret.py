@@ -33,7 +33,9 @@ def unlock(conn: Connection, cipher: Cipher) -> Cipher:
         )
     try:
         return cipher.with_secret(cipher.decrypt(content, SECRET_PLACE))
-    except EncryptionError:
+    except EncryptionError as error:
+        if key_id in {key.id for key in cipher.keys}:
+            raise ConfigurationError(f"The secret of the keyed hashes cannot be read: {error}") from None
         raise ConfigurationError(
             f"This database is encrypted with key {key_id}, which is not in PHI_ENCRYPTION_KEYS (its keys: "
             f"{', '.join(key.id for key in cipher.keys)}): add it as the last key. New keys come before it; "

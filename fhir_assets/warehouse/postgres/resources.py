@@ -55,7 +55,10 @@ def decrypt_text(text: str, key_id: str | None, cipher: Cipher, place: Place) ->
 
     Raises EncryptionError.
     """
-    return text.encode() if key_id is None else cipher.decrypt_and_decompress(from_json(text), place)
+    if key_id is None:
+        cipher.check_unbound(place)
+        return text.encode()
+    return cipher.decrypt_and_decompress(from_json(text), place)
 
 
 def read(conn: Session, resource_type: str, resource_id: str) -> StoredResource | None:

@@ -16,7 +16,6 @@ from fhir_assets.fhir.record import Record
 from fhir_assets.fhir.views import View
 from fhir_assets.fhir.views.row_identity import find_key_column
 from fhir_assets.privacy.encryption import Cipher
-from fhir_assets.privacy.places import resource_place
 from fhir_assets.warehouse.postgres.tables.encoding import (
     MAX_INDEXED_BYTES,
     NULL,
@@ -156,8 +155,7 @@ class ResourceEncoder:
         try:
             key = escape_text(record.id)
             version = NULL if record.version_id is None else escape_text(record.version_id)
-            place = resource_place(self.source, record.resource_type, record.id)
-            body = encode_body(record.body, self.cipher, place)
+            body = encode_body(record.body, self.cipher, self.source, record.resource_type, record.id)
             patients = NULL if record.patients is None else _encode_texts(record.patients)
             keyless = NULL if record.keyless is None else _encode_texts(record.keyless)
             mentions = NULL if record.mentions is None else encode_text_array(record.mentions)

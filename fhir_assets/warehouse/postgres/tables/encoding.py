@@ -15,7 +15,7 @@ import msgspec
 from fhir_assets.fhir.half_surrogates import HALF_SURROGATE_PAIR
 from fhir_assets.fhir.views import Column, View
 from fhir_assets.privacy.encryption import Cipher, as_json
-from fhir_assets.privacy.places import Place, table_in_places
+from fhir_assets.privacy.places import resource_associated_data, table_in_places
 from fhir_assets.warehouse.postgres.tables.layout import (
     PARTIAL_DATE_KINDS,
     Kind,
@@ -109,15 +109,15 @@ def _find_unstorable_column(columns: Sequence[_ColumnEncoder], row: Sequence[obj
     return UnstorableValue("a row whose number of values differs from the number of columns of the view", 0)
 
 
-def encode_body(body: bytes, cipher: Cipher, place: Place) -> bytes:
-    """Encode the JSON of a resource for a jsonb column, encrypted and bound to ``place`` if ``cipher`` has keys.
+def encode_body(body: bytes, cipher: Cipher, source: str, resource_type: str, resource_id: str) -> bytes:
+    """Encode the JSON of a resource for a jsonb column, encrypted and bound to the resource if ``cipher`` has keys.
 
     Raises UnstorableValue for text that jsonb cannot store.
     """
     if cipher.encrypts:
         if b"\\u" in body:
             check_escapes(body)
-        return as_json(cipher.compress_and_encrypt(body, place))
+        return as_json(cipher.compress_and_bind(body, resource_associated_data(source, resource_type, resource_id)))
     if b"\\" in body:
         if b"\\u" in body:
             check_escapes(body)

@@ -167,7 +167,7 @@ def column_type(column: Column, *, encrypted: bool = False) -> str:
 
 _STORED_AS_TEXT = frozenset({PhiTreatment.ENCRYPT, PhiTreatment.HASH})
 _TREATMENT_COMMENTS = {
-    PhiTreatment.ENCRYPT: "encrypted: a Fernet token",
+    PhiTreatment.ENCRYPT: "encrypted: a token that belongs to this row",
     PhiTreatment.HASH: "a keyed hash of the value",
     PhiTreatment.YEAR: "cut to the year",
     PhiTreatment.DROP: "left out",

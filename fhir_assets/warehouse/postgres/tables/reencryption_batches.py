@@ -9,9 +9,9 @@ A rotation therefore delays a load by one batch at most, and never causes a dead
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, LiteralString
+from typing import Any
 
 from psycopg import sql
 
@@ -21,14 +21,17 @@ from fhir_assets.fhir.views import View
 from fhir_assets.privacy.encryption import Cipher, as_json
 from fhir_assets.privacy.places import (
     Place,
-    answer_place,
-    correction_place,
-    dead_letter_place,
     resource_place,
     value_place,
 )
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import decrypt_text
+from fhir_assets.warehouse.postgres.tables.encrypted_tables import (
+    ENCRYPTED_TABLES,
+    KEY_ID_OF_ORIGINAL,
+    OUTDATED,
+    EncryptedTable,
+)
 from fhir_assets.warehouse.postgres.tables.layout import KEY_COLUMN, KEY_ID_COLUMN, SOURCE_COLUMN, holds_phi
 from fhir_assets.warehouse.postgres.tables.reencrypted_fingerprints import compute_fingerprints, replace_fingerprints
 
@@ -38,85 +41,6 @@ _RESOURCES_PER_BATCH = BATCH_ROWS // 10
 
 RowKey = tuple[Any, ...]
 """The values of the key columns of a row."""
-
-_OUTDATED = "(key_id IS NULL OR key_id = ANY(%(older)s))"
-_KEY_ID_OF_ORIGINAL = """
-    CASE substring(original FOR 3)
-        WHEN 'FS1' THEN encode(substring(original FROM 4 FOR 4), 'hex')
-        WHEN 'FS2' THEN encode(substring(original FROM 4 FOR 4), 'hex') || ':bound'
-    END
-"""
-"""The key id of an original, as ``privacy.encryption.key_id_of`` returns it."""
-
-
-@dataclass(frozen=True, slots=True)
-class EncryptedTable:
-    """A table of schema ``ops`` with encrypted columns (``contents``, all jsonb or all bytea) and a column ``key_id``.
-
-    ``places`` returns the place of each column in ``contents``; its arguments are the columns ``named_by`` of the row.
-    ``outdated`` is the condition for rows that are not encrypted with the newest key or not bound to their place; its
-    parameter ``older`` is ``Cipher.outdated_key_ids``.
-    """
-
-    name: str
-    table: str
-    key: tuple[str, ...]
-    contents: tuple[str, ...]
-    named_by: tuple[str, ...]
-    places: Callable[..., Sequence[Place]]
-    json: bool = False
-    outdated: LiteralString = _OUTDATED
-
-    @property
-    def identifier(self) -> sql.Identifier:
-        """The qualified name of the table."""
-        return sql.Identifier("ops", self.table)
-
-    @property
-    def key_columns(self) -> sql.Composed:
-        """The key columns, separated by commas."""
-        return sql.SQL(", ").join(map(sql.Identifier, self.key))
-
-
-ENCRYPTED_TABLES = (
-    EncryptedTable(
-        "withheld",
-        "withheld",
-        ("resource_type", "id", "source"),
-        ("resource",),
-        ("source", "resource_type", "id"),
-        lambda source, resource_type, resource_id: [resource_place(source, resource_type, resource_id)],
-        json=True,
-    ),
-    EncryptedTable(
-        "consents",
-        "consent_records",
-        ("consent_id", "source"),
-        ("resource",),
-        ("source", "consent_id"),
-        lambda source, consent_id: [resource_place(source, "Consent", consent_id)],
-        json=True,
-    ),
-    EncryptedTable(
-        "dead_letters",
-        "dead_letters",
-        ("id",),
-        ("resource",),
-        ("source", "fingerprint"),
-        lambda source, fingerprint: [dead_letter_place(source, fingerprint)],
-    ),
-    EncryptedTable(
-        "corrections",
-        "corrections",
-        ("fingerprint", "source"),
-        ("resource", "original"),
-        ("source", "fingerprint"),
-        lambda source, fingerprint: [correction_place(source, fingerprint), dead_letter_place(source, fingerprint)],
-        # The original is a copy of the dead letter's bytes and may be encrypted with another key than the correction.
-        outdated=f"({_OUTDATED} OR original IS NOT NULL AND coalesce({_KEY_ID_OF_ORIGINAL} = ANY(%(older)s), true))",
-    ),
-    EncryptedTable("answers", "idempotency", ("key",), ("answer",), ("key",), lambda key: [answer_place(key)]),
-)
 
 
 @dataclass(slots=True)
@@ -156,7 +80,7 @@ def count_rows_by_key(conn: Connection, views: Sequence[View]) -> dict[str, Coun
             WHERE original IS NOT NULL
         ) corrections
         WHERE original_key_id IS DISTINCT FROM key_id
-    """).format(key_id_of_original=sql.SQL(_KEY_ID_OF_ORIGINAL))
+    """).format(key_id_of_original=sql.SQL(KEY_ID_OF_ORIGINAL))
     counts["corrections"] += _count_by_key(conn, originals)
     return counts
 
@@ -208,7 +132,7 @@ def find_resources(conn: Connection, resource_type: str, older: Sequence[str], a
             AND {outdated}
         ORDER BY id
         LIMIT %(limit)s
-    """).format(outdated=sql.SQL(_OUTDATED))
+    """).format(outdated=sql.SQL(OUTDATED))
     params = {"type": resource_type, "after": after[0] if after else "", "older": list(older), "limit": BATCH_ROWS}
     return _limit_size(conn.execute(query, params))
 
