@@ -9,7 +9,7 @@ PIP := $(if $(shell command -v uv),uv pip install --compile-bytecode --python $(
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir cases search-steps random-operations chaos soak newest-dagster dbt-story second-server hapi hapi-story rules lock sbom audit build up down db-init bootstrap-s3 logs start clean
+.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir cases search-steps random-operations hostile chaos soak newest-dagster dbt-story second-server hapi hapi-story rules lock sbom audit build up down db-init bootstrap-s3 logs start clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -111,6 +111,10 @@ HOURS ?= 1
 SEED ?= $(shell date +%s)
 chaos: $(VENV)/.installed-dev ## A deployment under kills, cuts, failovers, a full disk, lies: HOURS, SEED repeats a plan
 	$(BIN)/python -m fhir_assets_tests.support.soak --chaos --seed $(SEED) --minutes $$(awk 'BEGIN {print $(HOURS) * 60}')
+
+HOSTILE_EXAMPLES ?= 5000
+hostile: $(VENV)/.installed-dev ## Servers that lie at random: HOSTILE_EXAMPLES on each road to them
+	HOSTILE_EXAMPLES=$(HOSTILE_EXAMPLES) $(BIN)/python -m pytest fhir_assets_tests/fhir/test_hostile_servers.py
 
 MINUTES ?= 60
 soak: $(VENV)/.installed-dev ## A deployment under traffic, kills and outages for MINUTES, then: is anything lost?

@@ -197,6 +197,7 @@ class BulkClient:
             raise
 
     def _read_manifest(self, response: FhirResponse) -> ExportManifest:
+        self._client.limits.check_manifest(response.body)
         try:
             document = orjson.loads(response.body)
         except orjson.JSONDecodeError:

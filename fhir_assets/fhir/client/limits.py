@@ -4,7 +4,11 @@ from dataclasses import dataclass, field
 
 from fhir_assets.errors import NotFhir
 from fhir_assets.fhir.labels import DEFAULT_LABELS, ServerLabels
+from fhir_assets.fhir.transport.body import count_values
 from fhir_assets.fhir.transport.limits import ANSWER_TIMEOUTS, DEFAULT_BYTES, AnswerLimits
+
+_VALUES_OF_A_FILE = 10
+_LEAST_VALUES = 10_000
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,11 @@ class ClientLimits:
                 f"{what} has more than {self.max_pages:,} pages: its paging has no end, or it is larger than "
                 f"{self.labels.max_pages} allows"
             )
+
+    def check_manifest(self, body: bytes) -> None:
+        """Raise NotFhir if a manifest has so much JSON that it would need too much memory to count its files."""
+        if count_values(body) > max(_LEAST_VALUES, _VALUES_OF_A_FILE * self.max_files):
+            self.check_files(self.max_files + 1)
 
     def check_files(self, files: int) -> None:
         """Raise NotFhir if an export has more files than the limit."""

@@ -42,11 +42,16 @@ def decode_answer(raw: bytes, headers: Mapping[str, str], limits: AnswerLimits) 
         except DamagedFile:
             raise TransientFailure("the answer is compressed, and damaged or cut off") from None
     content = raw.removeprefix(_BOM)
-    if len(content) > _SMALL_BYTES and sum(map(content.count, (b",", b"[", b"{"))) > MAX_VALUES:
+    if len(content) > _SMALL_BYTES and count_values(content) > MAX_VALUES:
         raise AnswerTooLarge(
             f"the answer has more than {MAX_VALUES:,} elements", advice="ask the server for smaller pages"
         )
     return content
+
+
+def count_values(content: bytes) -> int:
+    """Return the maximum number of values that JSON can contain, without parsing it."""
+    return 1 + sum(map(content.count, (b",", b"[", b"{")))
 
 
 def limit_bytes(chunks: Iterable[bytes], limits: AnswerLimits) -> Iterator[bytes]:

@@ -1,0 +1,176 @@
+"""A server that lies at random gets no credential to another server, no memory and no time without end.
+
+The client is another process with 500 MB; the server is real HTTP. A share of the examples runs with every test run.
+HOSTILE_EXAMPLES=5000 runs more of them on each road, as `make hostile` does.
+"""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from queue import Empty, Queue
+from threading import Thread
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, event, given, settings
+from hypothesis import strategies as st
+
+from fhir_assets_tests.support.hostile_server import (
+    BODIES,
+    CODINGS,
+    HEADERS,
+    LINKS,
+    PACES,
+    ROLES,
+    STATUSES,
+    HostileServer,
+    Lie,
+    serve_hostile,
+)
+
+EXAMPLES = int(os.environ.get("HOSTILE_EXAMPLES", "10"))
+SECRETS = (b"canary-token", b"canary-user", b"canary-password")
+END_SECONDS = 60
+"""Far more than the limits of the client allow: a call that takes longer has no end."""
+
+_rarely = st.none() | st.none()
+_lies = st.builds(
+    Lie,
+    status=_rarely | st.sampled_from(STATUSES),
+    link=st.none() | st.sampled_from(LINKS),
+    body=_rarely | st.sampled_from(BODIES) | st.binary(max_size=50),
+    coding=_rarely | st.sampled_from(CODINGS),
+    pace=_rarely | st.sampled_from(PACES),
+    headers=st.tuples() | st.tuples() | st.tuples(st.sampled_from(HEADERS)),
+)
+_servers = st.dictionaries(st.sampled_from(ROLES), _lies, min_size=1, max_size=3)
+
+
+class Client:
+    """The process of the client. It is started again if it is lost."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._lines: Queue[str] = Queue()
+
+    def run(self, road: str, server: HostileServer, **options: Any) -> str:
+        """Call the server, and return the outcome."""
+        if self._process is None:
+            self._lines = Queue()
+            self._start()
+        assert self._process is not None
+        assert self._process.stdin is not None
+        task = {"road": road, "url": f"{server.origin}/fhir"}
+        self._process.stdin.write(json.dumps(task | options) + "\n")
+        self._process.stdin.flush()
+        try:
+            return str(json.loads(self._lines.get(timeout=END_SECONDS))["outcome"])
+        except (Empty, ValueError):
+            self.stop()
+            return "no end"
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fhir_assets_tests.support.hostile_client"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "MALLOC_ARENA_MAX": "2"},  # each further arena reserves addresses that are not used
+        )
+        Thread(target=self._read, args=(self._process, self._lines), daemon=True).start()
+
+    def _read(self, process: "subprocess.Popen[str]", lines: Queue[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.put(line)
+        lines.put("")
+
+    def stop(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostileServer]:
+    canary = tmp_path_factory.mktemp("outside") / "canary.ndjson"
+    canary.write_text('{"resourceType":"Patient","id":"canary-file"}\n')
+    with serve_hostile(str(canary)) as hostile:
+        yield hostile
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    process = Client()
+    yield process
+    process.stop()
+
+
+def _check(server: HostileServer, outcome: str) -> None:
+    assert outcome == "ok" or outcome.startswith("told "), outcome
+    assert "canary" not in outcome
+    # The server may name the token endpoint, which then gets the assertion, and nothing else.
+    names_endpoint = server.lies.get("discovery", Lie()).link is not None
+    assert server.private_connections == 0 or names_endpoint, "a private address was connected to"
+    for request in server.received:
+        assert not any(secret in request for secret in SECRETS), "a credential went to another server"
+        assert b"client_assertion" not in request or names_endpoint, "an assertion went to another server"
+        assert b"authorization" not in request.lower()
+
+
+@pytest.mark.parametrize("road", ["search", "bulk", "target"])
+def test_a_hostile_server_gets_nothing_and_does_not_last(
+    road: str, server: HostileServer, client: Client, database: str
+) -> None:
+    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), phases=_PHASES)
+    @given(_servers, st.sampled_from(["token", "password", "smart"]))
+    def check(lies: dict[str, Lie], credentials: str) -> None:
+        server.lies = lies
+        server.received.clear()
+        server.private_connections = 0
+        outcome = client.run(road, server, credentials=credentials, database=database)
+        event(outcome.partition(" ")[0])
+        _check(server, outcome)
+
+    check()
+
+
+_PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
+
+
+ENTRY = b'{"type":"Patient","url":"/fhir/file/%07d"}'
+MANIFEST = b'{"transactionTime":"2024-01-05T00:00:00Z","requiresAccessToken":false,"output":[%s]}'
+LARGE = {
+    "a gzip bomb": ("search", "search", Lie(body=gzip.compress(bytes(1 << 24)) * 64), "larger than"),
+    "a page of nothing": ("search", "search", Lie(body=b'{"entry":[' + b"[]," * 25_000_000 + b"0]}"), "elements"),
+    "a page without end": ("search", "search", Lie(pace="endless"), "larger than"),
+    "a manifest without end": ("bulk", "status", Lie(pace="endless"), "larger than"),
+    "a large manifest": ("bulk", "status", Lie(body=MANIFEST % b",".join(ENTRY % n for n in range(640_000))), "files"),
+    "a line without end": ("bulk", "file", Lie(body=b"x", pace="endless line"), "larger than"),
+    "an answer to a write": ("target", "write", Lie(pace="endless"), "larger than"),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_limits_of_an_installation_without_settings_need_less_than_500_mb(
+    name: str, server: HostileServer, client: Client, database: str
+) -> None:
+    road, role, lie, reason = LARGE[name]
+    server.lies = {role: lie}
+    outcome = client.run(road, server, credentials="none", database=database, limits={"file_bytes": 1 << 27})
+    assert outcome.startswith("told "), outcome
+    assert reason in outcome
+
+
+@pytest.mark.parametrize("credentials", ["token", "password", "smart"])
+@pytest.mark.parametrize("road", ["search", "bulk", "target"])
+def test_a_server_that_does_not_lie_is_read(
+    road: str, server: HostileServer, client: Client, database: str, credentials: str
+) -> None:
+    server.lies = {}
+    assert client.run(road, server, credentials=credentials, database=database) == "ok"
