@@ -195,3 +195,18 @@ def test_json_that_needs_much_more_memory_than_its_size_is_refused() -> None:
     limits = ClientLimits(timeout=5)
     with serve_bytes(lambda: [answer]) as url, pytest.raises(NotFhir, match="more than 2,000,000 elements"):
         build_client(url, limits).get("Patient", lambda answer: None)
+
+
+def test_a_server_that_is_too_slow_is_asked_twice_only() -> None:
+    many = Retrier(RetryPolicy(attempts=8), sleep=lambda seconds: None)
+    asked: list[bool] = []
+
+    def answer() -> list[bytes]:
+        asked.append(True)
+        return answer_start(one_by_one(HEAD + b"X-Long: a"))
+
+    with serve_bytes(answer, pause=0.05) as url:
+        client = FhirClient(url, timeout=5, retrier=many, limits=LIMITS)
+        with client, pytest.raises(FhirAssetsError, match="tried 2 times"):
+            client.get("Patient", lambda answer: None)
+    assert len(asked) == 2

@@ -12,8 +12,9 @@ from fhir_assets.fhir.bulk import downloads
 from fhir_assets.fhir.bulk.downloads import Downloads
 from fhir_assets.fhir.bulk.manifest import parse_manifest
 from fhir_assets.fhir.client.http import FhirClient
-from fhir_assets.fhir.transport.addresses import is_public
+from fhir_assets.fhir.transport.addresses import connect_publicly, is_public
 from fhir_assets.retries import Retrier, RetryPolicy
+from fhir_assets_tests.support.fhir_clients import Clock
 from fhir_assets_tests.support.scripted_server import Reply, ScriptedServer
 
 LINE = b'{"resourceType":"Patient","id":"p"}'
@@ -243,3 +244,23 @@ def test_a_redirect_to_what_is_not_a_url_is_an_error(other: ScriptedServer, targ
 def test_the_path_of_a_file_may_have_blanks_and_signs(server: ScriptedServer) -> None:
     assert download(server, f"{server.url}/a b;c=1?x=%20&y=z z") == [LINE]
     assert server.requests[0].path == "/fhir/a%20b;c=1"
+
+
+def test_the_time_of_a_connection_does_not_grow_with_the_addresses_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    tried: list[str] = []
+
+    class Silent(socket.socket):
+        def connect(self, address: Any) -> None:
+            tried.append(address[0])
+            clock.sleep(self.gettimeout() or 0)
+            raise TimeoutError
+
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"8.8.{n}.8", 80)) for n in range(200)]
+    monkeypatch.setattr("fhir_assets.fhir.transport.addresses.time.monotonic", lambda: clock.now)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+    monkeypatch.setattr(socket, "socket", Silent)
+    with pytest.raises(TimeoutError):
+        connect_publicly("files.example", 80, 10, own_host="fhir.example")
+    assert clock.now < 11
+    assert len(tried) < 5

@@ -6,11 +6,14 @@ connected to is the one that was checked, so that a name that resolves different
 """
 
 import socket
+import time
 from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 
 _TRANSLATED = IPv6Network("64:ff9b::/96")
 """IPv4 addresses behind a NAT64 gateway (https://www.rfc-editor.org/rfc/rfc6052)."""
+
+_LEAST_SECONDS = 0.001
 
 
 class PrivateAddress(Exception):
@@ -21,8 +24,10 @@ def connect_publicly(host: str, port: int | None, timeout: float | None, *, own_
     """Connect to a host that a server named, and return the socket.
 
     An address of the local network, of this machine or of no network at all is skipped, unless ``own_host``, the
-    server itself, has the same address. Raises PrivateAddress if there is no other, and OSError.
+    server itself, has the same address. ``timeout`` holds for all addresses together, however many there are.
+    Raises PrivateAddress if there is no other, and OSError.
     """
+    deadline = None if timeout is None else time.monotonic() + timeout
     error: OSError | None = None
     own: set[str] | None = None
     try:
@@ -37,12 +42,16 @@ def connect_publicly(host: str, port: int | None, timeout: float | None, *, own_
                 continue
         connection = socket.socket(family, kind, protocol)
         try:
-            connection.settimeout(timeout)
+            if deadline is not None:
+                connection.settimeout(max(_LEAST_SECONDS, deadline - time.monotonic()))
             connection.connect(address)
         except OSError as reason:
             connection.close()
             error = reason
+            if deadline is not None and time.monotonic() > deadline:
+                break
         else:
+            connection.settimeout(timeout)
             return connection
     raise error or PrivateAddress
 

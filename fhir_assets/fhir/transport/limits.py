@@ -16,13 +16,18 @@ ANSWER_TIMEOUTS = 10
 _STALL_BYTES = 1 << 16
 """A large answer must bring at least this much in ``stall_seconds``."""
 
+_SLOW_ATTEMPTS = 2
+
 
 class LimitExceeded(TransientFailure):
     """An answer is larger than its limit, or takes longer."""
 
 
 class AnswerTooSlow(LimitExceeded):
-    """An answer takes longer than its limit. Another attempt may be faster."""
+    """An answer takes longer than its limit. Another attempt may be faster, but each takes as long as the limit."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, attempts=_SLOW_ATTEMPTS)
 
 
 class AnswerTooLarge(LimitExceeded):
