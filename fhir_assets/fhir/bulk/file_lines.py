@@ -89,8 +89,9 @@ def split_file(chunks: Iterable[bytes], limit: int) -> Iterator[list[bytes]]:
                 parts.clear()
             if lines:
                 first_line = b"".join(parts) if length <= limit else LONG_LINE
-                others = (line if len(line) <= limit else LONG_LINE for line in lines[:-1])
-                complete = [line for line in (first_line, *others) if line.strip()]
+                if len(chunk) > limit:
+                    lines[:-1] = [line if len(line) <= limit else LONG_LINE for line in lines[:-1]]
+                complete = [line for line in (first_line, *lines[:-1]) if line.strip()]
                 parts, length = [lines[-1]], len(lines[-1])
                 if complete:
                     yield complete
