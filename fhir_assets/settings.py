@@ -207,6 +207,22 @@ class Settings(BaseSettings):
     )
     validation_max_bytes: int = Field(64 * 2**20, ge=1024, description="Size limit of one resource, in bytes")
     validation_max_depth: int = Field(64, ge=8, description="Nesting limit of one resource")
+    validation_max_values: int = Field(
+        2_000_000,
+        ge=1000,
+        description="Limit of the JSON values of one resource, one container on a line or one request: its commas",
+    )
+    validation_max_issues: int = Field(
+        100, ge=1, le=100_000, description="Errors, and warnings, that are kept of one resource; the others are counted"
+    )
+    fhir_file_bytes: int = Field(
+        64 * 2**30,
+        ge=2**16,
+        description="Size limit of a file of the landing zone or of `ndjson`, before and after decompression, in bytes",
+    )
+    fhir_file_ratio: float = Field(
+        400, ge=2, description="Limit of the size of such a file after decompression, divided by that before"
+    )
     dead_letter_warn_rate: float = Field(
         0.01, ge=0, le=1, description="Share of dead letters in a window (0 to 1) at which its check warns"
     )

@@ -20,6 +20,7 @@ from psycopg_pool import ConnectionPool, PoolTimeout
 from fhir_assets.api.access import Token
 from fhir_assets.api.bodies import read_json_body
 from fhir_assets.api.dagster import DagsterClient
+from fhir_assets.api.problems import Problem
 from fhir_assets.api.submissions import Submission, build_audit_records
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.consent import build_consent_gate
@@ -29,6 +30,7 @@ from fhir_assets.deployment.validation import build_validator
 from fhir_assets.deployment.views import build_views, find_reference_bases
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import DatabaseUnavailable
+from fhir_assets.fhir.json_size import has_more_values
 from fhir_assets.fhir.references import Bases
 from fhir_assets.fhir.validation import Validator
 from fhir_assets.metrics.exposition import render_metrics
@@ -243,7 +245,11 @@ def _get_caller(request: Request) -> Caller:
 
 
 async def _read_body(request: Request) -> bytes:
-    return read_json_body(await request.body(), request.headers)
+    body = read_json_body(await request.body(), request.headers)
+    limit = _get_context(request).settings.validation_max_values
+    if has_more_values(body, limit):
+        raise Problem(413, f"the body has more than {limit:,} values (VALIDATION_MAX_VALUES): send fewer in a request")
+    return body
 
 
 Context = Annotated[AppContext, Depends(_get_context)]

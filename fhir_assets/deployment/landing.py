@@ -3,6 +3,7 @@
 from functools import partial
 
 from fhir_assets.deployment.encryption import build_store_cipher
+from fhir_assets.deployment.file_limits import build_file_limits
 from fhir_assets.deployment.sources import build_binding
 from fhir_assets.deployment.store import build_bucket, build_store
 from fhir_assets.deployment.warehouse import Warehouse
@@ -44,4 +45,6 @@ def build_landing_step(settings: Settings, warehouse: Warehouse) -> LandingStep:
         build_receiver(settings, warehouse),
         warehouse.connect,
         max_bytes=settings.validation_max_bytes,
+        max_values=settings.validation_max_values,
+        file_limits=build_file_limits(settings),
     )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from fhir_assets.deployment.credentials import build_account_credentials
+from fhir_assets.deployment.file_limits import build_file_limits
 from fhir_assets.deployment.labels import SOURCE_LABELS
 from fhir_assets.deployment.limits import build_client_limits
 from fhir_assets.deployment.store import build_store
@@ -42,7 +43,13 @@ def open_source(
     """
     location = settings.require_source()
     if settings.fhir_source is SourceKind.NDJSON:
-        return NdjsonSource(location, labels=SOURCE_LABELS, max_line_bytes=settings.validation_max_bytes)
+        return NdjsonSource(
+            location,
+            labels=SOURCE_LABELS,
+            max_line_bytes=settings.validation_max_bytes,
+            max_values=settings.validation_max_values,
+            file_limits=build_file_limits(settings),
+        )
     warehouse = warehouse or Warehouse(settings)
     client = open_client(settings, warehouse, persistent=persistent)
     if settings.fhir_source is SourceKind.SEARCH:

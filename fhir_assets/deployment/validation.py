@@ -12,6 +12,8 @@ def build_validator(settings: Settings) -> Validator:
         warn_rules=settings.validation_warn_rules,
         max_bytes=settings.validation_max_bytes,
         max_depth=settings.validation_max_depth,
+        max_values=settings.validation_max_values,
+        max_issues=settings.validation_max_issues,
     )
 
 

@@ -1,6 +1,7 @@
 """Read the lines of a text file, plain or compressed with gzip, in bounded memory."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -15,8 +16,28 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
 
 
+_UNCHECKED_BYTES = 64 << 20
+"""Decompressed bytes up to which the ratio of a file does not matter."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileLimits:
+    """The limits of one file: its bytes before and after decompression, and the ratio of the latter to the former.
+
+    ``bytes_name`` and ``ratio_name`` are the names of the limits in messages.
+    """
+
+    bytes: int = 64 << 30
+    ratio: float = 400
+    bytes_name: str = "the limit of a file"
+    ratio_name: str = "the limit of a file"
+
+
+DEFAULT_LIMITS = FileLimits()
+
+
 class DamagedFile(Exception):
-    """A compressed file is cut off or damaged. The content before the damage has been returned."""
+    """A file is cut off, damaged, or beyond a limit. The content before that has been returned."""
 
 
 def read_lines(path: Path, limit: int) -> Iterator[list[bytes | None]]:
@@ -29,11 +50,39 @@ def read_lines(path: Path, limit: int) -> Iterator[list[bytes | None]]:
         yield from split_lines(decompress(file), limit)
 
 
-def decompress(file: BinaryIO) -> Iterator[bytes]:
+def decompress(file: BinaryIO, limits: FileLimits = DEFAULT_LIMITS) -> Iterator[bytes]:
     """Yield the content of a stream in pieces, decompressed if its first bytes are those of gzip.
 
-    The stream need not be seekable. Raises DamagedFile.
+    The stream need not be seekable. Raises DamagedFile, also if the file is beyond the limits.
     """
+    counter = _Counter(file)
+    total = 0
+    for piece in _decompress(cast(BinaryIO, counter)):
+        total += len(piece)
+        if total > limits.bytes or counter.count > limits.bytes:
+            raise DamagedFile(f"the file is larger than {limits.bytes:,} bytes ({limits.bytes_name})")
+        if total > _UNCHECKED_BYTES and total > counter.count * limits.ratio:
+            raise DamagedFile(
+                f"the file is more than {limits.ratio:g} times as large after decompression ({limits.ratio_name}), "
+                "as no file of resources is: give it uncompressed if it is one"
+            )
+        yield piece
+
+
+class _Counter:
+    """Counts the bytes that are read of a stream."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.count = 0
+
+    def read(self, count: int) -> bytes:
+        piece = self._file.read(count)
+        self.count += len(piece)
+        return piece
+
+
+def _decompress(file: BinaryIO) -> Iterator[bytes]:
     head = file.read(len(_GZIP_MAGIC))
     if head == _GZIP_MAGIC:
         yield from _decompress_members(head + file.read(_COMPRESSED_BYTES), file)

@@ -22,6 +22,7 @@ from fhir_assets.fhir.files.json_elements import (
 from fhir_assets.fhir.half_surrogates import mask_half_surrogates
 from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.fhir.intake.visits_csv import InvalidRow, Visit
+from fhir_assets.fhir.json_size import MAX_VALUES, has_more_values
 from fhir_assets.fhir.lines import DamagedFile, split_lines
 from fhir_assets.fhir.model import UNKNOWN_TYPE, known_resource_type
 from fhir_assets.fhir.record import (
@@ -56,6 +57,8 @@ class LandedContent:
     received: datetime | None = None
     """The time at which the file is read; None if it is read when it is written."""
     reopen: Callable[[], Iterator[bytes]] | None = None
+    max_values: int = MAX_VALUES
+    """The maximum number of JSON values of one resource, or of one container that is decoded as a whole."""
 
     def reject(
         self, rule: str, location: str, message: str, body: bytes = b"", header: ResourceHeader | None = None
@@ -70,6 +73,8 @@ class LandedContent:
         body = to_single_line(body)
         if len(body) > self.limit:
             return self.reject("json", location, _TOO_LONG)
+        if has_more_values(body, self.max_values):
+            return self.reject("json", location, f"more than {self.max_values:,} values, the limit for one resource")
         try:
             header = read_header(body)
         except MalformedResource as error:
@@ -161,9 +166,13 @@ class _DocumentReader:
                     self._document += 1
                     self._entries, self._found, reader = 0, False, self._new_reader()
                     continue
+                location = f"{self._prefix}{name.decode()}[{self._entries}]"
+                if has_more_values(element, content.max_values):
+                    yield content.read_resource(element, location)  # a rejected input
+                    self._entries += 1
+                    continue
                 entry = containers.decode_entry(element)
                 reader.note(entry)
-                location = f"{self._prefix}{name.decode()}[{self._entries}]"
                 for item in read_parts(content, reader.read(element, entry, location)):
                     self._found = True
                     yield item
@@ -303,6 +312,9 @@ _TOO_LONG = "longer than the limit for one resource"
 def read_resources(content: LandedContent, body: bytes, location: str, pages: Pages) -> Iterator[FileItem]:
     """Yield a resource, or the contents of a container that is small enough to be decoded as a whole."""
     item = content.read_resource(body, location)
+    if isinstance(item, RejectedInput) and not item.body:
+        yield item  # It is beyond a limit.
+        return
     # Half a surrogate pair in one entry must not make the other entries of a container unreadable.
     resource_type = item.resource_type if isinstance(item, Record) else _read_type(mask_half_surrogates(item.body))
     if resource_type not in CONTAINERS:

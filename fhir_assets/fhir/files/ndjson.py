@@ -22,8 +22,9 @@ from fhir_assets.errors import ConfigurationError, ServerRefused
 from fhir_assets.fhir.containers import CONTAINERS, Pages
 from fhir_assets.fhir.files import formats
 from fhir_assets.fhir.files.formats import FileItem, LandedContent
+from fhir_assets.fhir.json_size import MAX_VALUES
 from fhir_assets.fhir.labels import DEFAULT_LABELS, ServerLabels
-from fhir_assets.fhir.lines import DamagedFile, decompress, split_lines
+from fhir_assets.fhir.lines import DEFAULT_LIMITS, DamagedFile, FileLimits, decompress, split_lines
 from fhir_assets.fhir.model import known_resource_type
 from fhir_assets.fhir.record import (
     Deletion,
@@ -70,10 +71,10 @@ class _File:
         """Whether the file is a JSON document on any number of lines, rather than lines."""
         return _is_document(self.path)
 
-    def read(self) -> Iterator[bytes]:
+    def read(self, limits: FileLimits = DEFAULT_LIMITS) -> Iterator[bytes]:
         """Yield the content in pieces, decompressed. Raises OSError and DamagedFile."""
         with open_file(self.root, self.path, OSError) as stream:
-            yield from decompress(stream)
+            yield from decompress(stream, limits)
 
 
 class NdjsonSource:
@@ -93,11 +94,15 @@ class NdjsonSource:
         location: str,
         *,
         max_line_bytes: int = MAX_LINE_BYTES,
+        max_values: int = MAX_VALUES,
+        file_limits: FileLimits = DEFAULT_LIMITS,
         labels: ServerLabels = DEFAULT_LABELS,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._location = location
         self._max_line_bytes = max_line_bytes
+        self._max_values = max_values
+        self._file_limits = file_limits
         self._labels = labels
         self._now = now
         self._extents: dict[tuple[str, frozenset[str]], Interval | None] = {}
@@ -217,11 +222,12 @@ class NdjsonSource:
         reader = _LineReader(file, requested, arrived, now, self.skipped)
         content = LandedContent(
             file.name,
-            file.read(),
+            file.read(self._file_limits),
             arrived,
             self._max_line_bytes,
             received=now,
-            reopen=file.read,
+            reopen=lambda: file.read(self._file_limits),
+            max_values=self._max_values,
         )
         number = 0
         try:
@@ -230,7 +236,7 @@ class NdjsonSource:
                     yield from reader.select(formats.read(file.path, content))
                 return
             pages = Pages()
-            for lines in split_lines(file.read(), self._max_line_bytes):
+            for lines in split_lines(file.read(self._file_limits), self._max_line_bytes):
                 for line in lines:
                     number += 1
                     item = reader.read(line, number)

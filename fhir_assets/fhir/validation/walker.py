@@ -13,6 +13,7 @@ from fhir_assets.fhir.validation.bindings import allows_code, allows_coding
 from fhir_assets.fhir.validation.issues import (
     CARDINALITY,
     INVARIANT,
+    MAX_ISSUES,
     REFERENCE_TARGET,
     REQUIRED_BINDING,
     STRUCTURE,
@@ -55,17 +56,19 @@ class Walker:
     with its final severity, before those beyond the limit are dropped.
     """
 
-    def __init__(self, rules: Rules, demote: Callable[[Issue], Issue] = lambda issue: issue) -> None:
+    def __init__(
+        self, rules: Rules, demote: Callable[[Issue], Issue] = lambda issue: issue, max_issues: int = MAX_ISSUES
+    ) -> None:
         self.rules = rules
         self._demote = demote
-        self._issues = IssueList()
+        self._issues = IssueList(max_issues)
 
     def add(self, rule: str, path: str, message: str, severity: Severity = "error") -> None:
         """Record an issue."""
         self._issues.add(self._demote(Issue(rule, severity, path, message)))
 
     def walk(self, value: Any) -> tuple[Issue, ...]:
-        """Return the issues of a resource, given as parsed JSON: at most MAX_ISSUES of each severity, and a count."""
+        """Return the issues of parsed JSON: at most ``max_issues`` of each severity, and the number of the others."""
         self._walk_resource(value, "", None)
         return self._issues.close()
 

@@ -12,7 +12,8 @@ from fhir_assets.errors import FhirAssetsError, TransientError
 from fhir_assets.fhir.files import formats
 from fhir_assets.fhir.files.formats import FileItem, LandedContent
 from fhir_assets.fhir.intake.visits_csv import Visit
-from fhir_assets.fhir.lines import decompress
+from fhir_assets.fhir.json_size import MAX_VALUES
+from fhir_assets.fhir.lines import DEFAULT_LIMITS, FileLimits, decompress
 from fhir_assets.fhir.record import Deletion, Record, RejectedInput
 from fhir_assets.local_files import BY_NAME, EMPTY_FOLDER
 from fhir_assets.pipeline.landing import visit_resources
@@ -81,13 +82,17 @@ class LandingStep:
         connect: OpenSession,
         *,
         max_bytes: int,
+        max_values: int = MAX_VALUES,
+        file_limits: FileLimits = DEFAULT_LIMITS,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """Create the step. ``max_bytes`` is the maximum size of one resource."""
+        """Create the step. ``max_bytes`` and ``max_values`` limit one resource, ``file_limits`` one file."""
         self._zone = zone
         self._receiver = receiver
         self._connect = connect
         self._max_bytes = max_bytes
+        self._max_values = max_values
+        self._file_limits = file_limits
         self._now = now
 
     def scan(self, *, assume_complete: bool = False) -> int:
@@ -272,11 +277,12 @@ class LandingStep:
             now = self._now()
             content = LandedContent(
                 sha256[:12],
-                decompress(reader),  # type: ignore[arg-type]
+                decompress(reader, self._file_limits),  # type: ignore[arg-type]
                 min(file.written, now),
                 self._max_bytes,
                 received=now,
                 reopen=lambda: self._read_again(file),
+                max_values=self._max_values,
             )
             yield from formats.read(_strip_suffix(file.name), content)
             if reader.read_rest() != sha256:
@@ -284,7 +290,7 @@ class LandingStep:
 
     def _read_again(self, file: ReadyFile) -> Iterator[bytes]:
         with self._zone.open(file.name) as stream:
-            yield from decompress(stream)
+            yield from decompress(stream, self._file_limits)
 
     def _record_loaded(
         self,
