@@ -173,4 +173,4 @@ def test_a_server_that_does_not_lie_is_read(
     road: str, server: HostileServer, client: Client, database: str, credentials: str
 ) -> None:
     server.lies = {}
-    assert client.run(road, server, credentials=credentials, database=database) == "ok"
+    assert client.run(road, server, credentials=credentials, database=database, limits={}) == "ok"

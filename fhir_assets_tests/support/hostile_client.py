@@ -44,14 +44,14 @@ KEY = ECKey.generate_key("P-384")
 RETRIER = Retrier(RetryPolicy(attempts=2), sleep=lambda seconds: None)
 
 
-def _build_credentials(kind: str, url: str) -> Credentials:
+def _build_credentials(kind: str, url: str, limits: ClientLimits) -> Credentials:
     match kind:
         case "token":
             return Bearer("canary-token")
         case "password":
             return Basic("canary-user", "canary-password")
         case "smart":
-            return BackendServices(url, "canary-client", key=KEY, retrier=RETRIER, limits=QUICK.answer)
+            return BackendServices(url, "canary-client", key=KEY, retrier=RETRIER, limits=limits.answer)
     return Credentials()
 
 
@@ -77,7 +77,9 @@ def _bulk(client: FhirClient, task: dict[str, Any]) -> int:
 
 
 def _target(client: FhirClient, task: dict[str, Any]) -> int:
-    server = FhirServer(client.base_url, client.credentials, timeout=0.3, connections=1, limits=client.limits.answer)
+    server = FhirServer(
+        client.base_url, client.credentials, timeout=client.limits.timeout, connections=1, limits=client.limits.answer
+    )
     body = b'{"resourceType":"Patient","id":"p"}'
     try:
         server.creates_conditionally("Patient")
@@ -103,7 +105,7 @@ def run(task: dict[str, Any]) -> str:
     try:
         with FhirClient(
             task["url"],
-            credentials=_build_credentials(task["credentials"], task["url"]),
+            credentials=_build_credentials(task["credentials"], task["url"], limits),
             timeout=limits.timeout,
             retrier=RETRIER,
             limits=limits,
