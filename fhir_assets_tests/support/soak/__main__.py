@@ -26,8 +26,9 @@ from fhir_assets_tests.support.soak import plan
 from fhir_assets_tests.support.soak.faults import FAULTS, KILLS
 from fhir_assets_tests.support.soak.run import Soak, report
 
-_PAUSE_SECONDS = 18.0
-_LONGEST_SECONDS = 25.0
+_PAUSE_SECONDS = (4.0, 18.0)
+_LONGEST_SECONDS = (6.0, 25.0)
+"""The least and the most of the pause between two faults, and of their time: a short plan has short faults."""
 
 
 def main() -> int:
@@ -41,10 +42,12 @@ def main() -> int:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # So that it stops its processes.
     faults = FAULTS if arguments.chaos else KILLS
+    seconds = arguments.minutes * 60
+    pause, longest = _limit(seconds / 24, _PAUSE_SECONDS), _limit(seconds / 18, _LONGEST_SECONDS)
     steps = (
         plan.read(arguments.plan)
         if arguments.plan
-        else plan.draw(arguments.seed, arguments.minutes * 60, faults, pause=_PAUSE_SECONDS, longest=_LONGEST_SECONDS)
+        else plan.draw(arguments.seed, seconds, faults, pause=pause, longest=longest)
     )
 
     def fails(tried: Sequence[plan.Step]) -> bool:
@@ -55,6 +58,11 @@ def main() -> int:
         fewest = plan.shrink(steps, fails)
         report("the fewest steps that fail: " + "; ".join(map(str, fewest)))
     return int(failed)
+
+
+def _limit(value: float, limits: tuple[float, float]) -> float:
+    least, most = limits
+    return min(max(value, least), most)
 
 
 def _run(steps: Sequence[plan.Step], seed: int, *, exposed: bool) -> list[str]:
