@@ -49,6 +49,12 @@ COMMANDS = {
         "reader",
         "Print the host, port, login and password that BI tools connect with to the embedded Postgres.",
     ),
+    "roles": CommandSource(
+        "fhir_assets.cli.roles",
+        "roles",
+        "Create the roles of all processes and grant each its rights, here and in Dagster's database; revoke all "
+        "others.",
+    ),
     "sources": CommandSource(
         "fhir_assets.cli.sources",
         "app",

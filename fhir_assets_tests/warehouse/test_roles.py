@@ -2,10 +2,8 @@
 
 import shutil
 import tempfile
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 
 import psycopg
@@ -21,10 +19,11 @@ from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.warehouse.ops import audit_log, dead_letters, encryption_secret, replays
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Selection
-from fhir_assets.warehouse.postgres.db import connections, embedded, migrations, roles
+from fhir_assets.warehouse.postgres.db import connections, embedded, migrations, role_rights, roles
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, connect, with_database
 from fhir_assets.warehouse.postgres.tables import deletions, view_tables
 from fhir_assets_tests.support.daemon import wait_until
+from fhir_assets_tests.support.database_users import User, is_refused
 from fhir_assets_tests.support.key_rotation import (
     DEAD_LETTER,
     PATIENT,
@@ -37,26 +36,6 @@ from fhir_assets_tests.support.shipped_views import views_of_type
 from fhir_assets_tests.support.views import column, load, patient, view
 
 KEY = new_key()
-User = Callable[[str], str]
-
-
-@pytest.fixture
-def user(database: str) -> Iterator[User]:
-    """A function that creates a user with a role and returns the URL of the database for that user."""
-    created = []
-
-    def create(role: str) -> str:
-        name = f"user_{uuid.uuid4().hex}"
-        with connect(database, autocommit=True) as conn:
-            conn.execute(sql.SQL("CREATE ROLE {} LOGIN IN ROLE {}").format(sql.Identifier(name), sql.Identifier(role)))
-        created.append(name)
-        return database.replace("postgres@", f"{name}@")
-
-    yield create
-    with connect(database, autocommit=True) as conn:
-        for name in created:
-            conn.execute(sql.SQL("DROP OWNED BY {}").format(sql.Identifier(name)))
-            conn.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(name)))
 
 
 @pytest.fixture
@@ -72,15 +51,6 @@ def filled(database: str, tmp_path: Path) -> str:
 def unlock(url: str) -> Cipher:
     with connect(url) as conn:
         return encryption_secret.unlock(conn, Cipher(parse_keys([KEY])))
-
-
-def is_refused(url: str, statement: str) -> bool:
-    with closing(connect(url)) as conn:
-        try:
-            conn.execute(statement.encode())
-        except psycopg.errors.InsufficientPrivilege:
-            return True
-    return False
 
 
 def list_ops_tables(conn: Connection) -> list[str]:
@@ -105,14 +75,14 @@ def test_the_owner_takes_the_role_of_readers(filled: str) -> None:
 
 
 def test_a_login_that_is_no_member_of_the_readers_keeps_its_own_rights(filled: str, user: User) -> None:
-    with connect(user(roles.LOADER)) as conn:
+    with connect(user(role_rights.LOADER)) as conn:
         assert not roles.take_reader_role(conn)
         assert "no member of fhir_reader" in roles.describe_reader(conn)
         conn.execute("SELECT FROM fhir.resource")
 
 
 def test_a_reader_may_select_from_the_tables_of_views_only(filled: str, user: User) -> None:
-    url = user(roles.READER)
+    url = user(role_rights.READER)
     with connect(url) as conn:
         [(family,)] = conn.execute("SELECT DISTINCT left(family, 4) FROM fhir.patient_name").fetchall()
         assert family == "fs2_"
@@ -131,7 +101,7 @@ def test_a_reader_may_select_from_the_tables_of_views_only(filled: str, user: Us
 
 
 def test_an_operator_manages_runs_and_dead_letters_but_reads_no_patient_data(filled: str, user: User) -> None:
-    url = user(roles.OPERATOR)
+    url = user(role_rights.OPERATOR)
     with connect(url, cipher=unlock(filled)) as conn:
         assert conn.execute("SELECT count(*) FROM ops.ingestion_runs").fetchone() == (0,)
         assert [dead_letter.rule for dead_letter in dead_letters.find(conn, Selection(), limit=5)] == [DEAD_LETTER.rule]
@@ -142,6 +112,10 @@ def test_an_operator_manages_runs_and_dead_letters_but_reads_no_patient_data(fil
         "SELECT FROM fhir.resource",
         "SELECT FROM ops.withheld",
         "SELECT FROM ops.consent_records",
+        "SELECT FROM ops.consents",
+        "SELECT FROM ops.consent_changes",
+        "SELECT FROM ops.visits",
+        "SELECT FROM ops.visit_persons",
         "SELECT FROM ops.idempotency",
         "UPDATE ops.encryption SET key_id = ''",
         "DELETE FROM ops.dead_letters",
@@ -154,7 +128,7 @@ def test_an_operator_manages_runs_and_dead_letters_but_reads_no_patient_data(fil
 def test_an_operator_without_keys_lists_runs_and_dead_letters_and_cannot_decrypt_them(
     filled: str, user: User, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DB_URL", user(roles.OPERATOR))
+    monkeypatch.setenv("DB_URL", user(role_rights.OPERATOR))
     for command in (["runs", "list"], ["dead-letters", "list", "--run", "run"]):
         assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
     shown = CliRunner().invoke(app, ["dead-letters", "show", "1"])
@@ -162,7 +136,7 @@ def test_an_operator_without_keys_lists_runs_and_dead_letters_and_cannot_decrypt
 
 
 def test_a_loader_may_load_correct_delete_and_create_tables(filled: str, user: User) -> None:
-    url = user(roles.LOADER)
+    url = user(role_rights.LOADER)
     cipher = unlock(url)
     with connect(url, cipher=cipher) as conn:
         load_people(conn, range(2, 6), version="2", updated="2024-02-01T00:00:00Z")
@@ -183,7 +157,7 @@ def test_a_loader_may_load_correct_delete_and_create_tables(filled: str, user: U
         assert is_refused(url, statement), statement
 
 
-@pytest.mark.parametrize("role", [roles.LOADER, roles.OPERATOR])
+@pytest.mark.parametrize("role", [role_rights.LOADER, role_rights.OPERATOR])
 def test_no_role_has_rights_to_change_the_audit_log(filled: str, user: User, role: str) -> None:
     url = user(role)
     for statement in (
@@ -201,7 +175,7 @@ def test_no_role_has_rights_to_change_the_audit_log(filled: str, user: User, rol
         assert is_refused(url, statement), statement
 
 
-@pytest.mark.parametrize("role", [roles.LOADER, roles.OPERATOR])
+@pytest.mark.parametrize("role", [role_rights.LOADER, role_rights.OPERATOR])
 def test_a_record_names_the_login_that_wrote_it_and_no_other(filled: str, user: User, role: str) -> None:
     url = user(role)
     with connect(url, cipher=unlock(filled)) as conn:
@@ -213,7 +187,7 @@ def test_a_record_names_the_login_that_wrote_it_and_no_other(filled: str, user: 
 
 
 def test_a_reader_cannot_append_to_the_audit_log(filled: str, user: User) -> None:
-    url = user(roles.READER)
+    url = user(role_rights.READER)
     for statement in (
         "SELECT ops.lock_audit_head()",
         "SELECT ops.append_audit(now(), '[]')",
@@ -238,28 +212,28 @@ def test_functions_with_the_rights_of_the_owner_have_a_fixed_search_path_and_are
 
 
 def test_a_table_that_a_loader_creates_is_shared_with_readers_and_other_loaders(database: str, user: User) -> None:
-    with connect(user(roles.LOADER), cipher=NO_ENCRYPTION) as conn:
+    with connect(user(role_rights.LOADER), cipher=NO_ENCRYPTION) as conn:
         load(conn, patient("a", gender="male"), views=(PATIENT,))
     wider = view(
         "patient", "Patient", *PATIENT.definition["select"][0]["column"], column("active", "active", "boolean")
     )
-    with connect(user(roles.LOADER), cipher=NO_ENCRYPTION) as conn:
+    with connect(user(role_rights.LOADER), cipher=NO_ENCRYPTION) as conn:
         view_tables.ensure_tables(conn, [wider])
-    with connect(user(roles.READER), cipher=NO_ENCRYPTION) as conn:
+    with connect(user(role_rights.READER), cipher=NO_ENCRYPTION) as conn:
         assert conn.execute("SELECT gender, active FROM fhir.patient").fetchall() == [("male", None)]
 
 
 def test_a_loader_may_run_migrate_on_a_current_database(database: str, user: User) -> None:
-    migrations.upgrade(user(roles.LOADER))
+    migrations.upgrade(user(role_rights.LOADER))
     with connect(database) as conn:
         conn.execute("DROP TABLE fhir_partitions.resource_claim")
     with pytest.raises(ConfigurationError, match="run `fhir-assets migrate` as the user that owns them"):
-        migrations.upgrade(user(roles.LOADER))
+        migrations.upgrade(user(role_rights.LOADER))
 
 
 def test_the_error_for_a_reader_names_the_required_role(database: str, user: User) -> None:
     with pytest.raises(ConfigurationError, match="grant it the role fhir_loader"):
-        migrations.upgrade(user(roles.READER))
+        migrations.upgrade(user(role_rights.READER))
 
 
 def test_the_error_for_a_table_of_another_owner_names_who_may_change_it(conn: Session, user: User) -> None:
@@ -267,21 +241,37 @@ def test_the_error_for_a_table_of_another_owner_names_who_may_change_it(conn: Se
     conn.execute("ALTER TABLE fhir.patient OWNER TO postgres")
     conn.commit()
     wider = view("patient", "Patient", column("active", "active", "boolean"))
-    with connect(user(roles.LOADER), cipher=NO_ENCRYPTION) as loader:
+    with connect(user(role_rights.LOADER), cipher=NO_ENCRYPTION) as loader:
         with pytest.raises(ConfigurationError, match="run `fhir-assets migrate` as the user that owns"):
             view_tables.apply_changes(loader, [wider])
 
 
-def test_every_table_of_schema_ops_has_grants(conn: Connection) -> None:
+NAMING_PATIENTS = {
+    *(
+        "consent_changes",
+        "consent_records",
+        "consents",
+        "idempotency",
+        "identifier_types",
+        "numbers",
+        "posted_resources",
+    ),
+    *("record_posts", "visit_persons", "visit_persons_elsewhere", "visit_posts", "visits", "withheld"),
+}
+
+
+def test_every_table_of_schema_ops_has_grants_and_a_new_one_is_for_the_loader_only(conn: Connection) -> None:
     conn.execute("CREATE TABLE ops.a_new_one (x int)")
     roles.grant_rights(conn)
-    for role in (roles.LOADER, roles.OPERATOR):
+    hidden = {
+        role_rights.LOADER: set(),
+        role_rights.OPERATOR: {*NAMING_PATIENTS, "a_new_one"},
+        role_rights.API: {"a_new_one"},
+    }
+    for role, names in hidden.items():
         for name in list_ops_tables(conn):
             row = conn.execute("SELECT has_table_privilege(%s, %s, 'SELECT')", [role, f"ops.{name}"]).fetchone()
-            hidden = role == roles.OPERATOR and name in (
-                *("withheld", "consent_records", "idempotency", "numbers", "posted_resources"),
-            )
-            assert row == (not hidden,), (role, name)
+            assert row == (name not in names,), (role, name)
 
 
 def test_other_rights_are_revoked(conn: Connection) -> None:
@@ -376,12 +366,12 @@ def test_a_migration_without_the_right_to_create_roles_continues_with_a_warning(
     assert result.exit_code == 0
     assert "CREATE ROLE fhir_reader NOLOGIN; CREATE ROLE fhir_operator NOLOGIN" in result.output
     with connect(own_server, autocommit=True, cipher=NO_ENCRYPTION) as conn:
-        for role in roles.ROLES:
+        for role in role_rights.ROLES:
             conn.execute(sql.SQL("CREATE ROLE {}").format(sql.Identifier(role)))
     assert "CREATE ROLE" not in CliRunner().invoke(app, ["migrate"], catch_exceptions=False).output
     with connect(plain, cipher=NO_ENCRYPTION) as conn:
         load_people(conn, range(2))
-        for role, table in ((roles.READER, "fhir.patient_name"), (roles.OPERATOR, "ops.dead_letters")):
+        for role, table in ((role_rights.READER, "fhir.patient_name"), (role_rights.OPERATOR, "ops.dead_letters")):
             allowed = conn.execute("SELECT has_table_privilege(%s, %s, 'SELECT')", [role, table]).fetchone()
             assert allowed == (True,)
 

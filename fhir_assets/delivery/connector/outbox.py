@@ -14,7 +14,7 @@ from psycopg import sql
 
 from fhir_assets.delivery.connector.mapping import Source
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.warehouse.postgres.db import advisory_locks
+from fhir_assets.warehouse.postgres.db import advisory_locks, roles
 from fhir_assets.warehouse.postgres.db.connections import Connection
 from fhir_assets.warehouse.postgres.db.schema_state import sql_folder
 
@@ -38,6 +38,7 @@ def install(conn: Connection) -> None:
         with conn.transaction():
             conn.execute("SELECT pg_advisory_xact_lock(%s, 0)", [advisory_locks.CONNECTOR])
             conn.execute(script)
+            roles.grant_outbox_rights(conn)
     except psycopg.errors.InsufficientPrivilege:
         raise ConfigurationError(
             "the user of DB_URL may not create tables and triggers in schema health: run `fhir-assets connector "

@@ -10,7 +10,7 @@ from psycopg import sql
 from fhir_assets.atomic_files import build_temporary_path
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.warehouse.postgres.db.connections import Connection
-from fhir_assets.warehouse.postgres.db.roles import READER
+from fhir_assets.warehouse.postgres.db.role_rights import READER
 
 LOGIN = "reader"
 _PASSWORD_FILE = "reader_password"

@@ -1,10 +1,11 @@
-"""Rights in the database: three group roles, each with the rights that its members need.
+"""Rights in the database: a group role for each kind of process or person, with the rights that its members need.
 
-``fhir_reader`` reads the tables of views, the marts and ``fhir.deleted``, but neither ``ops`` nor ``fhir.resource``.
-``fhir_operator`` manages runs and dead letters, and has no right to schema ``fhir``. ``fhir_loader`` loads data. It may
-add to the audit log, but not change it, and may not migrate. The owner of the schemas runs migrations and rotates keys.
+``role_rights`` lists them. The owner of the schemas creates the roles, grants the rights, runs migrations and rotates
+keys. Roles belong to the server: a database that is restored into another server has its rights again after
+`fhir-assets roles`.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import psycopg
@@ -12,36 +13,21 @@ from psycopg import sql
 
 from fhir_assets.warehouse.postgres.db.connections import Connection
 from fhir_assets.warehouse.postgres.db.resource_partitions import SCHEMA as PARTITIONS
+from fhir_assets.warehouse.postgres.db.role_rights import (
+    API,
+    APPENDS_TO_AUDIT_LOG,
+    AUDIT_FUNCTIONS,
+    CONNECTOR,
+    DAGSTER,
+    LOAD_RIGHTS,
+    LOADER,
+    OPERATOR,
+    READER,
+    ROLES,
+    find_ops_rights,
+    uses_ops,
+)
 from fhir_assets.warehouse.postgres.db.schema_state import sql_folder
-
-READER, OPERATOR, LOADER = "fhir_reader", "fhir_operator", "fhir_loader"
-ROLES = (READER, OPERATOR, LOADER)
-
-_LOAD_RIGHTS = "SELECT, INSERT, UPDATE, DELETE"
-_LOADER_EXCEPTIONS = {
-    "alembic_version": "SELECT",
-    "audit_log": "SELECT",
-    "audit_head": "SELECT",
-    "encryption": "SELECT, INSERT",
-    "key_rotations": "SELECT",
-}
-"""The loader's rights on tables of ``ops`` where it has fewer than ``_LOAD_RIGHTS``."""
-
-_OPERATOR_RIGHTS = {
-    "audit_log": "SELECT",
-    "audit_head": "SELECT",
-    "dead_letters": "SELECT, INSERT, UPDATE",
-    "corrections": "SELECT, INSERT, UPDATE",
-    "received": "SELECT, INSERT, UPDATE",
-    "incidents": "SELECT, UPDATE",
-    "window_verdicts": "SELECT, INSERT, UPDATE",
-    "withheld": "",
-    "consent_records": "",
-    "idempotency": "",
-    "numbers": "",
-    "posted_resources": "",
-}
-"""The operator's rights on tables of ``ops`` where they differ from SELECT."""
 
 
 def list_missing_roles(conn: Connection) -> list[str]:
@@ -71,32 +57,51 @@ def describe_reader(conn: Connection) -> str:
     return f"with the rights of the login of DB_URL, which is no member of {READER}"
 
 
+def create_missing_roles(conn: Connection) -> list[str]:
+    """Create the roles that do not exist, and return those that the user of the session may not create."""
+    refused = []
+    for name in list_missing_roles(conn):
+        try:
+            with conn.transaction():
+                _execute(conn, "CREATE ROLE {} NOLOGIN", sql.Identifier(name))
+        except (psycopg.errors.DuplicateObject, psycopg.errors.UniqueViolation):
+            continue  # by another process, for another database of the server
+        except psycopg.errors.InsufficientPrivilege:
+            refused.append(name)
+    return refused
+
+
 def grant_rights(conn: Connection) -> None:
     """Grant each existing role its rights on all existing tables, and revoke all other rights.
 
-    Only the owner of the schemas may call this.
+    Roles that are missing are created if the user may. Only the owner of the schemas may call this.
     """
+    create_missing_roles(conn)
     existing = _list_roles(conn)
     ops = _list_relations(conn, "ops")
+    for function in AUDIT_FUNCTIONS:
+        # A restore without rights leaves functions to everybody.
+        conn.execute(f"REVOKE EXECUTE ON FUNCTION ops.{function} FROM PUBLIC".encode())
     if READER in existing:
-        _execute(conn, "GRANT USAGE ON SCHEMA fhir TO {}", sql.Identifier(READER))
-        _execute(conn, "GRANT SELECT ON fhir.deleted TO {}", sql.Identifier(READER))
-        _execute(conn, "GRANT USAGE ON SCHEMA marts TO {}", sql.Identifier(READER))
-    if OPERATOR in existing:
-        _execute(conn, "GRANT USAGE ON SCHEMA ops TO {}", sql.Identifier(OPERATOR))
-        _set_rights(conn, OPERATOR, "ops", {name: _OPERATOR_RIGHTS.get(name, "SELECT") for name in ops})
-        _execute(conn, "GRANT USAGE ON SEQUENCE ops.dead_letter_records TO {}", sql.Identifier(OPERATOR))
-        _grant_auditing(conn, OPERATOR)
+        _set_rights(conn, READER, "ops", dict.fromkeys(ops, ""))
+        _grant(conn, READER, "USAGE ON SCHEMA fhir", "SELECT ON fhir.deleted", "USAGE ON SCHEMA marts")
+    for role in filter(uses_ops, sorted(existing)):
+        _grant(conn, role, "USAGE ON SCHEMA ops")
+        _set_rights(conn, role, "ops", {name: find_ops_rights(role, name) for name in ops})
+        if role in (LOADER, OPERATOR, API):
+            _grant(conn, role, "USAGE ON SEQUENCE ops.dead_letter_records")
+        if role in APPENDS_TO_AUDIT_LOG:
+            _grant(conn, role, *(f"EXECUTE ON FUNCTION ops.{function}" for function in AUDIT_FUNCTIONS))
     if LOADER in existing:
-        _execute(conn, "GRANT USAGE ON SCHEMA ops TO {}", sql.Identifier(LOADER))
-        _execute(conn, "GRANT USAGE, CREATE ON SCHEMA fhir TO {}", sql.Identifier(LOADER))
-        _execute(conn, "GRANT USAGE, CREATE ON SCHEMA marts TO {}", sql.Identifier(LOADER))
-        _set_rights(conn, LOADER, "ops", {name: _LOADER_EXCEPTIONS.get(name, _LOAD_RIGHTS) for name in ops})
-        _execute(conn, "GRANT USAGE ON SEQUENCE ops.dead_letter_records TO {}", sql.Identifier(LOADER))
-        _grant_auditing(conn, LOADER)
-        _set_rights(conn, LOADER, "fhir", {"resource": _LOAD_RIGHTS})
-        _execute(conn, "GRANT USAGE ON SCHEMA {} TO {}", sql.Identifier(PARTITIONS), sql.Identifier(LOADER))
-        _set_rights(conn, LOADER, PARTITIONS, dict.fromkeys(_list_relations(conn, PARTITIONS), _LOAD_RIGHTS))
+        _grant(conn, LOADER, "USAGE, CREATE ON SCHEMA fhir", "USAGE, CREATE ON SCHEMA marts")
+    if API in existing:
+        _grant(conn, API, "USAGE ON SCHEMA fhir", "USAGE ON SCHEMA marts", "SELECT ON fhir.deleted")
+    for role in (LOADER, API):
+        if role in existing:
+            _set_rights(conn, role, "fhir", {"resource": LOAD_RIGHTS})
+            _execute(conn, "GRANT USAGE ON SCHEMA {} TO {}", sql.Identifier(PARTITIONS), sql.Identifier(role))
+            _set_rights(conn, role, PARTITIONS, dict.fromkeys(_list_relations(conn, PARTITIONS), LOAD_RIGHTS))
+    grant_outbox_rights(conn)
     tables = conn.execute(
         """
         SELECT name
@@ -122,8 +127,9 @@ def grant_view_rights(conn: Connection, tables: Iterable[str]) -> None:
             _execute(conn, "LOCK TABLE {} IN ACCESS EXCLUSIVE MODE", table)
         if READER in existing:
             _execute(conn, "GRANT SELECT ON {} TO {}", table, sql.Identifier(READER))
-        if LOADER in existing:
-            _execute(conn, f"GRANT {_LOAD_RIGHTS} ON {{}} TO {{}}", table, sql.Identifier(LOADER))
+        for role in (LOADER, API):
+            if role in existing:
+                _execute(conn, f"GRANT {LOAD_RIGHTS} ON {{}} TO {{}}", table, sql.Identifier(role))
         if name in transferred:
             # The role owns the table, so that every loader can alter it when its view gets a new column.
             _execute(conn, "ALTER TABLE {} OWNER TO {}", table, sql.Identifier(LOADER))
@@ -159,25 +165,65 @@ def grant_mart_rights(conn: Connection, marts: Iterable[str]) -> None:
         transferred = _list_grantable_tables(conn, "marts", of_others_than=LOADER)
     for name in marts:
         view = sql.Identifier("marts", name)
-        if READER in existing:
-            _execute(conn, "GRANT SELECT ON {} TO {}", view, sql.Identifier(READER))
+        for role in (READER, API):
+            if role in existing:
+                _execute(conn, "GRANT SELECT ON {} TO {}", view, sql.Identifier(role))
         if name in transferred:
             # The role owns the view, as it owns the tables: every loader can drop it before it changes a table.
             _execute(conn, "ALTER VIEW {} OWNER TO {}", view, sql.Identifier(LOADER))
 
 
-def _grant_auditing(conn: Connection, role: str) -> None:
-    """Let a role append to the audit log, and confirm its mark, by the functions of migration 0044 only."""
-    for function in ("lock_audit_head()", "append_audit(timestamptz, jsonb)", "confirm_audit_mark()"):
-        _execute(conn, f"GRANT EXECUTE ON FUNCTION ops.{function} TO {{}}", sql.Identifier(role))
+def grant_outbox_rights(conn: Connection) -> None:
+    """Let the connector read the tables of schema ``health`` and write its own, if `connector install` made them."""
+    if CONNECTOR not in _list_roles(conn) or not _has_schema(conn, "health"):
+        return
+    _grant(conn, CONNECTOR, "USAGE ON SCHEMA health", "USAGE ON ALL SEQUENCES IN SCHEMA health")
+    rights = {name: LOAD_RIGHTS if name.startswith("fhir_") else "SELECT" for name in _list_relations(conn, "health")}
+    _set_rights(conn, CONNECTOR, "health", rights)
+
+
+def grant_dagster_rights(conn: Connection) -> None:
+    """Give the tables of Dagster's database, to which ``conn`` is connected, to ``fhir_dagster``."""
+    _grant(conn, DAGSTER, "USAGE, CREATE ON SCHEMA public")
+    for name in sorted(_list_grantable_tables(conn, "public", of_others_than=DAGSTER, kinds="rp")):
+        _execute(conn, "ALTER TABLE {} OWNER TO {}", sql.Identifier("public", name), sql.Identifier(DAGSTER))
+
+
+def ensure_login(conn: Connection, name: str, role: str, password: str | None) -> None:
+    """Create a login that is a member of ``role`` and has no other right; set its password if one is given."""
+    # Two calls at once would create the login twice.
+    conn.execute("SELECT pg_advisory_xact_lock(hashtext('fhir_assets logins'))")
+    if conn.execute("SELECT FROM pg_roles WHERE rolname = %s", [name]).fetchone() is None:
+        _execute(conn, "CREATE ROLE {}", sql.Identifier(name))
+    _execute(
+        conn,
+        "ALTER ROLE {} LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS",
+        sql.Identifier(name),
+    )
+    if password:
+        verifier = conn.pgconn.encrypt_password(password.encode(), name.encode(), b"scram-sha-256").decode()
+        _execute(conn, "ALTER ROLE {} PASSWORD {}", sql.Identifier(name), sql.Literal(verifier))
+    _execute(conn, "GRANT {} TO {}", sql.Identifier(role), sql.Identifier(name))
+
+
+def _grant(conn: Connection, role: str, *rights: str) -> None:
+    """Grant rights, each as a GRANT statement names it between GRANT and TO."""
+    for right in rights:
+        _execute(conn, f"GRANT {right} TO {{}}", sql.Identifier(role))
 
 
 def _set_rights(conn: Connection, role: str, schema: str, rights: dict[str, str]) -> None:
+    """Grant a role its rights on tables of a schema, by the name of the table, and revoke all others."""
+    if not rights:
+        return
+    tables_by_rights = defaultdict(list)
     for name, granted in rights.items():
-        table = sql.Identifier(schema, name)
-        _execute(conn, "REVOKE ALL ON {} FROM {}", table, sql.Identifier(role))
+        tables_by_rights[granted].append(sql.Identifier(schema, name))
+    everything = sql.SQL(", ").join([sql.Identifier(schema, name) for name in rights])
+    _execute(conn, "REVOKE ALL ON {} FROM {}", everything, sql.Identifier(role))
+    for granted, tables in tables_by_rights.items():
         if granted:
-            _execute(conn, f"GRANT {granted} ON {{}} TO {{}}", table, sql.Identifier(role))
+            _execute(conn, f"GRANT {granted} ON {{}} TO {{}}", sql.SQL(", ").join(tables), sql.Identifier(role))
 
 
 def _execute(conn: Connection, statement: str, *names: sql.Composable) -> None:
@@ -210,8 +256,14 @@ def _list_relations(conn: Connection, schema: str) -> Sequence[str]:
     return [name for (name,) in rows]
 
 
-def _list_grantable_tables(conn: Connection, schema: str, *, of_others_than: str = "") -> frozenset[str]:
-    """Return the tables that the current user may grant rights on, without those that a role owns."""
+def _has_schema(conn: Connection, name: str) -> bool:
+    return conn.execute("SELECT FROM pg_namespace WHERE nspname = %s", [name]).fetchone() is not None
+
+
+def _list_grantable_tables(
+    conn: Connection, schema: str, *, of_others_than: str = "", kinds: str = "rpvmfSicIt"
+) -> frozenset[str]:
+    """Return the relations of some kinds that the current user may grant rights on, without those of a role."""
     rows = conn.execute(
         """
         SELECT relname
@@ -219,8 +271,9 @@ def _list_grantable_tables(conn: Connection, schema: str, *, of_others_than: str
         WHERE relnamespace = %s::regnamespace
         AND pg_has_role(relowner, 'USAGE')
         AND pg_get_userbyid(relowner) <> %s
+        AND relkind = ANY(%s)
         """,
-        [schema, of_others_than],
+        [schema, of_others_than, list(kinds)],
     )
     return frozenset(name for (name,) in rows)
 

@@ -1,0 +1,5 @@
+"""Fixtures of the tests of the warehouse."""
+
+from fhir_assets_tests.support.database_users import user
+
+__all__ = ["user"]
