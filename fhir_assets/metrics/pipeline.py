@@ -297,7 +297,8 @@ def dagster_url(settings: Settings) -> str:
 def _fetch_rows(conn: Connection, query: LiteralString) -> Rows | None:
     try:
         return conn.execute(query).fetchall()
-    except _MISSING_TABLE:
+    except (*_MISSING_TABLE, psycopg.errors.InsufficientPrivilege):
+        # The login of a process may read what its own metrics need, and not all that this collector knows.
         return None
 
 

@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 
 from fhir_assets.cli.main import app
 from fhir_assets.delivery.connector import dead_letters, outbox
-from fhir_assets.delivery.connector.mapping import BUILT_IN, load_mapping
+from fhir_assets.metrics.pipeline import build_collector
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
+from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.ops import audit_log
 from fhir_assets.warehouse.postgres.db import embedded, role_rights, roles
 from fhir_assets.warehouse.postgres.db.connections import connect, normalise_url, with_database
@@ -86,7 +88,7 @@ def filled(database: str) -> str:
     with connect(database, cipher=NO_ENCRYPTION) as conn:
         load(conn, patient("a", gender="male"), views=tuple(views_of_type("Patient")))
         outbox.install(conn)
-        conn.execute("INSERT INTO health.patient (mrn) VALUES ('1')")
+        conn.execute("INSERT INTO health.patient (identifier_system, identifier_value) VALUES ('urn:mrn', '1')")
         audit_log.record(conn, AuditRecord("read", "test"))
     return database
 
@@ -106,15 +108,21 @@ def test_an_auditor_verifies_and_lists_the_log_and_is_recorded(filled: str, user
         assert audit_log.get_head(conn)[0] == 2
 
 
-def test_a_connector_claims_delivers_and_buries_changes(filled: str, user: User) -> None:
-    (source,) = [source for source in load_mapping(BUILT_IN).values() if source.table == "health.patient"]
-    with connect(user(role_rights.CONNECTOR), cipher=NO_ENCRYPTION) as conn:
-        assert outbox.is_installed(conn)
-        assert outbox.enqueue_existing(conn, source) == 0
+def test_a_connector_delivers_and_reports_changes(filled: str, user: User) -> None:
+    url = user(role_rights.CONNECTOR)
+    with SandboxServer([]) as server:
+        environment = {"DB_URL": url, "CONNECTOR_URL": server.url, "METRICS_PORT": "0"}
+        arguments = ["connector", "run", "--until-empty"]
+        result = CliRunner().invoke(app, arguments, env=environment, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    with connect(filled) as conn:
+        assert conn.execute("SELECT count(*) FROM health.fhir_delivered").fetchone() == (1,)
+    with connect(url, cipher=NO_ENCRYPTION) as conn:
         assert dead_letters.replay(conn, None) == 0
-        conn.execute("DELETE FROM health.fhir_processed_event")
-        conn.execute("UPDATE health.fhir_outbox SET attempts = attempts")
-        conn.execute("SELECT nextval('health.fhir_connector_number')")
+    collector = build_collector(load_settings(db_url=url), lambda: connect(url))
+    samples = {metric.name: [sample.value for sample in metric.samples] for metric in collector.collect()}
+    assert samples["fhir_database_up"] == [1]
+    assert [name for name in samples if "outbox" in name] != []
 
 
 def test_dagster_makes_its_tables_in_a_database_of_its_own(empty_database: str, user: User, tmp_path: Path) -> None:
