@@ -10,6 +10,7 @@ import pytest
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.api import Api, Serve, api_in_threads, api_process, api_processes, api_settings
+from fhir_assets_tests.support.database_users import user as user
 from fhir_assets_tests.support.databases import fresh_database
 
 

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fhir_assets.cli.main import app
-from fhir_assets.delivery.connector import dead_letters, outbox
+from fhir_assets.delivery.connector import dead_letters, outbox, progress
 from fhir_assets.metrics.pipeline import build_collector
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
@@ -123,6 +123,22 @@ def test_a_connector_delivers_and_reports_changes(filled: str, user: User) -> No
     samples = {metric.name: [sample.value for sample in metric.samples] for metric in collector.collect()}
     assert samples["fhir_database_up"] == [1]
     assert [name for name in samples if "outbox" in name] != []
+
+
+@pytest.mark.parametrize("role", [role_rights.LOADER, role_rights.OPERATOR])
+def test_loaders_and_operators_see_how_far_deliveries_are_and_no_identifier(filled: str, user: User, role: str) -> None:
+    url = user(role)
+    with connect(url, cipher=NO_ENCRYPTION) as conn:
+        assert outbox.is_installed(conn)
+        assert progress.check_health(conn, max_lag_seconds=60).status.unprocessed == 1
+        assert progress.count_since(conn, "health.patient", None).changes == 0
+    for statement in (
+        "SELECT FROM health.patient",
+        "SELECT former_value FROM health.fhir_outbox",
+        "SELECT identifier_value FROM health.fhir_delivered",
+        "DELETE FROM health.fhir_outbox",
+    ):
+        assert is_refused(url, statement), statement
 
 
 def test_dagster_makes_its_tables_in_a_database_of_its_own(empty_database: str, user: User, tmp_path: Path) -> None:

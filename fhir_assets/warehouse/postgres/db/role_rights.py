@@ -86,6 +86,7 @@ _RIGHTS: dict[str, dict[str, str]] = {
                 "identifier_types",
                 "landing_files",
                 "numbers",
+                "partition_rows",
                 "posted_resources",
                 "received",
                 "record_posts",

@@ -174,12 +174,29 @@ def grant_mart_rights(conn: Connection, marts: Iterable[str]) -> None:
 
 
 def grant_outbox_rights(conn: Connection) -> None:
-    """Let the connector read the tables of schema ``health`` and write its own, if `connector install` made them."""
-    if CONNECTOR not in _list_roles(conn) or not _has_schema(conn, "health"):
+    """Let the connector read the tables of schema ``health`` and write its own, if `connector install` made them.
+
+    Loaders and operators, who report how far deliveries are, read its events without identifiers of patients.
+    """
+    if not _has_schema(conn, "health"):
         return
-    _grant(conn, CONNECTOR, "USAGE ON SCHEMA health", "USAGE ON ALL SEQUENCES IN SCHEMA health")
-    rights = {name: LOAD_RIGHTS if name.startswith("fhir_") else "SELECT" for name in _list_relations(conn, "health")}
-    _set_rights(conn, CONNECTOR, "health", rights)
+    existing = _list_roles(conn)
+    tables = _list_relations(conn, "health")
+    if CONNECTOR in existing:
+        _grant(conn, CONNECTOR, "USAGE ON SCHEMA health", "USAGE ON ALL SEQUENCES IN SCHEMA health")
+        rights = {name: LOAD_RIGHTS if name.startswith("fhir_") else "SELECT" for name in tables}
+        _set_rights(conn, CONNECTOR, "health", rights)
+    for role in {LOADER, OPERATOR} & existing:
+        _set_rights(conn, role, "health", dict.fromkeys(tables, ""))
+        _grant(conn, role, "USAGE ON SCHEMA health")
+        for name in set(tables) & {"fhir_outbox", "fhir_processed_event", "fhir_dlq"}:
+            _execute(
+                conn,
+                "GRANT SELECT ({}) ON {} TO {}",
+                sql.SQL(", ").join(map(sql.Identifier, _list_columns(conn, "health", name, but="former_%"))),
+                sql.Identifier("health", name),
+                sql.Identifier(role),
+            )
 
 
 def grant_dagster_rights(conn: Connection) -> None:
@@ -258,6 +275,23 @@ def _list_relations(conn: Connection, schema: str) -> Sequence[str]:
 
 def _has_schema(conn: Connection, name: str) -> bool:
     return conn.execute("SELECT FROM pg_namespace WHERE nspname = %s", [name]).fetchone() is not None
+
+
+def _list_columns(conn: Connection, schema: str, table: str, *, but: str) -> Sequence[str]:
+    """Return the columns of a table whose names do not match a pattern of LIKE."""
+    rows = conn.execute(
+        """
+        SELECT attname
+        FROM pg_attribute
+        WHERE attrelid = format('%%I.%%I', %s::text, %s::text)::regclass
+        AND attnum > 0
+        AND NOT attisdropped
+        AND attname NOT LIKE %s
+        ORDER BY attnum
+        """,
+        [schema, table, but],
+    )
+    return [name for (name,) in rows]
 
 
 def _list_grantable_tables(
