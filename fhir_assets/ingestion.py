@@ -27,6 +27,7 @@ from fhir_assets.orchestration import replayable_windows
 from fhir_assets.orchestration.checks.unreconciled_windows import find_unreconciled_windows
 from fhir_assets.orchestration.command_runs import execute_command_run
 from fhir_assets.orchestration.dead_runs import fail_dead_runs
+from fhir_assets.orchestration.failures import EXIT_CODE
 from fhir_assets.orchestration.jobs import (
     CHECK_TABLES,
     FETCH_MISSING_REFERENCES,
@@ -72,6 +73,8 @@ class Outcome:
     run_id: str
     windows: WindowRange
     success: bool
+    exit_code: int = 0
+    """0 if the run succeeded; 78 or 75 if settings, or a later attempt, resolve all of its failures; otherwise 1."""
 
 
 class Ingestion:
@@ -321,7 +324,7 @@ class Ingestion:
             self._instance.add_event_listener(run_id, listener)
         checks = [] if assets is None else select_own_checks(self._definitions.resolve_asset_graph(), assets)
         with self._warehouse.hold_run(run_id), self._claimed(run_id, claim):
-            execute_command_run(
+            events = execute_command_run(
                 self._instance,
                 self._definitions,
                 job,
@@ -332,7 +335,8 @@ class Ingestion:
                 assets=assets,
                 checks=checks,
             )
-        return Outcome(run_id, windows, self._has_succeeded(run_id))
+        success = self._has_succeeded(run_id)
+        return Outcome(run_id, windows, success, 0 if success else choose_exit_code(_list_exit_codes(events)))
 
     def _has_succeeded(self, run_id: str) -> bool:
         run = self._instance.get_run_by_id(run_id)
@@ -347,6 +351,18 @@ def _describe_failure(events: Sequence[dg.DagsterEvent]) -> str:
         if event.is_step_failure and event.step_failure_data.user_failure_data
     ]
     return "; ".join(dict.fromkeys(reasons)) or "see the page of the run in the Dagster UI"
+
+
+def _list_exit_codes(events: Sequence[dg.DagsterEvent]) -> list[int]:
+    """Return the exit code of each failed step."""
+    failures = [event.step_failure_data.user_failure_data for event in events if event.is_step_failure]
+    codes = [failure.metadata.get(EXIT_CODE) for failure in failures if failure]
+    return [code.value or 1 if isinstance(code, dg.IntMetadataValue) else 1 for code in codes]
+
+
+def choose_exit_code(codes: Sequence[int]) -> int:
+    """Return the exit code of several failures: theirs if all agree, 1 if not or if there is none."""
+    return codes[0] if len(set(codes)) == 1 else 1
 
 
 def select_failed(outcomes: Sequence[Outcome]) -> list[Outcome]:

@@ -15,7 +15,7 @@ from typing import TextIO
 import orjson
 
 from fhir_assets.control_characters import escape_control_characters
-from fhir_assets.errors import FhirAssetsError
+from fhir_assets.foreign_errors import translate_error
 
 MAX_VALUE_LENGTH = 200
 
@@ -67,10 +67,11 @@ def configure(service: str, level: str = "INFO", *, stream: TextIO | None = None
 
 
 def describe_error(error: BaseException) -> dict[str, object]:
-    """Return an error's type, its message if it is an error of the project, and its last frames, innermost last."""
+    """Return an error's type, its message if it is one of the project or translated, and its last frames, in order."""
     description: dict[str, object] = {"type": f"{type(error).__module__}.{type(error).__qualname__}"}
-    if isinstance(error, FhirAssetsError):
-        description["message"] = str(error)
+    known = translate_error(error)
+    if known is not None:
+        description["message"] = str(known)
     frames = extract_tb(error.__traceback__)[-_FRAMES:]
     description["at"] = [f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in frames]
     return description

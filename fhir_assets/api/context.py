@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import psycopg
 from fastapi import Depends, Request, Response
-from psycopg_pool import ConnectionPool, PoolTimeout
+from psycopg_pool import ConnectionPool
 
 from fhir_assets.api.access import Token
 from fhir_assets.api.bodies import read_json_body
@@ -33,6 +33,7 @@ from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.fhir.json_size import has_more_values
 from fhir_assets.fhir.references import Bases
 from fhir_assets.fhir.validation import Validator
+from fhir_assets.foreign_errors import LOST, translate_error
 from fhir_assets.metrics.exposition import render_metrics
 from fhir_assets.metrics.pipeline import DatabaseCollector, build_collector
 from fhir_assets.orchestration.dagster_internals import AssetGraph
@@ -55,8 +56,6 @@ MAX_WAITING_REQUESTS = 8
 """Number of requests that may wait for runs to end. Each occupies one of the 40 threads that answer requests."""
 MAX_KEYED_REQUESTS = 8
 """Number of requests with an Idempotency-Key in progress. Each holds a connection of its own."""
-
-_DATABASE_UNAVAILABLE = "Postgres cannot be reached: start it, or correct DB_URL, then try again"
 
 
 class AppContext:
@@ -133,8 +132,8 @@ class AppContext:
         try:
             with self._open_pool().connection(timeout=CONNECTION_TIMEOUT_SECONDS) as conn:
                 yield conn
-        except (PoolTimeout, psycopg.OperationalError, psycopg.InterfaceError):
-            raise DatabaseUnavailable(_DATABASE_UNAVAILABLE) from None
+        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+            raise translate_error(error) or DatabaseUnavailable(LOST) from None
 
     @contextmanager
     def own_connection(self) -> Iterator[Session]:
@@ -142,8 +141,8 @@ class AppContext:
         try:
             with self.warehouse.connect() as conn:
                 yield conn
-        except (psycopg.OperationalError, psycopg.InterfaceError):
-            raise DatabaseUnavailable(_DATABASE_UNAVAILABLE) from None
+        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+            raise translate_error(error) or DatabaseUnavailable(LOST) from None
 
     def record_audit(self, *audit_records: AuditRecord) -> None:
         """Write audit records. Routes call this before they return the data. Raises DatabaseUnavailable."""

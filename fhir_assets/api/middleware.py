@@ -1,6 +1,6 @@
 """ASGI middleware for every request: request id, authentication, rate and size limits, security headers, access log.
 
-It also turns unexpected exceptions into responses with status 500, which contain no patient data.
+It also turns other exceptions into responses with status 503 or, if they are defects, 500, without patient data.
 """
 
 import logging
@@ -16,7 +16,7 @@ from uuid import uuid4
 from starlette.requests import ClientDisconnect
 
 from fhir_assets.api.access import DOCS_PATHS, PUBLIC_PATHS, Authenticator, RateLimiter, Token, is_read_by_browsers
-from fhir_assets.api.problems import Problem
+from fhir_assets.api.problems import Problem, problem_from_foreign_error
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -95,7 +95,7 @@ class RequestMiddleware:
                 },
             )
             defect = Problem(500, "internal error: the service's log contains it with the id of this request")
-            await self._refuse(scope, receive, responder, defect, request_id)
+            await self._refuse(scope, receive, responder, problem_from_foreign_error(error) or defect, request_id)
         finally:
             route = scope.get("route")
             _log.info(

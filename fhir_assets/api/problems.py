@@ -21,6 +21,7 @@ from fhir_assets.errors import (
     StoreError,
     TransientError,
 )
+from fhir_assets.foreign_errors import translate_error
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -137,6 +138,18 @@ def problem_from_error(error: FhirAssetsError) -> Problem:
     if isinstance(error, ConfigurationError):
         return Problem(409, str(error))
     return Problem(500, str(error))
+
+
+def problem_from_foreign_error(error: Exception) -> Problem | None:
+    """Return the problem for an error of Postgres, the system, S3 or the network; None for a defect of the project.
+
+    Whatever it is, the same request may succeed once it is mended.
+    """
+    known = translate_error(error)
+    if known is None:
+        return None
+    wait = "5" if isinstance(known, TransientError) else "60"
+    return Problem(503, str(known), headers={"Retry-After": wait})
 
 
 def install_handlers(app: FastAPI) -> None:

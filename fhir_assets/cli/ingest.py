@@ -28,8 +28,9 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, StoreError
-from fhir_assets.ingestion import Ingestion, Listener, Outcome, select_failed
+from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, FhirAssetsError, StoreError
+from fhir_assets.foreign_errors import translate_error
+from fhir_assets.ingestion import Ingestion, Listener, Outcome, choose_exit_code, select_failed
 from fhir_assets.orchestration.checks.known_patients import describe_unknown_denials
 from fhir_assets.orchestration.instance import config
 from fhir_assets.pipeline.refresh import Refresh
@@ -68,7 +69,9 @@ def ingest(
     failures = select_failed(outcomes)
     unreconciled = find_unreconciled_windows(ingestion)
     held = _find_held_windows(settings)
-    lake, lake_error = _update_lake(settings)
+    lake, lake_failure = _update_lake(settings)
+    lake_error = str(lake_failure or "")
+    lake_codes = [lake_failure.exit_code] if lake_failure else []
     broken = build_views(settings).broken
     denials = _count_unknown_denials(settings)
     run_ids = [outcome.run_id for outcome in outcomes]
@@ -99,18 +102,22 @@ def ingest(
     report_broken_views(broken)
     if denials:
         errors.print(describe_unknown_denials(denials), markup=False, soft_wrap=True)
-    if failures or unreconciled or broken or denials or lake_error:
+    if broken or denials:
+        raise typer.Exit(1)
+    if failures or lake_error:
+        raise typer.Exit(choose_exit_code([*(outcome.exit_code for outcome in failures), *lake_codes]))
+    if unreconciled:
         raise typer.Exit(1)
 
 
-def _update_lake(settings: Settings) -> tuple[LakeReport | None, str]:
+def _update_lake(settings: Settings) -> tuple[LakeReport | None, FhirAssetsError | None]:
     """Write the lake if there is one. Return what was done, and why it could not be written."""
     if not settings.fhir_lake_url:
-        return None, ""
+        return None, None
     try:
-        return write_lake(settings, None, actor="cli"), ""
+        return write_lake(settings, None, actor="cli"), None
     except (StoreError, ConfigurationError) as error:
-        return None, str(error)
+        return None, error
 
 
 def open_ingestion(settings: Settings) -> Ingestion:
@@ -201,7 +208,10 @@ def _load(
         return ingestion.load(
             windows, refresh=refresh, triggered_by=triggered_by, listener=listener, resource_types=types
         )
-    except (psycopg.OperationalError, sqlalchemy.exc.OperationalError, DagsterPostgresException):
+    except (psycopg.OperationalError, sqlalchemy.exc.OperationalError, DagsterPostgresException) as error:
+        known = translate_error(error)
+        if known is not None and not isinstance(known, DatabaseUnavailable):
+            raise known from None
         return None
 
 

@@ -16,7 +16,7 @@ from fhir_assets.deployment.store import create_place
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.ingestion import Ingestion, select_failed
+from fhir_assets.ingestion import Ingestion, choose_exit_code, select_failed
 from fhir_assets.orchestration.instance import config
 from fhir_assets.privacy.audit import Action, AuditRecord
 from fhir_assets.settings import load_settings
@@ -130,5 +130,7 @@ def load(json: Annotated[bool, typer.Option("--json", help="Print the summary as
         errors.print(f"{retries}: `fhir-assets landing list --status failed` prints the reasons", soft_wrap=True)
     broken = build_views(settings).broken
     report_broken_views(broken)
-    if failures or totals["failed"] or retries or broken:
+    if totals["failed"] or retries or broken:
         raise typer.Exit(1)
+    if failures:
+        raise typer.Exit(choose_exit_code([outcome.exit_code for outcome in failures]))

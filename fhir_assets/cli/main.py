@@ -1,8 +1,8 @@
 """Assembly of the commands. An error of the project becomes a message on stderr and an exit code."""
 
-import errno
 import logging
 import os
+import signal
 import sys
 from importlib.metadata import version
 from typing import Annotated, NoReturn
@@ -12,11 +12,10 @@ import typer
 from fhir_assets.cli.commands import COMMANDS
 from fhir_assets.cli.lazy_commands import build_group
 from fhir_assets.control_characters import escape_control_characters
-from fhir_assets.errors import ConfigurationError, FhirAssetsError
+from fhir_assets.errors import DEFECT_EXIT_CODE
 from fhir_assets.file_modes import restrict_umask
+from fhir_assets.foreign_errors import choose_error, translate_error, was_interrupted
 from fhir_assets.logs import describe_error
-
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 app = typer.Typer(
     name="fhir-assets",
@@ -52,30 +51,38 @@ def _finish_audit_marks() -> None:
 
 
 def main() -> None:
-    """Run the command line. An error of the project is printed as a message on stderr, with exit code 1."""
+    """Run the command line. An error becomes a message on stderr and the exit code of its kind; see ``errors``."""
     restrict_umask()
     # A log record that cannot be written must not print a stack trace, which may quote patient data.
     logging.raiseExceptions = False
     try:
         _run()
-    except FhirAssetsError as error:
-        _fail(str(error))
     except KeyboardInterrupt:
-        sys.exit(130)
+        _exit_interrupted()
     except BrokenPipeError:
         # The reader of stdout, such as head, has exited.
         _discard_stdout()
         sys.exit(1)
     except Exception as error:
+        if was_interrupted(error):
+            _exit_interrupted()
+        known = translate_error(error, with_names=True)
+        if known is not None:
+            _fail(str(known), known.exit_code)
         # The message of a driver may quote a row, so only the type and the positions in the code are printed.
         facts = describe_error(error)
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            _fail(f"cannot write at {facts['at']}: {os.strerror(error.errno)}. Free space, then run the command again")
-        _fail(f"unexpected {facts['type']} at {facts['at']}. This is a defect: please report this message")
+        message = f"unexpected {facts['type']} at {facts['at']}. This is a defect: please report this message"
+        _fail(message, DEFECT_EXIT_CODE)
+
+
+def _exit_interrupted() -> NoReturn:
+    """End after Ctrl-C, as a shell expects it of a command that SIGINT ends."""
+    typer.echo("fhir-assets: interrupted. Run the same command again to do what it had not finished", err=True)
+    sys.exit(128 + signal.SIGINT)
 
 
 def _run() -> None:
-    """Run the command, then write what stdout has buffered. Raises ConfigurationError if stdout cannot be written."""
+    """Run the command, then write what stdout has buffered. Raises OutOfResources or ConfigurationError if it fails."""
     try:
         app()
     finally:
@@ -85,7 +92,7 @@ def _run() -> None:
             raise
         except OSError as error:
             _discard_stdout()
-            raise ConfigurationError(
+            raise choose_error(error)(
                 f"cannot write to stdout: {error.strerror}. The output is incomplete: free space, then run it again"
             ) from None
 
@@ -96,10 +103,10 @@ def _discard_stdout() -> None:
         os.dup2(nowhere.fileno(), 1)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int) -> NoReturn:
     from rich.console import Console  # only for a failure: `--help` and a command that succeeds do not need it
 
     Console(stderr=True, soft_wrap=True, highlight=False).print(
         f"fhir-assets: {escape_control_characters(message)}", markup=False
     )
-    sys.exit(1)
+    sys.exit(code)

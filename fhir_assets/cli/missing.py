@@ -12,7 +12,7 @@ from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import PermanentError
 from fhir_assets.fhir.views import find_reference_columns
-from fhir_assets.ingestion import Ingestion, select_failed
+from fhir_assets.ingestion import Ingestion, choose_exit_code, select_failed
 from fhir_assets.orchestration.instance import config
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.queries import references
@@ -66,4 +66,4 @@ def fetch(json: Json = False) -> None:
     if failure is not None:
         raise PermanentError(f"some missing resources could not be fetched: {failure}")
     if failures:
-        raise typer.Exit(1)
+        raise typer.Exit(choose_exit_code([outcome.exit_code for outcome in failures]))

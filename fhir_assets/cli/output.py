@@ -17,7 +17,7 @@ from rich.text import Text
 
 from fhir_assets.atomic_files import replace_file
 from fhir_assets.control_characters import escape_control_characters
-from fhir_assets.errors import ConfigurationError
+from fhir_assets.foreign_errors import choose_error
 
 _WIDTH_WITHOUT_TERMINAL = 160
 """Width of a table, in characters, if stdout is not a terminal."""
@@ -54,7 +54,8 @@ def open_output(path: Path | None, option: str) -> Iterator[BinaryIO]:
     """Open the output of a command for writing: stdout if ``path`` is None or ``-``, otherwise a file.
 
     The file is replaced when the ``with`` block ends without an error; until then it keeps its content. ``option``
-    names the option of ``path`` in messages. Raises ConfigurationError if the output cannot be written.
+    names the option of ``path`` in messages. Raises OutOfResources or ConfigurationError if the output cannot
+    be written.
     """
     try:
         if path is None or str(path) == "-":
@@ -67,7 +68,7 @@ def open_output(path: Path | None, option: str) -> Iterator[BinaryIO]:
         raise
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise ConfigurationError(
+        raise choose_error(error)(
             f"cannot write {path or 'to stdout'}: {reason}; free space, or pass another {option}"
         ) from None
 

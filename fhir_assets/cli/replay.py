@@ -33,7 +33,7 @@ from fhir_assets.deployment.validation import current_rulesets
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.ingestion import Ingestion, Outcome, select_failed
+from fhir_assets.ingestion import Ingestion, Outcome, choose_exit_code, select_failed
 from fhir_assets.orchestration import replayable_windows
 from fhir_assets.orchestration.instance import config
 from fhir_assets.pipeline.correct.visit_rows import RowReplay, RowReplayStep
@@ -122,7 +122,9 @@ def replay(
             )
     report_failures(settings, failures)
     report_missing(missing, "can be replayed")
-    if failures or pending or missing:
+    if failures:
+        raise typer.Exit(choose_exit_code([outcome.exit_code for outcome in failures]))
+    if pending or missing:
         raise typer.Exit(1)
 
 

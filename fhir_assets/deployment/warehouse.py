@@ -14,7 +14,14 @@ from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.retries import RetryPolicy
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import encryption_secret, runs
-from fhir_assets.warehouse.postgres.db import advisory_locks, connections, embedded, roles, schema_state
+from fhir_assets.warehouse.postgres.db import (
+    advisory_locks,
+    connections,
+    embedded,
+    migration_checksums,
+    roles,
+    schema_state,
+)
 from fhir_assets.warehouse.postgres.db.semaphore import DistributedSemaphore
 
 
@@ -116,8 +123,11 @@ class Warehouse:
         return conn
 
     def migrate(self) -> None:
-        """Create or upgrade the schema. Raises as ``migrations.upgrade`` does."""
-        _upgrade(self._db_url or embedded.ensure(self._home, port=self._port))
+        """Create or upgrade the schema. Raises as ``migrations.upgrade`` does, also if the schema is current."""
+        url = self._db_url or embedded.ensure(self._home, port=self._port)
+        _upgrade(url)
+        with connections.connect(url) as conn:
+            migration_checksums.require_unchanged(conn)
 
     @contextmanager
     def hold_run(self, run_id: str) -> Iterator["Warehouse"]:

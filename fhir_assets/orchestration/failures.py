@@ -17,9 +17,13 @@ import dagster as dg
 import psycopg
 
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.errors import DatabaseUnavailable, FhirAssetsError, ServerUnavailable
+from fhir_assets.errors import DEFECT_EXIT_CODE, FhirAssetsError, ServerUnavailable
+from fhir_assets.foreign_errors import translate_error
 from fhir_assets.orchestration.run_context import RunContext
 from fhir_assets.warehouse.ops import runs
+
+EXIT_CODE = "exit_code"
+"""The metadata of a failure with the exit code for a command that executes the run."""
 
 _log = logging.getLogger(__name__)
 
@@ -34,9 +38,10 @@ def record_step(
 
     A step yields its outputs inside the block, so that an error of the IO manager is recorded too. Raises
     ``dagster.Failure`` for every exception. Its description is the message of a ``FhirAssetsError``, but only the type
-    and the code line of any other exception, whose message may quote a resource.
+    and the code line of any other exception, whose message may quote a resource. Its metadata has the exit code for
+    the command that executes the run.
     """
-    with warehouse.connect() as conn:
+    with sanitized_errors(), warehouse.connect() as conn:
         runs.start(conn, run.run_id, resource_types, run.partition_keys, triggered_by=run.triggered_by, at=run.now)
     started = perf_counter()
     fields = {
@@ -53,15 +58,15 @@ def record_step(
         reason = describe_error(error)
         _log.error("step failed", extra={**fields, "reason": reason})
         # Without a database the failure cannot be recorded: the next load sees that the run holds no advisory lock.
-        with suppress(DatabaseUnavailable), warehouse.connect() as conn:
+        with suppress(FhirAssetsError, psycopg.Error), warehouse.connect() as conn:
             seconds = (perf_counter() - started) / len(resource_types)
             runs.fail(conn, run.run_id, resource_types, run.partition_keys, error=reason, seconds=seconds)
         if isinstance(error, ServerUnavailable):
             run.request_retry()
         if isinstance(error, Exception):
-            raise dg.Failure(reason, allow_retries=False) from None
+            raise build_failure(error) from None
         raise
-    with warehouse.connect() as conn:
+    with sanitized_errors(), warehouse.connect() as conn:
         seconds = (perf_counter() - started) / len(resource_types)
         runs.finish(conn, run.run_id, resource_types, run.partition_keys, seconds=seconds)
     _log.info("step finished", extra={**fields, "seconds": round(perf_counter() - started, 3)})
@@ -79,13 +84,21 @@ def sanitized_errors() -> Iterator[None]:
     except dg.Failure:
         raise
     except Exception as error:
-        raise dg.Failure(describe_error(error), allow_retries=False) from None
+        raise build_failure(error) from None
+
+
+def build_failure(error: BaseException) -> dg.Failure:
+    """Return the failure of a step: the reason, and as metadata the exit code for a command that executes the run."""
+    known = translate_error(error)
+    code = known.exit_code if known else DEFECT_EXIT_CODE
+    return dg.Failure(describe_error(error), metadata={EXIT_CODE: code}, allow_retries=False)
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the message of a ``FhirAssetsError``, and only type and code line of any other exception."""
-    if isinstance(error, FhirAssetsError):
-        return str(error)
+    """Return the message of a ``FhirAssetsError`` or of what it is translated to; else only type and code line."""
+    known = translate_error(error)
+    if known is not None:
+        return str(known)
     if isinstance(error, GeneratorExit):
         return "the step's output could not be stored: the page of the run in the Dagster UI shows the reason"
     frame = extract_tb(error.__traceback__)[-1]

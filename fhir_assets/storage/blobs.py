@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from fhir_assets.atomic_files import UNFINISHED
-from fhir_assets.errors import FileMissing, StoreError
+from fhir_assets.errors import FileMissing
 from fhir_assets.file_modes import PRIVATE, create_folders, set_file_mode
+from fhir_assets.foreign_errors import choose_store_error
 
 SPOOL_FOLDER = ".spool"
 """The folder for unfinished files in a local folder."""
@@ -84,7 +85,7 @@ def _translate_disk_errors(action: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(
+        raise choose_store_error(error)(
             f"cannot {action}: {error.strerror or type(error).__name__}. Free space or correct "
             "the permissions of the store's folder (FHIR_STORE_URL), then run the partition again"
         ) from None

@@ -11,6 +11,7 @@ from fhir_assets.atomic_files import replace_file
 from fhir_assets.control_characters import escape_control_characters
 from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.file_modes import PRIVATE, create_folders
+from fhir_assets.foreign_errors import choose_store_error
 from fhir_assets.local_files import (
     LONG_NAME,
     MAX_NAME_BYTES,
@@ -108,7 +109,7 @@ class FolderZone:
             stat = path.stat()
             return self._describe(FoundFile(name, stat.st_size, stat.st_mtime_ns))
         except OSError as error:
-            raise StoreError(
+            raise choose_store_error(error)(
                 f"a file cannot be written to the landing zone: {error.strerror or type(error).__name__}"
             ) from None
 

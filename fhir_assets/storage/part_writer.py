@@ -9,7 +9,7 @@ from types import TracebackType
 
 from isal import igzip
 
-from fhir_assets.errors import StoreError
+from fhir_assets.foreign_errors import choose_store_error
 from fhir_assets.storage.encrypted_parts import MARK, SUFFIX, FrameEncryptor
 from fhir_assets.storage.manifest import Arrival, Part
 from fhir_assets.storage.store import LAYERS, Store, map_concurrently, partition_folder
@@ -154,7 +154,7 @@ class PartWriter:
             for part in self._open.values():
                 part.flush()
         except OSError as error:
-            raise StoreError(
+            raise choose_store_error(error)(
                 f"cannot write to {self._spool}: {error.strerror or type(error).__name__}. Free space there, "
                 "then run the partition again: it was not changed"
             ) from None

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 from fhir_assets.errors import EncryptionError, FhirAssetsError, StoreError
+from fhir_assets.foreign_errors import choose_store_error
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.storage.encrypted_parts import FRAME_BYTES, MARK, FrameEncryptor, decrypt_stream, read_key_id
 from fhir_assets.storage.store import LAYERS, Store
@@ -60,7 +61,7 @@ def _try_to_reencrypt(store: Store, name: str, cipher: Cipher) -> FhirAssetsErro
     except StoreError as error:
         return error if _exists(store, name) else None
     except OSError as error:
-        return StoreError(
+        return choose_store_error(error)(
             f"cannot write to {store.blobs.spool()}: {error.strerror or type(error).__name__}: free space"
         )
     finally:

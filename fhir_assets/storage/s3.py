@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, cast
 from fhir_assets.atomic_files import UNFINISHED
 from fhir_assets.errors import ConfigurationError, FileMissing, StoreError
 from fhir_assets.file_modes import PRIVATE
+from fhir_assets.foreign_errors import translate_s3_error
 from fhir_assets.storage.blobs import ListedFile
 
 S3Client = Any
@@ -29,7 +30,7 @@ class Bucket:
     """The objects of a bucket below a prefix. ``connect`` creates the client at the first use.
 
     ``encryption`` is sent with every write: ``ServerSideEncryption``, ``SSEKMSKeyId``. Methods raise ConfigurationError
-    for wrong settings (no credentials, no such bucket) and StoreError for every other failure.
+    for wrong settings (no credentials, no such bucket, a wrong clock) and StoreError for every other failure.
     """
 
     def __init__(self, url: str, connect: Callable[[], S3Client], encryption: Mapping[str, str] | None = None) -> None:
@@ -124,37 +125,8 @@ class Bucket:
             yield
         except (ClientError, BotoCoreError, Boto3Error) as error:
             # An error of a transfer wraps the error of S3.
-            cause = error.__context__ if isinstance(error, Boto3Error) else error
-            raise self._build_error(action, cause or error) from None
-
-    def _build_error(self, action: str, error: BaseException) -> ConfigurationError | StoreError:
-        name = type(error).__name__
-        response = getattr(error, "response", None) or {}
-        code = str(response.get("Error", {}).get("Code", ""))
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        if name in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError"):
-            return ConfigurationError(
-                f"no credentials are configured for {self.url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                "AWS_PROFILE, or assign a role to the machine"
-            )
-        if name in ("NoRegionError", "InvalidRegionError"):
-            return ConfigurationError(f"no region is configured for {self.url}: set AWS_DEFAULT_REGION")
-        if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"):
-            return ConfigurationError(f"{self.url} refuses the credentials ({code}): correct or renew them")
-        if code == "NoSuchBucket":
-            return ConfigurationError(f"there is no bucket {self.name}: create it, or correct {self.url}")
-        if code in ("NoSuchKey", "404") or status == 404:
-            return FileMissing(f"cannot {action} in {self.url}: it does not exist")
-        if code in ("AccessDenied", "403") or status == 403:
-            return StoreError(
-                f"no permission to {action} in {self.url}: grant the credentials s3:GetObject, s3:PutObject, "
-                "s3:DeleteObject and s3:ListBucket there"
-            )
-        if name in ("EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError", "SSLError"):
-            return StoreError(f"{self.url} cannot be reached ({name}): check AWS_ENDPOINT_URL and the network")
-        return StoreError(
-            f"cannot {action} in {self.url}: {code or name}. Run it again; committed partitions are unchanged"
-        )
+            cause = (error.__context__ if isinstance(error, Boto3Error) else None) or error
+            raise translate_s3_error(cause, action=action, url=self.url, bucket=self.name) or error from None
 
 
 class S3Blobs:

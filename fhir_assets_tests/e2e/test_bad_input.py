@@ -104,10 +104,10 @@ NEXT_DAY = ("--from", "2024-01-05", "--to", "2024-01-06")
 
 
 def refused(process: subprocess.CompletedProcess[str], *expected: str) -> bool:
-    """Assert exit code 1 and a short error with the expected words, without tracebacks and patient data."""
+    """Assert an exit code of errors and a short error with the expected words, without tracebacks and patient data."""
     shown = process.stdout + process.stderr
     print(shown)
-    assert process.returncode == 1
+    assert process.returncode in (1, 75, 78)
     assert SECRET not in shown
     for inside in ("Traceback", 'File "', "dagster._core", "DagsterExecution", "psycopg."):
         assert inside not in shown

@@ -55,5 +55,5 @@ def test_a_demo_does_not_mix_its_patients_with_those_of_another_server(tmp_path:
             """
         )
     refused = run_demo(tmp_path, database)
-    assert refused.returncode == 1
+    assert refused.returncode == 78
     assert "FHIR_BASE_URL was https://hospital.example/fhir" in refused.stderr

@@ -20,16 +20,18 @@ TEMPLATE = "fhir_assets_template"
 
 
 @contextmanager
-def fresh_database(url: str, template: str = TEMPLATE) -> Iterator[str]:
+def fresh_database(url: str, template: str = TEMPLATE, *, encoding: str = "UTF8") -> Iterator[str]:
     """Create a database on the server at ``url``, yield its URL and drop it. It is a copy of ``template``: migrated
-    by default, without any schema of the project with ``template0``.
+    by default, without any schema of the project with ``template0``, which alone permits another ``encoding``.
     """
     name = f"test_{uuid.uuid4().hex}"
     with connect(url, autocommit=True) as conn:
         # Copying files takes a third of the time of copying pages through the log.
         conn.execute(
-            sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY FILE_COPY").format(
-                sql.Identifier(name), sql.Identifier(template)
+            sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY FILE_COPY {}").format(
+                sql.Identifier(name),
+                sql.Identifier(template),
+                sql.SQL("" if encoding == "UTF8" else "ENCODING {} LOCALE 'C'").format(sql.Literal(encoding)),
             )
         )
     try:

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,10 @@ from typer.testing import CliRunner
 from fhir_assets.catalog import CATALOG
 from fhir_assets.cli.main import app
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.errors import ConfigurationError
+from fhir_assets.errors import ConfigurationError, DatabaseUnavailable
+from fhir_assets.retries import RetryPolicy
 from fhir_assets.settings import load_settings
-from fhir_assets.warehouse.postgres.db import migrations, schema_state
+from fhir_assets.warehouse.postgres.db import migration_checksums, migrations, schema_state
 from fhir_assets.warehouse.postgres.db.connections import connect
 
 
@@ -48,6 +50,62 @@ def test_several_processes_may_migrate_at_once(empty_database: str) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(migrations.upgrade, [empty_database] * 4))
     assert schema_state.is_current(empty_database)
+
+
+def test_the_checksums_of_all_migrations_are_recorded_by_the_first_upgrade(database: str) -> None:
+    with connect(database) as conn:
+        conn.execute("DROP TABLE ops.migration_checksums")
+        conn.execute("UPDATE ops.alembic_version SET version_num = '0044'")
+    migrations.upgrade(database)
+    with connect(database) as conn:
+        recorded: dict[str, str] = dict(
+            conn.execute("SELECT revision, checksum FROM ops.migration_checksums").fetchall()
+        )
+    assert recorded == migration_checksums.compute_checksums()
+    assert recorded.keys() == schema_state.read_scripts().known
+
+
+@pytest.mark.parametrize("revision", ["0044", "0046"])
+def test_an_applied_migration_whose_file_was_changed_is_told(database: str, tmp_path: Path, revision: str) -> None:
+    with connect(database) as conn:
+        conn.execute("UPDATE ops.migration_checksums SET checksum = 'other' WHERE revision IN ('0005', '0007')")
+        conn.execute("UPDATE ops.alembic_version SET version_num = %s", [revision])
+    with pytest.raises(ConfigurationError, match=r"versions for 0005, 0007 are not those .* restore them"):
+        Warehouse(load_settings(db_url=database, fhir_assets_home=tmp_path)).migrate()
+    assert schema_state.read_revision(database) == revision
+
+
+def test_an_upgrade_lets_others_pass_while_it_waits_for_a_lock(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(migrations, "_LOCK_SECONDS", 0.05)
+    with connect(database) as conn:
+        conn.execute("UPDATE ops.alembic_version SET version_num = '0044'")
+    with connect(database) as reader:
+        reader.execute("SELECT FROM ops.corrections")
+        waits = []
+
+        def wait(seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == 2:
+                reader.rollback()
+
+        monkeypatch.setattr(time, "sleep", wait)
+        migrations.upgrade(database)
+        assert len(waits) == 2
+    assert schema_state.is_current(database)
+
+
+def test_an_upgrade_that_gets_no_lock_for_minutes_changes_nothing_and_says_why(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migrations, "_LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(migrations, "_PATIENCE", RetryPolicy(budget=-1))
+    with connect(database) as conn:
+        conn.execute("UPDATE ops.alembic_version SET version_num = '0044'")
+    with connect(database) as reader:
+        reader.execute("SELECT FROM ops.corrections")
+        with pytest.raises(DatabaseUnavailable, match="pg_stat_activity"):
+            migrations.upgrade(database)
+    assert schema_state.read_revision(database) == "0044"
 
 
 def test_a_type_that_is_new_in_the_catalog_gets_its_partition(database: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, cast
 
 from fhir_assets.errors import FhirAssetsError, PermanentError
 from fhir_assets.file_modes import restrict_umask
+from fhir_assets.foreign_errors import translate_error
 from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
 
 
@@ -34,8 +35,8 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 def _answer(packed: bytes, items: list[Any]) -> list[Any] | FhirAssetsError:
     """Return the results of a job, or its error.
 
-    An error that is not a FhirAssetsError becomes a PermanentError with its type and location only, because its message
-    may contain patient data.
+    An error that is not a FhirAssetsError, and cannot be translated to one, becomes a PermanentError with its type and
+    location only, because its message may contain patient data.
     """
     try:
         job = _unpickle_job(packed)
@@ -43,6 +44,8 @@ def _answer(packed: bytes, items: list[Any]) -> list[Any] | FhirAssetsError:
     except FhirAssetsError as error:
         return error
     except Exception as error:
+        if (known := translate_error(error)) is not None:
+            return known
         frame = extract_tb(error.__traceback__)[-1]
         name = Path(frame.filename).name
         return PermanentError(f"unexpected {type(error).__name__} in {name}, line {frame.lineno}, in a worker process")

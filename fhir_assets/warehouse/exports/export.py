@@ -13,9 +13,10 @@ from typing import Any, BinaryIO, Literal, Self
 
 import orjson
 
-from fhir_assets.errors import ConfigurationError, StoreError
+from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.record import parse_stored, read_header
 from fhir_assets.fhir.views import View
+from fhir_assets.foreign_errors import choose_store_error
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.storage.blobs import Blobs
 from fhir_assets.storage.manifest import Manifest
@@ -124,7 +125,7 @@ class Export:
                 os.fsync(file.fileno())
             return ExportedFile(name, rows, path.stat().st_size, _compute_sha256(path))
         except OSError as error:
-            raise StoreError(
+            raise choose_store_error(error)(
                 f"cannot write {name} of the export: {error.strerror or type(error).__name__}. Free space or "
                 "correct the permissions there, then export again"
             ) from None

@@ -21,6 +21,7 @@ from psycopg import sql
 
 from fhir_assets.errors import StoreError
 from fhir_assets.fhir.views import View
+from fhir_assets.foreign_errors import choose_store_error
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.storage.blobs import Blobs
 from fhir_assets.storage.orphans import remove_unfinished_files
@@ -248,7 +249,7 @@ class LakeFolder:
             size = path.stat().st_size
             self._target.put_file(self._path(key), path)
         except OSError as error:
-            raise StoreError(
+            raise choose_store_error(error)(
                 f"cannot write {self._path(key)} of the lake: {error.strerror or type(error).__name__}. Free space or "
                 "correct the permissions there, then materialize the asset again"
             ) from None

@@ -6,6 +6,7 @@ that mypy refuses a plain connection there; at run time ``cipher_of`` raises ``M
 """
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, overload
@@ -30,6 +31,7 @@ Connection = psycopg.Connection[tuple[Any, ...]]
 T = TypeVar("T")
 
 _ATTEMPTS = 3
+_CONCURRENT_UPDATE_SECONDS = 1.0
 _SCHEME = re.compile(r"^postgres(?:ql)?(?:\+\w+)?://")
 _HINTS = (
     ("password authentication failed", "the user or the password in DB_URL is wrong"),
@@ -99,8 +101,8 @@ def connect(
     Rows that it inserts belong to ``source``, and ``ops.current_source()`` returns it in SQL.
 
     ``timeout`` is in seconds. Raises DatabaseUnavailable if the server cannot be reached, and ConfigurationError if it
-    refuses the connection (password, rights, a missing database) or is older than ``OLDEST_SERVER``. Neither message
-    contains the password.
+    refuses the connection (password, rights, a missing database), is older than ``OLDEST_SERVER`` or has another
+    encoding than UTF8. Neither message contains the password.
     """
     kind: type[Connection] = psycopg.Connection if cipher is None else Session
     try:
@@ -111,17 +113,52 @@ def connect(
         raise _explain(url, error) from None
     except psycopg.Error:
         raise ConfigurationError(f"DB_URL cannot be parsed: {_describe(url)}") from None
-    version = connection.info.server_version // 10_000
-    if version < OLDEST_SERVER:
+    try:
+        _check_server(connection, url)
+    except ConfigurationError:
         connection.close()
-        raise ConfigurationError(
-            f"Postgres {version} at {_describe(url)} is too old: {OLDEST_SERVER} or newer is required"
-        )
+        raise
     if cipher is not None:
         assert isinstance(connection, Session)
         connection.cipher = cipher
         connection.source = source
     return connection
+
+
+def _check_server(connection: Connection, url: str) -> None:
+    """Raise ConfigurationError if the server is too old or its database has another encoding than UTF8.
+
+    The server sends both when a connection is opened.
+    """
+    version = connection.info.server_version // 10_000
+    if version < OLDEST_SERVER:
+        raise ConfigurationError(
+            f"Postgres {version} at {_describe(url)} is too old: {OLDEST_SERVER} or newer is required"
+        )
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        raise ConfigurationError(
+            f"The database {_describe(url)} has the encoding {encoding}, which cannot hold every text of FHIR: create "
+            "another with `CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0`, and name it in DB_URL"
+        )
+
+
+def require_session(connection: Connection, url: str) -> None:
+    """Check that the connection is a session of Postgres, with the settings that ``connect`` gave it.
+
+    Raises ConfigurationError if a pooler such as PgBouncer is between, which hands the sessions of Postgres from
+    transaction to transaction: locks, notifications and settings of a session would be lost.
+    """
+    row = connection.execute("SELECT current_setting('fhir_assets.source', true)").fetchone()
+    if row is None or not row[0]:
+        raise ConfigurationError(_describe_pooler(url))
+
+
+def _describe_pooler(url: str) -> str:
+    return (
+        f"A pooler such as PgBouncer answers at {_describe(url)} and drops the settings of sessions. The locks, "
+        "notifications and settings of a session are needed: let DB_URL name Postgres itself, not the pooler"
+    )
 
 
 @contextmanager
@@ -225,6 +262,11 @@ def repeat_after_deadlock(transaction: Callable[[], T], name: str) -> T:
             return transaction()
         except psycopg.errors.DeadlockDetected:
             continue
+        except psycopg.errors.InternalError_ as error:
+            # Another session granted rights on the same object at the same time.
+            if "concurrently updated" not in str(error):
+                raise
+            time.sleep(_CONCURRENT_UPDATE_SECONDS)
     raise DatabaseUnavailable(
         f"Postgres cancelled {name} {_ATTEMPTS} times, because of deadlocks with other sessions. Nothing was changed: "
         "run it again"
@@ -233,7 +275,13 @@ def repeat_after_deadlock(transaction: Callable[[], T], name: str) -> T:
 
 def _build_options(source: str) -> dict[str, Any]:
     options = f"-c TimeZone=UTC -c DateStyle=ISO -c fhir_assets.source={require_source_key(source)}"
-    return {"application_name": "fhir_assets", "options": options, "context": time_loaders.CONTEXT}
+    return {
+        "application_name": "fhir_assets",
+        "options": options,
+        "context": time_loaders.CONTEXT,
+        # PGCLIENTENCODING of the environment must not change how texts are sent.
+        "client_encoding": "UTF8",
+    }
 
 
 def _explain(url: str, error: psycopg.OperationalError) -> ConfigurationError | DatabaseUnavailable:
@@ -241,6 +289,8 @@ def _explain(url: str, error: psycopg.OperationalError) -> ConfigurationError | 
     for fragment, reason in _HINTS:
         if fragment in text:
             return ConfigurationError(f"Postgres at {_describe(url)} refused the connection: {reason}")
+    if "unsupported startup parameter" in text:
+        return ConfigurationError(_describe_pooler(url))
     reason = text.strip().splitlines()[-1].strip() if text.strip() else type(error).__name__
     password = urlsplit(url).password
     if password:

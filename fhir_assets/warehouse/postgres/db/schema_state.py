@@ -5,7 +5,7 @@ commands: only an upgrade, in ``migrations``, needs them.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,7 @@ import psycopg
 from fhir_assets.catalog import CATALOG
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.warehouse.postgres.db import advisory_locks, resource_partitions
-from fhir_assets.warehouse.postgres.db.connections import Connection, connect
+from fhir_assets.warehouse.postgres.db.connections import Connection, connect, require_session
 
 _REVISION = re.compile(r"""^revision(?:: str)? = ["'](\w+)["']""", re.MULTILINE)
 _DOWN_REVISION = re.compile(r"""^down_revision(?:: [\w |]+)? = ["'](\w+)["']""", re.MULTILINE)
@@ -42,11 +42,18 @@ def sql_folder() -> Path:
 
 
 @cache
+def read_migration_files() -> Mapping[str, str]:
+    """Return the texts of the files of ``sql/migrations/versions`` by revision. Raises as ``sql_folder``."""
+    texts = [path.read_text() for path in (sql_folder() / "migrations" / "versions").glob("*.py")]
+    return {found[1]: text for text in texts if (found := _REVISION.search(text))}
+
+
+@cache
 def read_scripts() -> MigrationScripts:
     """Return the revisions of the files of ``sql/migrations/versions``. Raises ConfigurationError as ``sql_folder``."""
-    texts = [path.read_text() for path in (sql_folder() / "migrations" / "versions").glob("*.py")]
-    known = frozenset(found[1] for text in texts if (found := _REVISION.search(text)))
-    (head,) = known - {found[1] for text in texts if (found := _DOWN_REVISION.search(text))}
+    files = read_migration_files()
+    known = frozenset(files)
+    (head,) = known - {found[1] for text in files.values() if (found := _DOWN_REVISION.search(text))}
     return MigrationScripts(known, head)
 
 
@@ -57,6 +64,7 @@ def require_current(url: str) -> None:
     DatabaseUnavailable.
     """
     with connect(url) as conn:
+        require_session(conn, url)
         revision, missing = _read_state(conn)
     needed = read_scripts().head
     if revision is None:
@@ -82,6 +90,7 @@ def read_revision(url: str) -> str | None:
 def is_current(url: str) -> bool:
     """Return whether ``upgrade`` has nothing to do. Raises ConfigurationError if the user may not read the revision."""
     with connect(url) as conn:
+        require_session(conn, url)
         revision, missing = _read_state(conn)
     return revision == read_scripts().head and not missing
 
