@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import sqlalchemy
@@ -72,7 +73,7 @@ def test_a_database_of_a_past_revision_gets_the_catalog_of_a_new_one(empty_datab
     folder = schema_state.sql_folder() / "migrations"
     copy = "past_revision"
     server = with_database(empty_database, "postgres")
-    chain = empty_database.rpartition("/")[2].partition("?")[0]
+    chain = urlsplit(empty_database).path.lstrip("/")
     revisions = sorted(schema_state.read_scripts().known - {schema_state.read_scripts().head})
     for revision in [*revisions[::EVERY], revisions[-1]]:
         upgrade_to(empty_database, revision, folder)
