@@ -5,6 +5,7 @@ cipher of the patient data that is read and written through it. Functions that t
 that mypy refuses a plain connection there; at run time ``cipher_of`` raises ``MissingCipher``.
 """
 
+import random
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ Connection = psycopg.Connection[tuple[Any, ...]]
 T = TypeVar("T")
 
 _ATTEMPTS = 3
-_CONCURRENT_UPDATE_SECONDS = 1.0
+_CONCURRENT_UPDATE_SECONDS = 3.0
 _SCHEME = re.compile(r"^postgres(?:ql)?(?:\+\w+)?://")
 _HINTS = (
     ("password authentication failed", "the user or the password in DB_URL is wrong"),
@@ -266,7 +267,7 @@ def repeat_after_deadlock(transaction: Callable[[], T], name: str) -> T:
             # Another session granted rights on the same object at the same time.
             if "concurrently updated" not in str(error):
                 raise
-            time.sleep(_CONCURRENT_UPDATE_SECONDS)
+            time.sleep(random.uniform(0.1, _CONCURRENT_UPDATE_SECONDS))
     raise DatabaseUnavailable(
         f"Postgres cancelled {name} {_ATTEMPTS} times, because of deadlocks with other sessions. Nothing was changed: "
         "run it again"
