@@ -41,6 +41,7 @@ _AUDIT = {"audit_log": "SELECT", "audit_head": "SELECT"}
 
 _LOADER_EXCEPTIONS = {
     "alembic_version": "SELECT",
+    "migration_checksums": "SELECT",
     **_AUDIT,
     "encryption": "SELECT, INSERT",
     "key_rotations": "SELECT",
@@ -52,6 +53,7 @@ _RIGHTS: dict[str, dict[str, str]] = {
         **_SESSION,
         **_RUNS,
         **_AUDIT,
+        "migration_checksums": "SELECT",
         "alert_cursor": "SELECT",
         "consent_policy": "SELECT",
         "key_rotations": "SELECT",
@@ -66,6 +68,7 @@ _RIGHTS: dict[str, dict[str, str]] = {
         **_RUNS,
         **_AUDIT,
         "alembic_version": "SELECT",
+        "migration_checksums": "SELECT",
         "encryption": "SELECT, INSERT",
         "alert_cursor": "SELECT",
         "consent_policy": "SELECT, INSERT, UPDATE",
