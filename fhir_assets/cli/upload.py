@@ -32,6 +32,7 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, FhirAssetsError
 from fhir_assets.fhir import bundles
 from fhir_assets.fhir.client.http import FhirClient
+from fhir_assets.foreign_errors import choose_error
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.storage.blobs import ListedFile
 from fhir_assets.warehouse.ops import dead_letter_resolution, dead_letters
@@ -243,15 +244,15 @@ def _interruptible(stop: Event) -> Iterator[None]:
 def _record_failures(settings: Settings, journal: Journal, steps: Steps, path: Path) -> int:
     """Write the dead letters and the failure file, and return the number of failures.
 
-    Dead letters of earlier uploads whose resources are delivered now are resolved. Raises ConfigurationError, after the
-    dead letters are written, if the file cannot be written.
+    Dead letters of earlier uploads whose resources are delivered now are resolved. Raises OutOfResources or
+    ConfigurationError, after the dead letters are written, if the file cannot be written.
     """
     count = journal.failed_count()
     recorded = _record_dead_letters(settings, journal, steps, count)
     try:
         _write_failures(journal, path, count)
     except OSError as error:
-        raise ConfigurationError(
+        raise choose_error(error)(
             f"cannot write {path}: {error.strerror}; free space, or run the same command with --resume and another "
             f"--failures. The failures are in {'ops.dead_letters' if recorded else 'the journal of the upload'}"
         ) from None

@@ -34,6 +34,8 @@ class FileLimits:
 
 
 DEFAULT_LIMITS = FileLimits()
+UNLIMITED = FileLimits(bytes=2**63, ratio=float("inf"))
+"""For content whose reader has limits of its own."""
 
 
 class DamagedFile(Exception):

@@ -202,7 +202,7 @@ def test_an_export_that_does_not_end_leaves_the_earlier_export(
     for form in ("csv", "ndjson", "parquet"):
         for mishap in MISHAPS:
             done = export(mishap, form, "--raw", "--normalized")
-            assert done.code == (-signal.SIGKILL if mishap == "killed" else 1)
+            assert done.code in ((-signal.SIGKILL,) if mishap == "killed" else (75, 78))
             assert content_of(folder / "exported") == before
             left = unfinished_files(folder / "exported")
             assert all(path.parent == folder / "exported" / ".spool" for path in left)

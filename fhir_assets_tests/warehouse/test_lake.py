@@ -110,7 +110,7 @@ def test_the_treatments_of_patient_data_apply_to_the_lake(database: str, tmp_pat
     ).fetchone()
     assert row
     family, mrn_index, ssn, born, note = row
-    assert family.startswith("gAAAA")
+    assert family.startswith("fs2_")
     assert (mrn_index, ssn) == (cipher.index("MRN-1"), cipher.index("078-05-1120"))
     assert (born, note) == (date(1980, 1, 1), None)
     for file in (tmp_path / "patient").rglob("*"):

@@ -14,7 +14,7 @@ from typing import Self
 import orjson
 
 from fhir_assets.delivery.upload.files import Unusable
-from fhir_assets.errors import ConfigurationError, StoreError
+from fhir_assets.errors import ConfigurationError, StoreError, StoreForbidden, StoreFull
 from fhir_assets.fhir.bundles import BundleEntry, EntryResult, ReferenceTarget, find_references
 from fhir_assets.file_modes import PRIVATE, create_folders
 from fhir_assets.privacy.encryption import Cipher
@@ -133,8 +133,10 @@ class Journal:
             raise self._build_error(error) from None
 
     def _build_error(self, error: sqlite3.OperationalError) -> StoreError:
+        code = (error.sqlite_errorcode or 0) & _PRIMARY_CODE
+        kind = StoreForbidden if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM) else StoreFull
         # The message of SQLite, such as "database or disk is full", contains no data.
-        return StoreError(
+        return kind(
             f"the journal of the upload, {self.path}, cannot be written: {error}. Free space, then run the same "
             "command with --resume"
         )

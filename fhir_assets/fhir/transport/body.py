@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import BinaryIO, cast
 
 from fhir_assets.errors import NotFhir
-from fhir_assets.fhir.lines import DamagedFile, decompress
+from fhir_assets.fhir.lines import UNLIMITED, DamagedFile, decompress
 from fhir_assets.fhir.transport.limits import AnswerLimits, AnswerTooLarge
 from fhir_assets.retries import TransientFailure
 
@@ -118,9 +118,9 @@ def decode_body(read: Callable[[int], bytes], codings: Sequence[str], *, may_be_
         return
     stream = _prepend(first, stream)
     for coding in reversed(codings):
-        chunks = decompress(cast(BinaryIO, stream)) if coding in _GZIP_NAMES else _inflate(stream)
+        chunks = decompress(cast(BinaryIO, stream), UNLIMITED) if coding in _GZIP_NAMES else _inflate(stream)
         stream = _from_chunks(chunks)
-    yield from decompress(cast(BinaryIO, stream))
+    yield from decompress(cast(BinaryIO, stream), UNLIMITED)
 
 
 def _prepend(first: bytes, stream: _Stream) -> _Stream:
