@@ -10,17 +10,21 @@ class ManifestParts:
 
     def __init__(self, limits: ClientLimits) -> None:
         self._limits = limits
-        self._urls: set[int] = set()
+        self._read: set[int] = set()
         self._files = 0
         self._size = 0
 
     def add(self, url: str, part: ExportManifest) -> None:
-        """Count a part. Raises NotFhir if it was read before, or if the manifest exceeds its limits."""
-        if hash(url) in self._urls:
+        """Count a part. Raises NotFhir if it was read before, or if the manifest exceeds its limits.
+
+        A server may give one part after the other at the same URL.
+        """
+        content = hash((url, *(file.url for file in part.output)))
+        if content in self._read:
             raise NotFhir("the parts of the manifest of an export link to each other in a loop: run again")
-        self._urls.add(hash(url))
+        self._read.add(content)
         self._files += len(part.output) + len(part.deleted) + len(part.errors)
-        self._limits.check_files(max(self._files, len(self._urls)))
+        self._limits.check_files(max(self._files, len(self._read)))
         self._size += part.size
         if self._size > self._limits.answer_bytes:
             raise NotFhir(
