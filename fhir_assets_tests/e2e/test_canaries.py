@@ -125,7 +125,7 @@ def test_no_patient_data_leaks_outside_encrypted_storage(
             echo.received.clear()
             assert pipeline.ingest(DAY + timedelta(days=1), FHIR_BASE_URL=echo.url) != 0
             assert echo.received
-        assert pipeline.run("sources", "list", **source) in (0, 1)
+        assert pipeline.run("sources", "list", **source) in (0, 1, 75, 78)
         assert pipeline.run("sources", "carry-over", **source) == 0
         echo.body = None
         server.set_faults(Fault(kind=FaultKind.TRUNCATE, on=frozenset({RequestKind.SEARCH})))
@@ -183,7 +183,7 @@ def test_no_patient_data_leaks_outside_encrypted_storage(
         zone.put("visits.csv", build_visits(canaries))
         zone.put("others.csv", f'{mark("a column")},mrn\n{mark("a cell")},"{mark("an mrn")}\n'.encode())
         zone.put("list.json", json.dumps({"entry": [mark("an entry")], "resourceType": mark("a type")}).encode())
-        assert pipeline.run("landing", "load") in (0, 1)
+        assert pipeline.run("landing", "load") in (0, 1, 75, 78)
         pipeline.run("landing", "list")
 
         # Commands of an operator
