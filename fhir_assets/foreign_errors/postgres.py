@@ -26,7 +26,7 @@ _ERRORS: dict[str, tuple[type[FhirAssetsError], str]] = {
     "57P05": (DatabaseUnavailable, "Postgres ended an idle connection (idle_session_timeout): try again"),
     "25P03": (
         DatabaseUnavailable,
-        "Postgres ended an transaction (idle_in_transaction_session_timeout): try again",
+        "Postgres ended an open transaction (idle_in_transaction_session_timeout): try again",
     ),
     "25P04": (DatabaseUnavailable, "Postgres ended a long transaction (transaction_timeout): try again, or raise it"),
     "53100": (OutOfResources, "the disk of Postgres is full: free space there, then try again"),

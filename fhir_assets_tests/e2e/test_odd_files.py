@@ -1,6 +1,8 @@
 """A landing zone with odd names, links, pipes and files that change: each is listed, the rest is loaded."""
 
 import os
+import pwd
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -67,10 +69,19 @@ def test_two_odd_names_that_are_shown_alike_are_one_bad_file_and_a_long_path_is_
     assert states == [("failed", 2), ("loaded", 2)]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
-def test_a_folder_without_permission_is_listed(tmp_path: Path) -> None:
-    (tmp_path / "closed").mkdir(0)
-    (file,) = FolderZone(tmp_path).files()
+def test_a_folder_without_permission_is_listed() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        zone = Path(folder, "zone")
+        (zone / "closed").mkdir(mode=0, parents=True)
+        Path(folder).chmod(0o755)
+        zone.chmod(0o755)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(pwd.getpwnam("nobody").pw_uid)  # root may read every folder
+        try:
+            (file,) = FolderZone(zone).files()
+        finally:
+            os.seteuid(user)
     assert (file.name, file.fault) == ("closed", "Permission denied")
 
 

@@ -4,7 +4,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from itertools import chain, repeat
@@ -13,6 +13,8 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+
+from fhir_assets_tests.support.listener import listening
 
 Answer = Callable[[], Iterable[bytes]]
 
@@ -23,7 +25,6 @@ def serve_bytes(answer: Answer, *, pause: float = 0.0, certificate: Path | None 
 
     The request is read up to the end of its headers only. With a ``certificate`` the server speaks TLS.
     """
-    listener = socket.create_server(("127.0.0.1", 0))
     context = None
     if certificate is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -31,7 +32,7 @@ def serve_bytes(answer: Answer, *, pause: float = 0.0, certificate: Path | None 
     stopped = threading.Event()
 
     def serve(accepted: socket.socket) -> None:
-        with accepted, suppress(OSError), context.wrap_socket(accepted, True) if context else accepted as connection:
+        with context.wrap_socket(accepted, True) if context else accepted as connection:
             request = b""
             while b"\r\n\r\n" not in request:
                 piece = connection.recv(65536)
@@ -43,19 +44,11 @@ def serve_bytes(answer: Answer, *, pause: float = 0.0, certificate: Path | None 
                     return
                 connection.sendall(content)
 
-    def accept() -> None:
-        with suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                threading.Thread(target=serve, args=(connection,), daemon=True).start()
-
-    threading.Thread(target=accept, daemon=True).start()
     try:
-        yield f"{'https' if context else 'http'}://127.0.0.1:{listener.getsockname()[1]}/fhir"
+        with listening(serve) as port:
+            yield f"{'https' if context else 'http'}://127.0.0.1:{port}/fhir"
     finally:
         stopped.set()
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
 
 
 def one_by_one(content: bytes) -> Answer:

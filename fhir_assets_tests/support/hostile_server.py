@@ -10,10 +10,12 @@ import socket
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, repeat
+
+from fhir_assets_tests.support.listener import listening
 
 ROLES = ("metadata", "discovery", "token", "search", "kickoff", "status", "file", "write")
 CODINGS = ("gzip", "deflate", "gzip, gzip", "br", "nonsense", "undeclared gzip", "declared only", "bomb")
@@ -254,24 +256,10 @@ def _receive(connection: socket.socket) -> bytes:
 
 
 @contextmanager
-def _listen(address: str, handle: object) -> Iterator[str]:
-    listener = socket.create_server((address, 0))
-
+def _listen(address: str, handle: Callable[[socket.socket], None]) -> Iterator[str]:
     def serve(connection: socket.socket) -> None:
-        with connection, suppress(OSError):
-            connection.settimeout(20)
-            handle(connection)  # type: ignore[operator]
+        connection.settimeout(20)
+        handle(connection)
 
-    def accept() -> None:
-        with suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                threading.Thread(target=serve, args=(connection,), daemon=True).start()
-
-    threading.Thread(target=accept, daemon=True).start()
-    try:
-        yield f"http://{address}:{listener.getsockname()[1]}"
-    finally:
-        with suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
+    with listening(serve, address) as port:
+        yield f"http://{address}:{port}"
