@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from fhir_assets.privacy.consent import ConsentGate, Policy
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
 from fhir_assets.storage.blobs import LocalBlobs
-from fhir_assets.storage.orphans import find_unreferenced_parts
 from fhir_assets.warehouse.exports.export import Export
 from fhir_assets.warehouse.lake import writer
 from fhir_assets.warehouse.ops import (
@@ -84,19 +83,6 @@ def deny(case: Case) -> None:
         load(conn, record(denial), views=tuple(v for v in case.hospital.views if v.resource_type == "Consent"))
         consent_records.record_loaded_consents(conn, by_file=False)
     case.hospital.apply_consent()
-
-
-def prune(case: Case) -> None:
-    """Remove resolved dead letters and unreferenced parts, as `fhir-assets prune` does."""
-    hospital = case.hospital
-    with hospital.connect() as conn:
-        running = retention.find_oldest_running(conn)
-        before = running - timedelta(hours=1) if running else datetime.now(UTC) + timedelta(hours=1)
-        conn.commit()
-        retention.delete_expired_rows(conn, "dead_letters", datetime.now(UTC))
-    for layer in ("raw", "validated", "deleted"):
-        for file in list(find_unreferenced_parts(hospital.store, layer, before=before)):
-            hospital.store.blobs.delete(file.name)
 
 
 def change_views(case: Case) -> None:
@@ -167,7 +153,7 @@ OPERATIONS = {
     "discard": Operation(
         lambda case: case.hospital.discard(case.name("discarded")), (Point(replays, "discard", after=True),)
     ),
-    "prune": Operation(prune, (Point(retention, "delete_expired_rows"),)),
+    "prune": Operation(lambda case: case.hospital.prune(), (Point(retention, "delete_expired_rows"),)),
     "rotation": Operation(
         lambda case: case.hospital.rotate(),
         (Point(reencryption_batches, "lock_resources", after=True), Point(reencryption_batches, "reencrypt_rows")),

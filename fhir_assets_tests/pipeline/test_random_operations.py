@@ -1,8 +1,9 @@
 """Operations on the resources of one window in a random order, two of them at once, against a model.
 
-The model knows of each patient its newest version, its consent and whether it was deleted. After every step nobody who
-denies is in the tables; once the work that is due is done, each patient is in the tables, withheld or a dead letter, as
-the model says. RANDOM_OPERATIONS=1000 tries so many plans; ``make test`` tries a few.
+The model knows of each patient its newest version, its consent and whether it was deleted, and its row among those that
+the connector delivers. After every step nobody who denies is in the tables. Once the work that is due is done, each
+patient is in the tables, withheld or a dead letter, and each row is on the server, as the model says.
+RANDOM_OPERATIONS=1000 tries so many plans; ``make test`` tries a few.
 """
 
 import os
@@ -20,20 +21,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from fhir_assets.errors import CorrectionRefused, TransientError
-from fhir_assets.pipeline import partition_commit
-from fhir_assets.pipeline.load.step import LoadStep
-from fhir_assets.pipeline.receive import receiver
 from fhir_assets.privacy.consent import ConsentGate, Policy
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.privacy.keys import new_key, parse_keys
-from fhir_assets.warehouse.ops import audit_log, consents, corrections, encryption_secret, replays
+from fhir_assets.warehouse.ops import encryption_secret
 from fhir_assets.warehouse.postgres.db import migrations, schema_state
 from fhir_assets.warehouse.postgres.db.connections import connect
-from fhir_assets.warehouse.postgres.tables import deletions, reencryption_batches
 from fhir_assets_tests.support.consent_records import consent
 from fhir_assets_tests.support.databases import fresh_database
 from fhir_assets_tests.support.interleaving import Killed, Point, interleave
+from fhir_assets_tests.support.operation_points import POINTS
+from fhir_assets_tests.support.patient_server import PatientServer
 from fhir_assets_tests.support.small_hospital import DAY, NotDone, SmallHospital, build_patient
+from fhir_assets_tests.support.source_rows import SourceRows
 
 PLANS = int(os.environ.get("RANDOM_OPERATIONS", "3"))
 NAMES = ("a", "b", "c", "d")
@@ -51,7 +51,10 @@ _plans, _runs = count(), count()
 
 @dataclass
 class Patient:
-    """What was last said of a patient: ``gender`` by its newest version; ``validated`` is the last version tried."""
+    """What was last said of a patient: ``gender`` by its newest version; ``validated`` is the last version tried.
+
+    ``row`` is the family name of its row in schema ``health``.
+    """
 
     version: int = 0
     validated: int = 0
@@ -60,6 +63,7 @@ class Patient:
     denied: bool = False
     consents: int = 0
     deleted: bool = False
+    row: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,25 +75,9 @@ class Operation:
     points: tuple[Point, ...]
 
 
-COMMIT = Point(partition_commit, "rewrite_partitions")
-LOAD_POINTS = (COMMIT, Point(partition_commit, "resolve_dead_letters"), Point(LoadStep, "run"))
-POINTS = {
-    "load": (*LOAD_POINTS, Point(audit_log, "record")),
-    "refresh": (*LOAD_POINTS, Point(audit_log, "record")),
-    "replay": (Point(replays, "stream_claimed"), COMMIT, Point(replays, "resolve_claimed")),
-    "receive": (Point(receiver, "rewrite_partitions"), Point(receiver, "rewrite_partitions", after=True)),
-    "edit": (Point(corrections, "record"), Point(corrections, "record", after=True)),
-    "discard": (Point(replays, "discard", after=True),),
-    "deletion": (Point(deletions, "apply"), Point(deletions, "apply", after=True)),
-    "consent": (Point(consents, "update_decisions", after=True),),
-    "rotation": (
-        Point(reencryption_batches, "lock_resources", after=True),
-        Point(reencryption_batches, "reencrypt_rows"),
-    ),
-    "migration": (Point(migrations, "_create_partitions", after=True),),
-}
-
 OPERATIONS = (*(name for name in POINTS if name != "consent"), "deny", "permit")
+ALONE = {"delivery"}
+"""Operations of which two at once would wait for each other: a connector runs until no change is left."""
 
 
 def _nothing() -> None:
@@ -101,6 +89,7 @@ class Deployment(RuleBasedStateMachine):
 
     postgres: ClassVar[str]
     databases: ClassVar[ExitStack]
+    server: ClassVar[PatientServer]
     url: ClassVar[str]
     folder: ClassVar[Path]
     begun = False
@@ -112,12 +101,14 @@ class Deployment(RuleBasedStateMachine):
         day = self.number % WINDOWS
         if not day:
             type(self).url = self.databases.enter_context(fresh_database(self.postgres))
+            SourceRows(self.url, self.folder, self.server).install()
         self.rotations = 0
         self.patients = {f"{name}-{self.number}": Patient() for name in NAMES}
         gate = ConsentGate(Policy.OPT_OUT)
         folder = self.folder / str(self.number // WINDOWS)
         folder.mkdir(exist_ok=True)
         self.hospital = SmallHospital(self.url, folder, gate=gate, day=DAY + timedelta(days=day))
+        self.rows = SourceRows(self.url, folder, self.server)
         self.use_keys(KEYS)
         for name in self.patients:
             self.do(self.receive(name, "male"))
@@ -234,9 +225,31 @@ class Deployment(RuleBasedStateMachine):
 
         return Operation(run, _nothing, POINTS["migration"])
 
+    def prune(self) -> Operation:
+        """Resolved dead letters and files that nothing refers to are removed."""
+        return Operation(self.hospital.prune, _nothing, POINTS["prune"])
+
+    def change_row(self, name: str, family: str) -> Operation:
+        """A row of a patient that the connector must deliver, or without ``family`` the end of the row."""
+        patient = self.patients[name]
+        row = None if family == INVALID else family
+
+        def told() -> None:
+            patient.row = row
+
+        return Operation(lambda: self.rows.change(name, row), told, POINTS["row"])
+
+    def deliver(self) -> Operation:
+        """The deliveries that are due."""
+        return Operation(lambda: self.rows.deliver(self.hospital.connect), _nothing, POINTS["delivery"])
+
     def build(self, name: str, patient: str, gender: str) -> Operation:
         """Return the operation of a name."""
         match name:
+            case "row":
+                return self.change_row(patient, gender)
+            case "delivery":
+                return self.deliver()
             case "receive":
                 return self.receive(patient, gender)
             case "edit":
@@ -279,7 +292,7 @@ class Deployment(RuleBasedStateMachine):
     ) -> None:
         """Two operations at once; the first one may be killed, and is then repeated."""
         kinds = {"consent" if name in ("deny", "permit") else name for name in names}
-        if len(kinds) == 1 and patients[0] == patients[1]:
+        if kinds <= ALONE or (len(kinds) == 1 and patients[0] == patients[1]):
             return  # Two versions of one resource with the same number: nobody can say which is the newer one.
         first, second = (
             self.build(name, f"{patient}-{self.number}", gender)
@@ -319,6 +332,7 @@ class Deployment(RuleBasedStateMachine):
         """Do the work that is due, and compare everything with the model."""
         self.do(self.load())
         self.do(self.replay())
+        self.do(self.deliver())
         self.hospital.apply_consent()
         loaded, unresolved = self.hospital.find_loaded(), self.hospital.find_unresolved()
         withheld = self.hospital.find_withheld()
@@ -335,6 +349,10 @@ class Deployment(RuleBasedStateMachine):
             else:
                 assert loaded.get(name) == gender
         assert self.hospital.count_window().faults == []
+        delivered = self.rows.find_delivered()
+        assert {name: delivered.get(name) for name in self.patients} == {
+            name: patient.row for name, patient in self.patients.items()
+        }
 
     def teardown(self) -> None:
         """Compare at the end of each plan, too."""
@@ -362,8 +380,8 @@ class Deployment(RuleBasedStateMachine):
 @pytest.fixture(scope="module")
 def deployment(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[type[Deployment]]:
     """The state machine on databases and a folder of its own."""
-    with ExitStack() as databases:
-        Deployment.postgres, Deployment.databases = postgres, databases
+    with ExitStack() as databases, PatientServer() as server:
+        Deployment.postgres, Deployment.databases, Deployment.server = postgres, databases, server
         Deployment.folder = tmp_path_factory.mktemp("operations")
         yield Deployment
 

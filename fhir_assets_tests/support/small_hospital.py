@@ -29,8 +29,9 @@ from fhir_assets.pipeline.validate.step import ValidatedUpdate, ValidateStep
 from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
+from fhir_assets.storage.orphans import find_unreferenced_parts
 from fhir_assets.storage.store import Store, open_store
-from fhir_assets.warehouse.ops import dead_letters, replays, runs
+from fhir_assets.warehouse.ops import dead_letters, replays, retention, runs
 from fhir_assets.warehouse.ops.dead_letters import Selection, StoredDeadLetter
 from fhir_assets.warehouse.postgres.db.connections import Session, connect
 from fhir_assets.windows import Granularity, WindowScheme
@@ -196,6 +197,17 @@ class SmallHospital:
         """Apply deletions of patients that the source made after every version."""
         deletions = [Deletion("Patient", identity, NOW, "9") for identity in identities]
         DeletionLog(self.store, self.connect, now=lambda: NOW).record(deletions, run_id="deletions")
+
+    def prune(self) -> None:
+        """Remove resolved dead letters and unreferenced parts, as `fhir-assets prune` does for a time to come."""
+        with self.connect() as conn:
+            running = retention.find_oldest_running(conn)
+            before = running - timedelta(hours=1) if running else datetime.now(UTC) + timedelta(hours=1)
+            conn.commit()
+            retention.delete_expired_rows(conn, "dead_letters", datetime.now(UTC))
+        for layer in ("raw", "validated", "deleted"):
+            for file in list(find_unreferenced_parts(self.store, layer, before=before)):
+                self.store.blobs.delete(file.name)
 
     def resolve_references(self, run_id: str = "references") -> int:
         """Resolve the conditional references that wait."""
