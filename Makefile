@@ -113,8 +113,8 @@ chaos: $(VENV)/.installed-dev ## A deployment under kills, cuts, failovers, a fu
 	$(BIN)/python -m fhir_assets_tests.support.soak --chaos --seed $(SEED) --minutes $$(awk 'BEGIN {print $(HOURS) * 60}')
 
 HOSTILE_EXAMPLES ?= 5000
-hostile: $(VENV)/.installed-dev ## Servers that lie at random: HOSTILE_EXAMPLES on each road to them
-	HOSTILE_EXAMPLES=$(HOSTILE_EXAMPLES) $(BIN)/python -m pytest fhir_assets_tests/fhir/test_hostile_servers.py
+hostile: $(VENV)/.installed-dev ## Servers, buckets and folders that lie at random: HOSTILE_EXAMPLES on each road to them
+	HOSTILE_EXAMPLES=$(HOSTILE_EXAMPLES) $(BIN)/python -m pytest $(shell ls fhir_assets_tests/*/test_hostile_*.py)
 
 MINUTES ?= 60
 soak: $(VENV)/.installed-dev ## A deployment under traffic, kills and outages for MINUTES, then: is anything lost?

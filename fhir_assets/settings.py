@@ -183,6 +183,18 @@ class Settings(BaseSettings):
     fhir_s3_kms_key_id: str | None = Field(
         None, description="The KMS key of `aws:kms`; unset: the account's default key"
     )
+    fhir_s3_seconds: float = Field(
+        600,
+        gt=0,
+        description="Maximum time of one request to S3 with its answer, in seconds; an object must bring 64 KiB in it",
+    )
+    fhir_s3_object_seconds: float = Field(
+        6 * 3600, gt=0, description="Maximum time of waiting for S3 to read one object, or one listing, in seconds"
+    )
+    fhir_s3_object_bytes: int = Field(
+        64 * 2**30, ge=2**16, description="Size limit of one object that is read from S3, in bytes"
+    )
+    fhir_s3_max_objects: int = Field(10_000_000, ge=1, description="Maximum number of objects of one listing of S3")
     fhir_views: Path | None = Field(None, description="A folder of additional ViewDefinitions")
     fhir_foreign_keys: bool = Field(
         False,

@@ -160,7 +160,7 @@ def test_the_components_below_do_not_import_dagster(component: str) -> None:
     for module, path in MODULES.items():
         if module.partition(".")[0] == component:
             names = [name for name in _imports(path) if name.split(".")[0].startswith("dagster")]
-            assert names in ([], ["dagster_aws.s3.S3Resource"]), f"{module} imports {names}"
+            assert not names, f"{module} imports {names}"
 
 
 DAGSTER_INTERNALS = "orchestration.dagster_internals"

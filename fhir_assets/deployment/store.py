@@ -14,9 +14,8 @@ from fhir_assets.storage import aside
 from fhir_assets.storage.blobs import SPOOL_FOLDER, Blobs, LocalBlobs
 from fhir_assets.storage.marker import MARKER
 from fhir_assets.storage.s3 import Bucket, S3Client
+from fhir_assets.storage.s3_limits import S3Limits
 from fhir_assets.storage.store import LAYERS, SOURCES_FOLDER, Store, open_blobs, open_store
-
-_ATTEMPTS = 8
 
 
 def build_store(settings: Settings) -> Store:
@@ -91,11 +90,17 @@ def build_bucket(settings: Settings, url: str) -> Bucket:
         "ServerSideEncryption": settings.fhir_s3_encryption,
         "SSEKMSKeyId": settings.fhir_s3_kms_key_id,
     }
-    return Bucket(url, _client, {name: value for name, value in encryption.items() if value})
+    limits = S3Limits(
+        settings.fhir_s3_seconds,
+        settings.fhir_s3_object_seconds,
+        settings.fhir_s3_object_bytes,
+        settings.fhir_s3_max_objects,
+    )
+    return Bucket(url, _connect, {name: value for name, value in encryption.items() if value}, limits=limits)
 
 
-def _client() -> S3Client:
+def _connect(limits: S3Limits) -> S3Client:
     # Imported here, because the import of boto3 takes longer than that of the project.
-    from dagster_aws.s3 import S3Resource
+    from fhir_assets.deployment.s3_client import connect_s3
 
-    return S3Resource(max_attempts=_ATTEMPTS).get_client()
+    return connect_s3(limits)

@@ -1,11 +1,11 @@
 """The landing zone: a folder or a bucket that others put files into. Files in it are never moved or deleted."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
 from fhir_assets.atomic_files import replace_file
 from fhir_assets.control_characters import escape_control_characters
@@ -22,7 +22,7 @@ from fhir_assets.local_files import (
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.privacy.places import file_place
 from fhir_assets.storage.encrypted_parts import MARK, FrameEncryptor, decrypt_stream
-from fhir_assets.storage.s3 import Bucket
+from fhir_assets.storage.s3 import Bucket, ListedObject
 
 DONE = ".done"
 """The suffix of a marker file: the empty file ``<name>.done`` states that the file ``<name>`` is complete."""
@@ -137,12 +137,12 @@ class BucketZone:
     def files(self) -> Iterator[LandingFile]:
         """Yield all files except hidden ones. Raises ConfigurationError if the zone does not exist."""
         for entry in self.bucket.listing():
-            name = entry["Name"]
+            name = entry.name
             fault = _find_fault_of_key(name)
             if not name or name.endswith("/") or (not fault and any(part.startswith(".") for part in name.split("/"))):
                 continue
             if fault:
-                yield _describe_fault(name, fault, entry["LastModified"].astimezone(UTC))
+                yield _describe_fault(name, fault, entry.modified)
             else:
                 yield _describe_object(entry)
 
@@ -154,7 +154,7 @@ class BucketZone:
         """Write a file, which appears complete, and return it as it is listed. Raises StoreError."""
         self.bucket.put(name, content)
         for entry in self.bucket.listing(name):
-            if entry["Name"] == name:
+            if entry.name == name:
                 return _describe_object(entry)
         raise StoreError(f"{self.url} does not list a file that was written to it: try again")
 
@@ -201,14 +201,13 @@ def _find_fault_of_key(name: str) -> str | None:
     return LONG_NAME if len(name.encode(errors="replace")) > MAX_NAME_BYTES else None
 
 
-def _describe_object(entry: Mapping[str, Any]) -> LandingFile:
+def _describe_object(entry: ListedObject) -> LandingFile:
     """Return an object of a bucket.
 
     S3 reports whole seconds. The last microsecond of the second sorts the object after files of other zones that were
     written in the same second.
     """
-    written = entry["LastModified"].astimezone(UTC).replace(microsecond=999_999)
-    return LandingFile(entry["Name"], entry["Size"], entry["ETag"].strip('"'), written)
+    return LandingFile(entry.name, entry.bytes, entry.etag, entry.modified.replace(microsecond=999_999))
 
 
 def hash_content(zone: Zone, name: str) -> str:

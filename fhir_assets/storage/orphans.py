@@ -14,6 +14,9 @@ _PARTS = (".ndjson.gz", f".ndjson.gz{SUFFIX}", UNFINISHED)
 _MAX_AGE = timedelta(days=1)
 """The age from which a file in the spool cannot belong to a running process."""
 
+_DEPTH = 2
+"""The slashes in the folder of a partition. A file in another folder is not one of the store, and is kept."""
+
 
 def find_unreferenced_parts(store: Store, layer: str, *, before: datetime) -> Iterator[ListedFile]:
     """Yield the parts of a layer that no manifest names and that were written before ``before``.
@@ -24,9 +27,9 @@ def find_unreferenced_parts(store: Store, layer: str, *, before: datetime) -> It
     listing = sorted(store.blobs.listing(layer), key=lambda file: file.name)
     for folder, files in groupby(listing, key=lambda file: file.name.rpartition("/")[0]):
         old = [file for file in files if file.modified < before and file.name.endswith(_PARTS)]
-        if not old:
+        if not old or folder.count("/") != _DEPTH:
             continue
-        _, resource_type, partition_key = folder.rsplit("/", 2)
+        _, resource_type, partition_key = folder.split("/")
         manifest = store.manifest(layer, resource_type, partition_key)
         named = {part.name for part in manifest.parts} if manifest else set()
         yield from (file for file in old if file.name not in named)

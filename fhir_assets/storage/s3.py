@@ -7,16 +7,20 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO, cast
 
 from fhir_assets.atomic_files import UNFINISHED
-from fhir_assets.errors import ConfigurationError, FileMissing, StoreError
+from fhir_assets.errors import ConfigurationError, FileMissing, ServerUnavailable, StoreError, StoreUnavailable
 from fhir_assets.file_modes import PRIVATE
 from fhir_assets.foreign_errors import translate_s3_error
+from fhir_assets.retries import TransientFailure
 from fhir_assets.storage.blobs import ListedFile
+from fhir_assets.storage.s3_limits import SMALL_OBJECT_BYTES, S3Limits, Waits
 
 S3Client = Any
 """The S3 client of boto3, which has no static types."""
@@ -24,6 +28,18 @@ S3Client = Any
 READ_BYTES = 1 << 18
 _RESUMES = 5
 _MULTIPART_BYTES = 16 << 20
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+DEFAULT_LIMITS = S3Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class ListedObject:
+    """An object in a listing: its name below the prefix, its size in bytes, its time of modification, its ETag."""
+
+    name: str
+    bytes: int
+    modified: datetime
+    etag: str
 
 
 class Bucket:
@@ -33,7 +49,14 @@ class Bucket:
     for wrong settings (no credentials, no such bucket, a wrong clock) and StoreError for every other failure.
     """
 
-    def __init__(self, url: str, connect: Callable[[], S3Client], encryption: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        connect: Callable[[S3Limits], S3Client],
+        encryption: Mapping[str, str] | None = None,
+        *,
+        limits: S3Limits = DEFAULT_LIMITS,
+    ) -> None:
         """Take the bucket and the prefix from ``url``, ``s3://bucket/prefix``. Raises ConfigurationError."""
         name, _, prefix = url.removeprefix("s3://").partition("/")
         if not name:
@@ -43,11 +66,12 @@ class Bucket:
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._connect = connect
         self._encryption = dict(encryption or {})
+        self.limits = limits
         self._lock = Lock()
         self._client: S3Client = None
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Bucket, (self.url, self._connect, self._encryption)
+        return _build_bucket, (self.url, self._connect, self._encryption, self.limits)
 
     @property
     def client(self) -> S3Client:
@@ -55,7 +79,7 @@ class Bucket:
         with self._lock:
             if self._client is None:
                 with self.translate_errors("open the bucket"):
-                    self._client = self._connect()
+                    self._client = self._connect(self.limits)
             return self._client
 
     def create(self) -> bool:
@@ -89,26 +113,56 @@ class Bucket:
             self.client.put_object(Bucket=self.name, Key=self.key(name), Body=content, **self._encryption)
 
     def get(self, name: str) -> bytes | None:
-        """Return the content of ``name``, or None if it does not exist."""
+        """Return the content of ``name``, which is small, or None if it does not exist."""
         try:
             with self.open(name) as stream:
-                return stream.read()
+                content = stream.read(SMALL_OBJECT_BYTES + 1)
         except FileMissing:
             return None
+        if len(content) > SMALL_OBJECT_BYTES:
+            raise StoreError(f"{self.url}/{name} is larger than {SMALL_OBJECT_BYTES} bytes, as no manifest is")
+        return content
 
     def open(self, name: str) -> BinaryIO:
         """Open ``name`` for reading. The stream resumes after a broken connection."""
         raw = _Stream(self, self.key(name))
         return cast(BinaryIO, io.BufferedReader(raw, READ_BYTES))
 
-    def listing(self, prefix: str = "") -> Iterator[Mapping[str, Any]]:
-        """Yield the attributes of each object below ``prefix`` as S3 lists them, with its name as ``Name``."""
-        with self.translate_errors("list the objects"):
-            for page in self.client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.name, Prefix=self.key(prefix)
-            ):
-                for entry in page.get("Contents", ()):
-                    yield {**entry, "Name": entry["Key"].removeprefix(self._prefix)}
+    def listing(self, prefix: str = "") -> Iterator[ListedObject]:
+        """Yield the objects below ``prefix``.
+
+        Raises StoreError, also if the listing has no end or names objects that are not below ``prefix``.
+        """
+        action = f"list the objects in {self.url}"
+        client, waits = self.client, Waits(self.limits, action)
+        request = {"Bucket": self.name, "Prefix": self.key(prefix)}
+        tokens: set[int] = set()
+        count = 0
+        while True:
+            with self.translate_errors("list the objects"):
+                with waits.wait():
+                    page = client.list_objects_v2(**request)
+                entries = [self._describe(entry, request["Prefix"]) for entry in page.get("Contents", ())]
+            yield from entries
+            count += len(entries) or 1
+            token = page.get("NextContinuationToken")
+            if not page.get("IsTruncated"):
+                return
+            if not token or hash(token) in tokens:
+                raise StoreError(f"cannot {action}: the server does not say where its next page is")
+            if count >= self.limits.max_objects:
+                raise StoreError(
+                    f"cannot {action}: there are more than {self.limits.max_objects} (see FHIR_S3_MAX_OBJECTS)"
+                )
+            tokens.add(hash(token))
+            request["ContinuationToken"] = token
+
+    def _describe(self, entry: Mapping[str, Any], prefix: str) -> ListedObject:
+        """Return an entry of a listing. Raises ValueError, KeyError and others if it is malformed."""
+        key, size, modified = entry["Key"], entry["Size"], entry["LastModified"]
+        if not key.startswith(prefix) or not 0 <= size < 2**63:
+            raise ValueError("not an object below the prefix")
+        return ListedObject(key.removeprefix(self._prefix), size, modified.astimezone(UTC), entry["ETag"].strip('"'))
 
     def delete(self, name: str) -> None:
         """Delete ``name`` if it exists."""
@@ -117,7 +171,10 @@ class Bucket:
 
     @contextmanager
     def translate_errors(self, action: str) -> Iterator[None]:
-        """Translate errors of S3. The messages leave out the text of S3, which may contain keys and addresses."""
+        """Translate errors of S3. The messages leave out the text of S3, which may contain keys and addresses.
+
+        An answer that is not one of S3 ends in botocore with any error of Python.
+        """
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
 
@@ -127,6 +184,32 @@ class Bucket:
             # An error of a transfer wraps the error of S3.
             cause = (error.__context__ if isinstance(error, Boto3Error) else None) or error
             raise translate_s3_error(cause, action=action, url=self.url, bucket=self.name) or error from None
+        except TransientFailure as failure:
+            raise self._limit_error(action, failure) from None
+        except _MALFORMED as error:
+            raise StoreError(
+                f"cannot {action} in {self.url}: the answer is not one of S3 ({type(error).__name__}). Check "
+                "AWS_ENDPOINT_URL"
+            ) from None
+
+    @contextmanager
+    def translate_failures(self, action: str) -> Iterator[None]:
+        """Translate what is beyond a limit only."""
+        try:
+            yield
+        except TransientFailure as failure:
+            raise self._limit_error(action, failure) from None
+
+    def _limit_error(self, action: str, failure: TransientFailure) -> StoreError:
+        if failure.final is ServerUnavailable:
+            return StoreUnavailable(f"cannot {action} in {self.url}: {failure}. Run it again later")
+        return StoreError(f"cannot {action} in {self.url}: {failure}{failure.advice and f' ({failure.advice})'}")
+
+
+def _build_bucket(
+    url: str, connect: Callable[[S3Limits], S3Client], encryption: Mapping[str, str], limits: S3Limits
+) -> Bucket:
+    return Bucket(url, connect, encryption, limits=limits)
 
 
 class S3Blobs:
@@ -180,12 +263,12 @@ class S3Blobs:
     def names(self, prefix: str) -> Iterator[str]:
         """Yield every name below the folder ``prefix``."""
         for entry in self.bucket.listing(f"{prefix.rstrip('/')}/"):
-            yield entry["Name"]
+            yield entry.name
 
     def listing(self, prefix: str) -> Iterator[ListedFile]:
         """Yield the files below the folder ``prefix`` with sizes and times."""
         for entry in self.bucket.listing(f"{prefix.rstrip('/')}/" if prefix else ""):
-            yield ListedFile(entry["Name"], entry["Size"], entry["LastModified"])
+            yield ListedFile(entry.name, entry.bytes, entry.modified)
 
     def delete(self, name: str) -> None:
         """Delete ``name`` if it exists."""
@@ -199,7 +282,8 @@ class _Stream(io.RawIOBase):
         self._bucket = bucket
         self._key = key
         self._position = 0
-        self._version: dict[str, str] = {}
+        self._version: str | None = None
+        self._waits = Waits(bucket.limits, f"read {key} in {bucket.url}")
         self._body: Any = None
         self._body = self._open()
 
@@ -212,16 +296,18 @@ class _Stream(io.RawIOBase):
 
         for attempt in range(_RESUMES + 1):
             try:
-                piece = self._body.read(len(buffer))
+                with self._bucket.translate_failures(f"read {self._key}"), self._waits.wait():
+                    piece = self._body.read(len(buffer))
                 break
             except (BotoCoreError, HTTPError, OSError) as error:
                 if attempt == _RESUMES:
-                    raise StoreError(
+                    raise StoreUnavailable(
                         f"the connection to {self._bucket.url} broke repeatedly while {self._key} was read "
                         f"({type(error).__name__}): run it again"
                     ) from None
                 self._body.close()
                 self._body = self._open()
+        self._waits.receive(len(piece))
         self._position += len(piece)
         buffer[: len(piece)] = piece
         return len(piece)
@@ -232,8 +318,21 @@ class _Stream(io.RawIOBase):
         super().close()
 
     def _open(self) -> Any:
-        resume = {"Range": f"bytes={self._position}-", **self._version} if self._position else {}
-        with self._bucket.translate_errors(f"read {self._key}"):
-            response = self._bucket.client.get_object(Bucket=self._bucket.name, Key=self._key, **resume)
-        self._version = {"IfMatch": response["ETag"]}
+        request = {"Bucket": self._bucket.name, "Key": self._key}
+        if self._position:
+            request["Range"] = f"bytes={self._position}-"
+            request["IfMatch"] = self._version or ""
+        client = self._bucket.client
+        with self._bucket.translate_errors(f"read {self._key}"), self._waits.wait():
+            response = client.get_object(**request)
+        # A server may know neither header, and send the whole content, or that of another version.
+        started = str(response.get("ContentRange", "bytes 0-")).startswith(f"bytes {self._position}-")
+        version = response.get("ETag")
+        if self._position and not (started and version and version == self._version):
+            response["Body"].close()
+            raise StoreUnavailable(
+                f"the connection to {self._bucket.url} broke while {self._key} was read, and the server cannot resume "
+                "it: run it again"
+            )
+        self._version = version
         return response["Body"]

@@ -196,7 +196,8 @@ class Store:
         return CountedLines(rows)
 
     def _lines(self, part: Part) -> Iterator[list[bytes]]:
-        rest = b""
+        rest: list[bytes] = []
+        left = part.bytes
         with self._open(part) as file:
             while True:
                 try:
@@ -207,11 +208,16 @@ class Store:
                     raise EncryptionError(f"{part.name}: {error}") from None
                 if not chunk:
                     break
-                lines = (rest + chunk).split(b"\n")
-                rest = lines.pop()
+                left -= len(chunk)
+                if left < 0:
+                    raise self._damaged(part)
+                head, *lines = chunk.split(b"\n")
+                rest.append(head)
                 if lines:
+                    lines.insert(0, b"".join(rest))
+                    rest = [lines.pop()]
                     yield lines
-        if rest:
+        if any(rest):
             raise self._damaged(part)
 
     @contextmanager

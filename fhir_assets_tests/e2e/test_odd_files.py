@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fhir_assets.storage.landing_zone import BucketZone, FolderZone
-from fhir_assets.storage.s3 import Bucket
+from fhir_assets.storage.s3 import Bucket, ListedObject
 from fhir_assets_tests.support.deployment import Deploy
 from fhir_assets_tests.support.landing import LandingZone, load_received, receive, tick
 from fhir_assets_tests.support.odd_files import LINE, put_odd_files
@@ -88,8 +88,8 @@ def test_a_folder_without_permission_is_listed() -> None:
 def test_keys_that_clients_resolve_differently_are_bad_files(monkeypatch: pytest.MonkeyPatch) -> None:
     written = datetime(2024, 1, 5, tzinfo=UTC)
     names = ["good.ndjson", "../out.ndjson", "a/./x.ndjson", "", "a/", ".hidden.ndjson", "n" * 1020 + ".ndjson"]
-    entries = [{"Name": name, "Size": 1, "ETag": "e", "LastModified": written} for name in names]
-    bucket = Bucket("s3://bucket", lambda: None)
+    entries = [ListedObject(name, 1, written, "e") for name in names]
+    bucket = Bucket("s3://bucket", lambda limits: None)
     monkeypatch.setattr(bucket, "listing", lambda prefix="": iter(entries))
     files = list(BucketZone(bucket).files())
     assert [file.name[:12] for file in files if file.fault] == ["../out.ndjson"[:12], "a/./x.ndjson", "n" * 12]

@@ -5,36 +5,19 @@ HOSTILE_EXAMPLES=5000 runs more of them on each road, as `make hostile` does.
 """
 
 import gzip
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from queue import Empty, Queue
-from threading import Thread
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
-from fhir_assets_tests.support.hostile_server import (
-    BODIES,
-    CODINGS,
-    HEADERS,
-    LINKS,
-    PACES,
-    ROLES,
-    STATUSES,
-    HostileServer,
-    Lie,
-    serve_hostile,
-)
+from fhir_assets_tests.support.hostile_answers import CODINGS, HEADERS, LINKS, PACES, STATUSES, Lie, serve_lies
+from fhir_assets_tests.support.hostile_server import BODIES, ROLES, HostileServer
+from fhir_assets_tests.support.limited_process import LimitedProcess
 
 EXAMPLES = int(os.environ.get("HOSTILE_EXAMPLES", "10"))
 SECRETS = (b"canary-token", b"canary-user", b"canary-password")
-END_SECONDS = 60
-"""Far more than the limits of the client allow: a call that takes longer has no end."""
 
 _rarely = st.none() | st.none()
 _lies = st.builds(
@@ -49,64 +32,17 @@ _lies = st.builds(
 _servers = st.dictionaries(st.sampled_from(ROLES), _lies, min_size=1, max_size=3)
 
 
-class Client:
-    """The process of the client. It is started again if it is lost."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
-        self._lines: Queue[str] = Queue()
-
-    def run(self, road: str, server: HostileServer, **options: Any) -> str:
-        """Call the server, and return the outcome."""
-        if self._process is None:
-            self._lines = Queue()
-            self._start()
-        assert self._process is not None
-        assert self._process.stdin is not None
-        task = {"road": road, "url": f"{server.origin}/fhir"}
-        self._process.stdin.write(json.dumps(task | options) + "\n")
-        self._process.stdin.flush()
-        try:
-            return str(json.loads(self._lines.get(timeout=END_SECONDS))["outcome"])
-        except (Empty, ValueError):
-            self.stop()
-            return "no end"
-
-    def _start(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "fhir_assets_tests.support.hostile_client"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "MALLOC_ARENA_MAX": "2"},  # each further arena reserves addresses that are not used
-        )
-        Thread(target=self._read, args=(self._process, self._lines), daemon=True).start()
-
-    def _read(self, process: "subprocess.Popen[str]", lines: Queue[str]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.put(line)
-        lines.put("")
-
-    def stop(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostileServer]:
     canary = tmp_path_factory.mktemp("outside") / "canary.ndjson"
     canary.write_text('{"resourceType":"Patient","id":"canary-file"}\n')
-    with serve_hostile(str(canary)) as hostile:
+    with serve_lies(HostileServer(canary=str(canary))) as hostile:
         yield hostile
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    process = Client()
+def client() -> Iterator[LimitedProcess]:
+    process = LimitedProcess("fhir_assets_tests.support.hostile_client")
     yield process
     process.stop()
 
@@ -125,7 +61,7 @@ def _check(server: HostileServer, outcome: str) -> None:
 
 @pytest.mark.parametrize("road", ["search", "bulk", "target"])
 def test_a_hostile_server_gets_nothing_and_does_not_last(
-    road: str, server: HostileServer, client: Client, database: str
+    road: str, server: HostileServer, client: LimitedProcess, database: str
 ) -> None:
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), phases=_PHASES)
     @given(_servers, st.sampled_from(["token", "password", "smart"]))
@@ -133,7 +69,7 @@ def test_a_hostile_server_gets_nothing_and_does_not_last(
         server.lies = lies
         server.received.clear()
         server.private_connections = 0
-        outcome = client.run(road, server, credentials=credentials, database=database)
+        outcome = client.run(road, url=f"{server.origin}/fhir", credentials=credentials, database=database)
         event(outcome.partition(" ")[0])
         _check(server, outcome)
 
@@ -158,11 +94,13 @@ LARGE = {
 
 @pytest.mark.parametrize("name", LARGE)
 def test_the_limits_of_an_installation_without_settings_need_less_than_500_mb(
-    name: str, server: HostileServer, client: Client, database: str
+    name: str, server: HostileServer, client: LimitedProcess, database: str
 ) -> None:
     road, role, lie, reason = LARGE[name]
     server.lies = {role: lie}
-    outcome = client.run(road, server, credentials="none", database=database, limits={"file_bytes": 1 << 27})
+    outcome = client.run(
+        road, url=f"{server.origin}/fhir", credentials="none", database=database, limits={"file_bytes": 1 << 27}
+    )
     assert outcome.startswith("told "), outcome
     assert reason in outcome
 
@@ -170,7 +108,7 @@ def test_the_limits_of_an_installation_without_settings_need_less_than_500_mb(
 @pytest.mark.parametrize("credentials", ["token", "password", "smart"])
 @pytest.mark.parametrize("road", ["search", "bulk", "target"])
 def test_a_server_that_does_not_lie_is_read(
-    road: str, server: HostileServer, client: Client, database: str, credentials: str
+    road: str, server: HostileServer, client: LimitedProcess, database: str, credentials: str
 ) -> None:
     server.lies = {}
-    assert client.run(road, server, credentials=credentials, database=database, limits={}) == "ok"
+    assert client.run(road, url=f"{server.origin}/fhir", credentials=credentials, database=database, limits={}) == "ok"

@@ -145,7 +145,7 @@ def test_missing_credentials_are_a_configuration_error(
 
 def test_the_error_for_an_unreachable_endpoint_names_its_variable(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{find_free_port()}")
-    monkeypatch.setattr("fhir_assets.deployment.store._ATTEMPTS", 1)
+    monkeypatch.setattr("fhir_assets.deployment.s3_client._ATTEMPTS", 1)
     error = catch_store_error(s3_url)
     assert isinstance(error, StoreError)
     assert "AWS_ENDPOINT_URL" in str(error)

@@ -1,5 +1,6 @@
 """The store in a folder and in a bucket: parts, manifests, damage and unfinished files."""
 
+import gzip
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -207,3 +208,20 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatc
     with pytest.raises(StoreError, match="No space left"):
         store.blobs.put("raw/patient/2024-01-01/manifest.json", b"{}")
     assert list_files(store) == []
+
+
+def test_a_part_that_is_larger_than_its_manifest_says_is_damaged(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path), NO_ENCRYPTION)
+    (part,) = write(store, "k", lines(1)).parts
+    (tmp_path / part.name).write_bytes(gzip.compress(bytes(1 << 24)))
+    with pytest.raises(StoreError, match="damaged"):
+        list(store.batches([part]))
+
+
+def test_a_stray_file_in_the_store_is_no_part(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path), NO_ENCRYPTION)
+    write(store, "k", lines(1))
+    for folder in ("raw", "raw/patient", "raw/patient/k/deeper"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "stray.ndjson.gz").touch()
+    assert list(find_unreferenced_parts(store, "raw", before=datetime.now(UTC) + timedelta(days=1))) == []

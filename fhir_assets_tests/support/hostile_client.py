@@ -1,13 +1,6 @@
-"""A process that calls a hostile server within a limit of memory.
+"""A process that calls a hostile FHIR server. A task is a road, the address and the kind of credentials."""
 
-It reads lines with JSON (the road, the address, the credentials) and answers each with a line of JSON: the outcome.
-"""
-
-import json
-import resource
-import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -16,7 +9,6 @@ from typing import Any
 from joserfc.jwk import ECKey
 
 from fhir_assets.delivery.connector.server import FhirServer, PermanentFailure, TransientFailure
-from fhir_assets.errors import FhirAssetsError
 from fhir_assets.fhir.auth.credentials import Basic, Bearer, Credentials
 from fhir_assets.fhir.auth.smart import BackendServices
 from fhir_assets.fhir.client.http import FhirClient
@@ -29,8 +21,8 @@ from fhir_assets.retries import Retrier, RetryPolicy
 from fhir_assets.storage.store import open_store
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets.windows import Interval
+from fhir_assets_tests.support.limited_process import answer_tasks
 
-MEMORY_BYTES = 500 * 2**20
 QUICK = ClientLimits(
     timeout=0.3,
     answer_seconds=0.3,
@@ -99,35 +91,18 @@ def _target(client: FhirClient, task: dict[str, Any]) -> int:
 ROADS: dict[str, Callable[[FhirClient, dict[str, Any]], int]] = {"search": _search, "bulk": _bulk, "target": _target}
 
 
-def run(task: dict[str, Any]) -> str:
-    """Run a task and return its outcome: ``ok``, ``told`` for an error of the project, or another error's name."""
+def run(task: dict[str, Any]) -> None:
+    """Run a task."""
     limits = QUICK if task.get("limits") is None else ClientLimits(**task["limits"])
-    try:
-        with FhirClient(
-            task["url"],
-            credentials=_build_credentials(task["credentials"], task["url"], limits),
-            timeout=limits.timeout,
-            retrier=RETRIER,
-            limits=limits,
-        ) as client:
-            ROADS[task["road"]](client, task)
-    except FhirAssetsError as error:
-        return f"told {error}"
-    return "ok"
-
-
-def main() -> None:
-    """Answer tasks until the input ends."""
-    with open("/proc/self/statm") as statm:
-        used = int(statm.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
-    for line in sys.stdin:
-        try:
-            outcome = run(json.loads(line))
-        except BaseException:
-            outcome = traceback.format_exc()
-        print(json.dumps({"outcome": outcome}), flush=True)
+    with FhirClient(
+        task["url"],
+        credentials=_build_credentials(task["credentials"], task["url"], limits),
+        timeout=limits.timeout,
+        retrier=RETRIER,
+        limits=limits,
+    ) as client:
+        ROADS[task["road"]](client, task)
 
 
 if __name__ == "__main__":
-    main()
+    answer_tasks(run)

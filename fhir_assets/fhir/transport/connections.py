@@ -120,7 +120,12 @@ def limit_pools(manager: urllib3.PoolManager, limits: AnswerLimits) -> None:
         return  # a SOCKS proxy has connections of its own
     plain = type("PlainConnection", (_PlainConnection,), {"limits": limits})
     tls = type("TlsConnection", (_TlsConnection,), {"limits": limits})
-    manager.pool_classes_by_scheme = {
+    manager.pool_classes_by_scheme = pool_classes(plain, tls)
+
+
+def pool_classes(plain: type[LimitedConnection], tls: type[LimitedConnection]) -> dict[str, Any]:
+    """Return the pools of two classes of connections, by scheme, as a pool manager of ``urllib3`` has them."""
+    return {
         "http": type("PlainPool", (HTTPConnectionPool,), {"ConnectionCls": plain}),
         "https": type("TlsPool", (HTTPSConnectionPool,), {"ConnectionCls": tls}),
     }
