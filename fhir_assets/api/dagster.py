@@ -32,6 +32,12 @@ mutation ($params: ExecutionParams!) { launchRun(executionParams: $params) {
 """
 _STATUS = "query ($id: ID!) { runOrError(runId: $id) { __typename ... on Run { status } } }"
 
+_REASONS = """
+query ($id: ID!, $after: String) { logsForRun(runId: $id, afterCursor: $after, limit: 1000) {
+  ... on EventConnection { cursor hasMore events { __typename ... on RunFailureEvent { message } } } } }
+"""
+_MAX_PAGES = 20
+
 
 class DagsterClient:
     """Starts runs and reads their status. Threads may share a client."""
@@ -80,6 +86,19 @@ class DagsterClient:
         """Return Dagster's status of a run, or None if there is no such run. Raises DagsterUnavailable."""
         result = self._query(_STATUS, {"id": run_id})["runOrError"]
         return str(result["status"]) if result["__typename"] == "Run" else None
+
+    def find_reason(self, run_id: str) -> str | None:
+        """Return what Dagster says about the failure of a run, None if it did not fail. Raises DagsterUnavailable."""
+        after = None
+        for _ in range(_MAX_PAGES):
+            page = self._query(_REASONS, {"id": run_id, "after": after})["logsForRun"]
+            for event in page.get("events", []):
+                if event["__typename"] == "RunFailureEvent":
+                    return str(event["message"])
+            if not page.get("hasMore"):
+                break
+            after = page["cursor"]
+        return None
 
     def wait(self, run_id: str, seconds: float) -> str | None:
         """Wait until a run has ended, at most ``seconds``, and return its status. Raises DagsterUnavailable."""

@@ -79,6 +79,9 @@ class Run(BaseModel):
         description="The status in Dagster; null while Dagster is not available",
         examples=["QUEUED", "STARTED", "SUCCESS"],
     )
+    error: str | None = Field(
+        None, description="Why the run failed, without patient data: of a step, or of a run that never began"
+    )
     dagster: str = Field(description="The URL of the run in the Dagster UI")
     types: list[TypeCounts]
 

@@ -136,10 +136,23 @@ def one_run(context: Context, run_id: RunId) -> Response:
             "run_id": full_run_id,
             "number": known_numbers.get(full_run_id),
             "status": status,
+            "error": _find_error(context, full_run_id, status, types),
             "dagster": context.dagster.link(full_run_id),
             "types": types,
         }
     )
+
+
+def _find_error(
+    context: AppContext, run_id: str, status: str | None, types: Sequence[Mapping[str, object]]
+) -> str | None:
+    """Return the reasons of a run's failed steps; that of Dagster if no step has recorded one."""
+    reasons = dict.fromkeys(str(row["error"]) for row in types if row["error"])
+    if reasons or status != "FAILURE":
+        return "; ".join(reasons) or None
+    with suppress(DagsterUnavailable):
+        return context.dagster.find_reason(run_id)
+    return None
 
 
 @router.get(

@@ -12,6 +12,7 @@ from time import monotonic, sleep
 import psutil
 
 from fhir_assets.errors import ConfigurationError
+from fhir_assets.process_ends import MemoryKills, describe_exit, name_exit, read_memory_kills
 
 CHECK_SECONDS = 1.0
 """Seconds between two checks of the processes."""
@@ -55,15 +56,21 @@ class _Running:
     had_child: bool = False
     checks_without_child: int = 0
     short_lives: int = 0
+    kills_before: MemoryKills = field(default_factory=read_memory_kills)
 
     def find_fault(self) -> str | None:
         """Return why the process must be restarted, or None."""
         code = self.process.poll()
         if code is not None:
-            return f"was ended by {_describe_signal(-code)}" if code < 0 else f"ended with exit code {code}"
+            return name_exit(code)
         if self.service.needs_child and not self._has_child():
             return "lost the process that does its work"
         return None
+
+    def explain(self, fault: str) -> str:
+        """Return a fault that ``find_fault`` returned, with the reason of a kill as far as it can be known."""
+        code = self.process.poll()
+        return describe_exit(code, before=self.kills_before) if code == -signal.SIGKILL else fault
 
     def _has_child(self) -> bool:
         try:
@@ -116,7 +123,7 @@ class Supervisor:
             _stop(running.process)
             del self._running[index]
             return
-        self._report(f"{service.name} (process {running.process.pid}) {fault}: restarting it")
+        self._report(f"{service.name} (process {running.process.pid}) {running.explain(fault)}: restarting it")
         _stop(running.process)
         self._running[index] = _Running(service, self._open(service), short_lives=short_lives)
 
@@ -179,10 +186,3 @@ def _group_lives(process: subprocess.Popen[bytes]) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def _describe_signal(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

@@ -1,7 +1,7 @@
 """Sends alerts to a webhook: one message about opened and closed incidents, without patient data."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from urllib.parse import quote, urlsplit
 
 import requests
@@ -16,6 +16,9 @@ from fhir_assets.warehouse.ops.incidents import Incident
 
 SAMPLE = 10
 """The maximum number of incidents, and of partitions of each, that a message names. The others are counted."""
+
+MAX_REASON = 1000
+"""The maximum length of the reason of a failed run in a message."""
 
 _POLICY = RetryPolicy(attempts=3, first_wait=1, max_wait=2, max_retry_after=10, budget=60)
 _TIMEOUT_SECONDS = 10
@@ -47,14 +50,16 @@ class Webhook:
         self._limits = AnswerLimits(seconds, _MAX_ANSWER_BYTES)
         self._retrier = retrier or Retrier(_POLICY)
 
-    def deliver(self, opened: Sequence[Incident], closed: Sequence[Incident]) -> bool:
-        """Send one message, with retries. Return whether the webhook accepted it.
+    def deliver(
+        self, opened: Sequence[Incident], closed: Sequence[Incident], reasons: Mapping[str, str] | None = None
+    ) -> bool:
+        """Send one message, with retries. Return whether the webhook accepted it. ``reasons`` are those of failed runs.
 
         A redirect counts as a refusal and is not followed, because that could turn the message into a GET of a login
         page. A success status with an HTML page, or with a text that reports a failure (as Teams does), is a failure
         and is retried.
         """
-        body = build_message(opened, closed, ui_url=self._ui_url, card=_takes_cards(self._url))
+        body = build_message(opened, closed, ui_url=self._ui_url, card=_takes_cards(self._url), reasons=reasons)
 
         def attempt() -> bool:
             try:
@@ -93,22 +98,28 @@ def _contradicts(body: bytes) -> bool:
 
 
 def build_message(
-    opened: Sequence[Incident], closed: Sequence[Incident], *, ui_url: str, card: bool
+    opened: Sequence[Incident],
+    closed: Sequence[Incident],
+    *,
+    ui_url: str,
+    card: bool,
+    reasons: Mapping[str, str] | None = None,
 ) -> dict[str, object]:
     """Return the JSON of a message.
 
     It contains ``text`` for Slack and compatible webhooks, or an adaptive card for Teams, and the incidents as JSON:
-    ``began`` contains opened incidents, ``over`` closed ones.
+    ``began`` contains opened incidents, ``over`` closed ones. ``reasons`` are those of failed runs, by their ids.
     """
+    reasons = reasons or {}
     lines = [
-        *(f"🔴 {_describe(incident, _OPENED_TITLES, ui_url)}" for incident in opened[:SAMPLE]),
+        *(f"🔴 {_describe(incident, _OPENED_TITLES, ui_url, reasons)}" for incident in opened[:SAMPLE]),
         *_count_omitted(opened),
-        *(f"🟢 {_describe(incident, _CLOSED_TITLES, ui_url)}" for incident in closed[:SAMPLE]),
+        *(f"🟢 {_describe(incident, _CLOSED_TITLES, ui_url, {})}" for incident in closed[:SAMPLE]),
         *_count_omitted(closed),
     ]
     facts: dict[str, object] = {
-        "began": [_facts(incident, ui_url) for incident in opened],
-        "over": [_facts(incident, ui_url) for incident in closed],
+        "began": [_facts(incident, ui_url, reasons) for incident in opened],
+        "over": [_facts(incident, ui_url, {}) for incident in closed],
     }
     if not card:
         return {"text": "\n".join(lines), **facts}
@@ -118,7 +129,7 @@ def build_message(
     return {"type": "message", "attachments": [attachment], **facts}
 
 
-def _describe(incident: Incident, titles: dict[str, str], ui_url: str) -> str:
+def _describe(incident: Incident, titles: dict[str, str], ui_url: str, reasons: Mapping[str, str]) -> str:
     text = titles[incident.kind].format(name=incident.name)
     partitions = [partition for partition in incident.partitions if partition]
     if partitions:
@@ -126,10 +137,17 @@ def _describe(incident: Incident, titles: dict[str, str], ui_url: str) -> str:
         text += f": {', '.join(partitions[:SAMPLE])}{more}"
     if incident.counts:
         text += " (" + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in incident.counts.items()) + ")"
+    if (reason := _find_reason(incident, reasons)) is not None:
+        text += f": {reason}"
     return f"{text} {_link(incident, ui_url)}"
 
 
-def _facts(incident: Incident, ui_url: str) -> dict[str, object]:
+def _find_reason(incident: Incident, reasons: Mapping[str, str]) -> str | None:
+    reason = reasons.get(incident.run_id) if incident.kind == "run" and incident.run_id else None
+    return reason if reason is None or len(reason) <= MAX_REASON else f"{reason[: MAX_REASON - 1]}…"
+
+
+def _facts(incident: Incident, ui_url: str, reasons: Mapping[str, str]) -> dict[str, object]:
     return {
         "incident": incident.id,
         "kind": incident.kind,
@@ -137,6 +155,7 @@ def _facts(incident: Incident, ui_url: str) -> dict[str, object]:
         "partitions": incident.partitions[:SAMPLE],
         "partition_count": len(incident.partitions),
         "counts": incident.counts,
+        "reason": _find_reason(incident, reasons),
         "opened_at": incident.opened_at.isoformat(),
         "closed_at": incident.closed_at.isoformat() if incident.closed_at else None,
         "link": _link(incident, ui_url),

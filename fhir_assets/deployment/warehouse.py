@@ -13,7 +13,7 @@ from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.retries import RetryPolicy
 from fhir_assets.settings import Settings
-from fhir_assets.warehouse.ops import encryption_secret, runs
+from fhir_assets.warehouse.ops import encryption_secret, liveness
 from fhir_assets.warehouse.postgres.db import (
     advisory_locks,
     connections,
@@ -133,7 +133,7 @@ class Warehouse:
     def hold_run(self, run_id: str) -> Iterator["Warehouse"]:
         """Mark a run as alive for the ``with`` block. Raises DatabaseUnavailable."""
         with connections.connect(self.url(), autocommit=True) as conn:
-            runs.hold_liveness_lock(conn, run_id)
+            liveness.hold_liveness_lock(conn, run_id)
             try:
                 yield self
             finally:
@@ -146,7 +146,7 @@ class Warehouse:
         Raises DatabaseUnavailable.
         """
         with connections.connect(self.url(), autocommit=True) as conn:
-            yield runs.take_execution(conn, run_id)
+            yield liveness.take_execution(conn, run_id)
 
     def _connect_for_slots(self) -> connections.Connection:
         return connections.connect(self.url(), autocommit=True)

@@ -13,6 +13,7 @@ from fhir_assets.errors import (
     StoreFull,
     StoreUnavailable,
 )
+from fhir_assets.process_ends import MEMORY_ADVICE
 
 _ERRORS: dict[int, tuple[type[FhirAssetsError], str]] = {
     errno.ENOSPC: (OutOfResources, "free space, then try again"),
@@ -78,7 +79,7 @@ def choose_store_error(error: OSError) -> type[StoreError]:
 def translate_system_error(error: BaseException, *, with_names: bool) -> FhirAssetsError | None:
     """Return the error of the project for an OSError, a MemoryError or an error of SQLite; None for others."""
     if isinstance(error, MemoryError):
-        return OutOfResources("not enough memory: give the process more, or run fewer at once, then try again")
+        return OutOfResources(f"the process got no memory, but goes on: {MEMORY_ADVICE}, then try again")
     if type(error).__module__ == "sqlite3":
         code = getattr(error, "sqlite_errorcode", None) or 0
         kind, advice = _SQLITE_ERRORS.get(code & 0xFF, (None, ""))

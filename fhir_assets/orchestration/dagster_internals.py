@@ -62,6 +62,13 @@ from dagster._core.events import AssetObservationData as AssetObservationData
 # all windows of a run in this way. Without it: `context.log_event` for each evaluation, one transaction each.
 from dagster._core.events import DagsterEventBatchMetadata as DagsterEventBatchMetadata
 
+# Facts of an engine event and the reason of a failed run. run_processes.py records the process of a run in such an
+# event; run_ends.py reads which error or exit code Dagster has recorded, and whether a run did not begin.
+# Without them: the reason of a killed run is "marked as failed from outside".
+from dagster._core.events import EngineEventData as EngineEventData
+from dagster._core.events import JobFailureData as JobFailureData
+from dagster._core.events import RunFailureReason as RunFailureReason
+
 # See AssetCheckEvaluationPlanned.
 from dagster._core.events import StepMaterializationData as StepMaterializationData
 
@@ -73,6 +80,15 @@ from dagster._core.execution.api import execute_run_iterator as execute_run_iter
 # them: `context.add_asset_metadata` for each window, whose time grows with the square of the number of windows.
 from dagster._core.execution.context.metadata_logging import AssetMetadataHandle as AssetMetadataHandle
 from dagster._core.execution.context.metadata_logging import OutputMetadataAccumulator as OutputMetadataAccumulator
+
+# The data of STEP_FAILURE. run_ends.py ends the steps of a killed run with them. Without them: the UI shows these steps
+# without a reason.
+from dagster._core.execution.plan.objects import StepFailureData as StepFailureData
+from dagster._core.execution.plan.objects import UserFailureData as UserFailureData
+
+# The defaults of dagster.yaml, which a class that it names as `instance_class` has to return. instance/reasons.py has
+# such a class. Without it: leave `instance_class` out of dagster.yaml; runs that were killed then show no reason.
+from dagster._core.instance.ref import InstanceRef as InstanceRef
 
 # The result that a run launcher returns when the daemon checks the worker of a run. The Celery launcher returns FAILED
 # for a killed worker. Without them: the runs of a killed worker stay STARTED until a person terminates them.
@@ -113,6 +129,9 @@ from dagster._core.storage.noop_compute_log_manager import NoOpComputeLogManager
 # The module, class and config of a class that dagster.yaml names. Dagster passes it to `from_config_value` of the
 # classes in instance/. Without it: annotate with Any.
 from dagster._serdes import ConfigurableClassData as ConfigurableClassData
+
+# See StepFailureData.
+from dagster_shared.error import SerializableErrorInfo as SerializableErrorInfo
 
 # Dagster's serializer of the objects of a class, and the registry of all serializable classes. instance/event_json.py
 # packs the same fields under the same names. Without them: see MetadataFieldSerializer.

@@ -18,7 +18,7 @@ import psycopg
 
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import DEFECT_EXIT_CODE, FhirAssetsError, ServerUnavailable
-from fhir_assets.foreign_errors import translate_error
+from fhir_assets.foreign_errors import translate_error, was_interrupted
 from fhir_assets.orchestration.run_context import RunContext
 from fhir_assets.warehouse.ops import runs
 
@@ -55,7 +55,7 @@ def record_step(
             check()
         yield
     except BaseException as error:
-        reason = describe_error(error)
+        reason = describe_interruption(run) if was_interrupted(error) else describe_error(error)
         _log.error("step failed", extra={**fields, "reason": reason})
         # Without a database the failure cannot be recorded: the next load sees that the run holds no advisory lock.
         with suppress(FhirAssetsError, psycopg.Error), warehouse.connect() as conn:
@@ -63,6 +63,8 @@ def record_step(
             runs.fail(conn, run.run_id, resource_types, run.partition_keys, error=reason, seconds=seconds)
         if isinstance(error, ServerUnavailable):
             run.request_retry()
+        if isinstance(error, dg.DagsterExecutionInterruptedError):
+            raise dg.DagsterExecutionInterruptedError(reason) from None  # Not a Failure: it also ends the run.
         if isinstance(error, Exception):
             raise build_failure(error) from None
         raise
@@ -85,6 +87,17 @@ def sanitized_errors() -> Iterator[None]:
         raise
     except Exception as error:
         raise build_failure(error) from None
+
+
+def describe_interruption(run: RunContext) -> str:
+    """Return why a step was interrupted: the run is being cancelled, or its process received a signal."""
+    with suppress(Exception):  # The instance's database raises the errors of its driver.
+        if run.is_being_cancelled():
+            return "the run was cancelled by a person, or because it took too long"
+    return (
+        "the process of the run received signal 15 (SIGTERM) or 2 (SIGINT, Ctrl-C): an operator, or the system that "
+        "runs it (systemd, Docker, Kubernetes), stopped it. Run these windows again: nothing is lost"
+    )
 
 
 def build_failure(error: BaseException) -> dg.Failure:

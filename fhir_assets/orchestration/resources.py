@@ -11,6 +11,7 @@ from fhir_assets.deployment.sources import build_binding
 from fhir_assets.deployment.validation import build_validator
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.source import Source
+from fhir_assets.orchestration.run_processes import record_process
 from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.settings import Settings
 from fhir_assets.storage.store import Store
@@ -21,7 +22,8 @@ def build_resources(
 ) -> Mapping[str, object]:
     """Return the resources by key. ``open_source`` is called when a run initializes the resource ``source``.
 
-    The resource ``warehouse`` holds the advisory lock of the run, which shows other processes that the run is alive.
+    The resource ``warehouse`` holds the advisory lock of the run, which shows other processes that the run is alive,
+    and records which process executes the run.
     """
 
     @dg.resource
@@ -31,6 +33,8 @@ def build_resources(
     @dg.resource
     def warehouse_resource(context: dg.InitResourceContext) -> Iterator[Warehouse]:
         with warehouse.hold_run(context.run.run_id if context.run else "") as held:
+            if context.run and context.instance:
+                record_process(context.instance, context.run)
             yield held
 
     return {

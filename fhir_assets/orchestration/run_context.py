@@ -34,6 +34,9 @@ class RunContext:
     request_retry: Callable[[], None] = lambda: None
     """Request that Dagster's daemon retries the failed steps of the run. Runs of the command line are not retried."""
 
+    is_being_cancelled: Callable[[], bool] = lambda: False
+    """Return whether somebody has cancelled the run in Dagster."""
+
     @property
     def actor(self) -> str:
         """What started the run, for the audit log. A person whom a tag of the run names is not verified: ``manual``."""
@@ -59,6 +62,10 @@ class RunContext:
             if not from_command:
                 context.instance.add_run_tags(context.run.run_id, {RETRY_TAG: "true"})
 
+        def is_being_cancelled() -> bool:
+            run = context.instance.get_run_by_id(context.run.run_id)
+            return run is not None and run.status is dg.DagsterRunStatus.CANCELING
+
         return cls(
             context.run.run_id,
             WindowRange(windows, from_first=windows[0] == scheme.window_at(scheme.start)),
@@ -67,6 +74,7 @@ class RunContext:
             datetime.now(UTC),
             _REPLAY_MODES.get(tags.get(REPLAY_TAG, "")),
             request_retry,
+            is_being_cancelled,
         )
 
 

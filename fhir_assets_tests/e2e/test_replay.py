@@ -15,7 +15,7 @@ from fhir_assets.errors import CorrectionRefused
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets.warehouse.ops import corrections, dead_letters, replays, runs
+from fhir_assets.warehouse.ops import corrections, dead_letters, liveness, replays
 from fhir_assets.warehouse.ops.dead_letters import Selection
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.content import add, materialize, patient
@@ -246,7 +246,7 @@ def test_an_id_without_a_dead_letter_is_passed_over_and_the_exit_code_says_so(
 
 def test_a_dead_letter_that_another_run_replays_is_pending_and_the_exit_code_says_so(deployment: Deployment) -> None:
     with connect(deployment.url) as conn:
-        runs.hold_liveness_lock(conn, "another")
+        liveness.hold_liveness_lock(conn, "another")
         known = find_dead_letter(deployment, "p0-0").id
         conn.execute("UPDATE ops.dead_letters SET status = 'replaying', claimed_by = 'another' WHERE id = %s", [known])
         conn.commit()
@@ -257,12 +257,12 @@ def test_a_dead_letter_that_another_run_replays_is_pending_and_the_exit_code_say
 
 def test_a_dead_letter_is_never_replayed_by_two_runs_at_once(deployment: Deployment) -> None:
     with connect(deployment.url, autocommit=True) as process, connect(deployment.url, autocommit=True) as other:
-        runs.hold_liveness_lock(process, "first")
+        liveness.hold_liveness_lock(process, "first")
         assert replays.request_replay(process, Selection(partition_keys=[KEY]), claimed_by="first") == 3
         assert replays.find_requested(other) == []
         assert not replays.claim(other, "second", "Patient", ["validate"], {KEY: []}, also_open=True)
     with connect(deployment.url, autocommit=True) as conn:
-        while runs.find_alive(conn, ["first"]):  # Postgres releases the lock shortly after the connection is closed.
+        while liveness.find_alive(conn, ["first"]):  # Postgres releases the lock after the connection is closed.
             time.sleep(0.01)
         assert [(entry.partition_key, entry.dead_letters) for entry in replays.find_requested(conn)] == [(KEY, 3)]
         assert replays.claim(conn, "second", "Patient", ["validate"], {KEY: []}, also_open=False)

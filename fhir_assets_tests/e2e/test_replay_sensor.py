@@ -9,7 +9,7 @@ import pytest
 from fhir_assets.definitions import build_definitions
 from fhir_assets.orchestration.tags import REPLAY_TAG
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets.warehouse.ops import replays, runs
+from fhir_assets.warehouse.ops import liveness, replays
 from fhir_assets.warehouse.ops.dead_letters import Selection
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.deployment import Deploy, Deployment
@@ -118,7 +118,7 @@ def test_a_replay_that_died_after_its_commit_is_not_repeated(deployment: Deploym
     """Simulate a run that died between the commit of the validated partition and the load."""
     edit(tmp_path, find_dead_letter(deployment, "p0-0"))
     with connect(deployment.url, autocommit=True) as process:
-        runs.hold_liveness_lock(process, "dead")
+        liveness.hold_liveness_lock(process, "dead")
         replays.request_replay(process, Selection(partition_keys=[KEY]), claimed_by="dead")
     job = build_definitions(deployment.settings).resolve_job_def("replay_dead_letters")
     only_validated = job.execute_in_process(

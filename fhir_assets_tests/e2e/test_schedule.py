@@ -11,7 +11,7 @@ from fhir_assets.orchestration import dead_runs
 from fhir_assets.orchestration.tags import FHIR_SERVER_POOL, RANGE_END, RANGE_START, TRIGGER_TAG
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.process import SandboxServer
-from fhir_assets.warehouse.ops import checkpoints, runs
+from fhir_assets.warehouse.ops import checkpoints, liveness, runs
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.support.dagster_internals import ScheduleExecutionData
@@ -87,7 +87,7 @@ def test_each_tick_requests_the_open_window_by_its_key_with_a_new_run_key(deploy
 def test_nothing_is_requested_while_a_run_lives(deployment: Deployment) -> None:
     run_id = create_started_run(deployment)
     with connect(deployment.url, autocommit=True) as process:
-        runs.hold_liveness_lock(process, run_id)
+        liveness.hold_liveness_lock(process, run_id)
         result = tick(deployment)
     assert not result.run_requests
     assert "not finished" in (result.skip_message or "")
@@ -126,11 +126,11 @@ def test_a_run_holds_its_lock_until_it_ends(deployment: Deployment) -> None:
     def listen(event: dg.EventLogEntry) -> None:
         if event.dagster_event_type is dg.DagsterEventType.STEP_SUCCESS:
             with connect(deployment.url) as conn:
-                seen.append(runs.find_alive(conn, [event.run_id]) == {event.run_id})
+                seen.append(liveness.find_alive(conn, [event.run_id]) == {event.run_id})
 
     ingestion = deployment.ingestion()
     (windows,) = ingestion.find_due(first=NOW, last=NOW)
     outcome = ingestion.load(windows, refresh=Refresh.MISSING, triggered_by="test", listener=listen)
     assert seen == [True] * 3
     with connect(deployment.url) as conn:
-        assert runs.find_alive(conn, [outcome.run_id]) == frozenset()
+        assert liveness.find_alive(conn, [outcome.run_id]) == frozenset()

@@ -71,7 +71,7 @@ def test_a_worker_killed_during_a_load_fails_the_run_with_one_clear_error_and_th
     assert len(failed) == 1
     with connect(killed.url) as conn:
         (reason,) = runs.get_errors(conn, failed[0].run_id)
-    assert "a worker process ended during its work (killed by signal 9)" in reason
+    assert "a worker process was killed by signal 9 (SIGKILL)" in reason
     assert killed.count_loaded() == {}
     assert all(outcome.success for outcome in killed.ingest())
     assert killed.tables() == clean.tables()

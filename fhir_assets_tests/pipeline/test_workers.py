@@ -136,7 +136,7 @@ def test_any_other_error_has_its_type_and_location_but_not_its_message(workers: 
 
 
 def test_a_killed_worker_raises_worker_lost_and_the_next_work_starts_a_new_worker(workers: WorkerPool) -> None:
-    with pytest.raises(WorkerLost, match=r"killed by signal 9.*these windows are unchanged"):
+    with pytest.raises(WorkerLost, match=r"was killed by signal 9 \(SIGKILL\).*These windows are unchanged"):
         run(workers, die, ["a"] * 10)
     assert run(workers, upper, ["again"] * 10) == ["AGAIN"] * 10
 

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
@@ -131,3 +132,23 @@ def record_tick(instance: dg.DagsterInstance, name: str, status: str) -> None:
             error=SerializableErrorInfo("refused", [], None) if status == "FAILURE" else None,
         )
     )
+
+
+def monitor_starting_run(instance: dg.DagsterInstance, run_id: str) -> None:
+    """Fail a run that has not begun in time, as the daemon does."""
+    import logging
+
+    from dagster._daemon.monitoring.run_monitoring import monitor_starting_run
+
+    record = instance.get_run_record_by_id(run_id)
+    assert record
+    monitor_starting_run(instance, record, logging.getLogger("test"))
+
+
+def describe_pod(pod: Any) -> str:
+    """Return what Dagster says about a pod of Kubernetes that failed."""
+    from dagster_k8s.client import DagsterKubernetesClient
+
+    cluster = SimpleNamespace(list_namespaced_event=lambda *_, **__: SimpleNamespace(items=[]))
+    client = DagsterKubernetesClient(None, cluster, None, None, None)  # type: ignore[no-untyped-call]
+    return str(client.get_pod_debug_info("pod", "namespace", pod=pod, include_container_logs=False))

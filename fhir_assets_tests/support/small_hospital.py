@@ -31,7 +31,7 @@ from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.privacy.encryption import NO_ENCRYPTION, Cipher
 from fhir_assets.storage.orphans import find_unreferenced_parts
 from fhir_assets.storage.store import Store, open_store
-from fhir_assets.warehouse.ops import dead_letters, replays, retention, runs
+from fhir_assets.warehouse.ops import dead_letters, liveness, replays, retention, runs
 from fhir_assets.warehouse.ops.dead_letters import Selection, StoredDeadLetter
 from fhir_assets.warehouse.postgres.db.connections import Session, connect
 from fhir_assets.windows import Granularity, WindowScheme
@@ -94,7 +94,7 @@ class SmallHospital:
     def live_run(self, run_id: str) -> Iterator[None]:
         """Mark a run as alive for the block, and record its window as running."""
         with connect(self.url, autocommit=True) as conn:
-            runs.hold_liveness_lock(conn, run_id)
+            liveness.hold_liveness_lock(conn, run_id)
             runs.start(conn, run_id, ["Patient"], [self.key], triggered_by="test", at=NOW)
             yield
             runs.finish(conn, run_id, ["Patient"], [self.key])

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
-from fhir_assets.warehouse.ops import dead_letter_resolution, dead_letters, replays, runs
+from fhir_assets.warehouse.ops import dead_letter_resolution, dead_letters, liveness, replays
 from fhir_assets.warehouse.ops.dead_letter_resolution import DeadLetterResolution
 from fhir_assets.warehouse.ops.dead_letters import DeadLetter, Selection, StoredDeadLetter
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session, connect
@@ -105,7 +105,7 @@ def test_a_dead_letter_that_fails_again_keeps_the_claim_of_a_live_run_only(datab
     replays.request_replay(conn, Selection(ids=[first]), claimed_by="live")
     replays.request_replay(conn, Selection(ids=[second]), claimed_by="killed")
     with connect(database, autocommit=True) as other:
-        runs.hold_liveness_lock(other, "live")
+        liveness.hold_liveness_lock(other, "live")
         dead_letters.record(conn, "load", letters)
         claims = conn.execute("SELECT status, claimed_by, run_id FROM ops.dead_letters ORDER BY id").fetchall()
         assert claims == [("replaying", "live", "load"), ("open", None, "load")]

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from fhir_assets.warehouse.ops import checkpoints, runs
+from fhir_assets.warehouse.ops import checkpoints, liveness, runs
 from fhir_assets.warehouse.postgres.db.connections import Connection, connect
 from fhir_assets_tests.support.views import select
 
@@ -67,10 +67,10 @@ def test_dead_runs_are_marked_as_failed_and_living_runs_are_not(conn: Connection
         start(conn, run_id)
     runs.finish(conn, "done", TYPES, KEYS)
     with connect(database, autocommit=True) as process, connect(database, autocommit=True) as another_step:
-        runs.hold_liveness_lock(process, "living")
-        runs.hold_liveness_lock(another_step, "living")
+        liveness.hold_liveness_lock(process, "living")
+        liveness.hold_liveness_lock(another_step, "living")
         process.close()
-        assert runs.find_alive(conn, ["dead", "living", "done"]) == {"living"}
+        assert liveness.find_alive(conn, ["dead", "living", "done"]) == {"living"}
         assert runs.abandon_dead(conn) == 60
     assert select(conn, "SELECT DISTINCT run_id, status FROM ops.ingestion_runs ORDER BY 1") == [
         ("dead", "FAILED"),

@@ -31,10 +31,11 @@ from fhir_assets.orchestration.dagster_internals import (
     execute_run,
     read_run_id,
 )
+from fhir_assets.orchestration.dead_runs import explain_dead_run
 from fhir_assets.orchestration.instance import lost_messages
 from fhir_assets.retries import RetryPolicy
 from fhir_assets.settings import Settings, load_settings
-from fhir_assets.warehouse.ops import runs
+from fhir_assets.warehouse.ops import liveness
 
 QUEUE = "dagster"
 """The Celery queue of runs."""
@@ -112,11 +113,9 @@ class Launcher(CeleryRunLauncher):
         if record.update_timestamp.replace(tzinfo=UTC) > datetime.now(UTC) - _GRACE:
             return CheckRunHealthResult(WorkerStatus.RUNNING)
         with Warehouse(load_settings()).connect() as conn:
-            if run.run_id in runs.find_alive(conn, [run.run_id]):
+            if run.run_id in liveness.find_alive(conn, [run.run_id]):
                 return CheckRunHealthResult(WorkerStatus.RUNNING)
-        return CheckRunHealthResult(
-            WorkerStatus.FAILED, "The worker of this run has ended: it was killed, or its machine is down."
-        )
+            return CheckRunHealthResult(WorkerStatus.FAILED, explain_dead_run(self._instance, conn, run.run_id))
 
 
 def build_app(settings: Settings) -> Celery:

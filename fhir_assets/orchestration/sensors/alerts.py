@@ -22,6 +22,7 @@ from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.checks.failed_windows import reevaluate_failed_windows
 from fhir_assets.orchestration.failures import sanitized_errors
 from fhir_assets.orchestration.jobs import APPLY_CONSENT, INCREMENTAL_LOAD
+from fhir_assets.orchestration.run_ends import read_reason
 from fhir_assets.orchestration.sensors.recoveries import find_assets, find_selected, record_recoveries
 from fhir_assets.orchestration.tags import PARTITION_TAG, RANGE_END, RANGE_START, UNPARTITIONED
 from fhir_assets.pipeline.consent.due import has_due_decisions
@@ -90,7 +91,7 @@ def build_alerts_sensor(
                         check_runs=bool(runs or checks),
                         settled_jobs=_find_settled_jobs(conn, settings),
                     )
-            delivered = webhook is None or _report(conn, webhook)
+            delivered = webhook is None or _report(conn, context.instance, webhook)
             now = incidents.list_open(conn)
         message = f"Read {runs} ended runs and {checks} evaluations of checks. {_describe_open(now)}"
         if not delivered:
@@ -203,13 +204,15 @@ def _find_assets(
     return find_assets(instance, repository, incident)
 
 
-def _report(conn: Connection, webhook: Webhook) -> bool:
+def _report(conn: Connection, instance: dg.DagsterInstance, webhook: Webhook) -> bool:
     """Send the incidents that have not been reported yet. Return False if the webhook did not accept them."""
     accepted = True
 
     def deliver(opened: list[incidents.Incident], closed: list[incidents.Incident]) -> bool:
         nonlocal accepted
-        accepted = webhook.deliver(opened, closed)
+        failed = {incident.run_id for incident in opened if incident.kind == "run" and incident.run_id}
+        reasons = {run_id: read_reason(instance, run_id) for run_id in failed}
+        accepted = webhook.deliver(opened, closed, {run_id: reason for run_id, reason in reasons.items() if reason})
         return accepted
 
     incidents.announce(conn, deliver)

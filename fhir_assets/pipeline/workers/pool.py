@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from weakref import finalize
 
 from fhir_assets.errors import FhirAssetsError, WorkerLost
+from fhir_assets.process_ends import describe_exit, read_memory_kills
 
 Context = TypeVar("Context")
 Item = TypeVar("Item")
@@ -36,6 +37,9 @@ MIN_SECONDS_TO_START = 1.0
 
 MIN_SECONDS_TO_SHARE = 0.1
 """Work of fewer seconds is done in this process."""
+
+_SECONDS_TO_END = 5.0
+"""The time that a worker may take to end after its pipes were closed."""
 
 _UNITS_PER_WORKER = 2
 """The maximum number of units for each worker in memory. Further units are sent when results are consumed."""
@@ -128,6 +132,7 @@ class WorkerProcess:
     """One worker process and the pipes to it."""
 
     def __init__(self) -> None:
+        self._kills_before = read_memory_kills()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "fhir_assets.pipeline.workers.process"],
             stdin=subprocess.PIPE,
@@ -151,14 +156,20 @@ class WorkerProcess:
             self._process.stdin.flush()
             answer: list[Any] | FhirAssetsError = pickle.load(self._process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError):
-            self._process.kill()
-            code = self._process.wait()
+            reason = self._describe_end()
             self.close()
-            raise WorkerLost(
-                f"a worker process ended during its work ({_describe_exit(code)}): these windows are unchanged. "
-                "Run them again, with fewer FHIR_WORKERS if the machine has too little memory"
-            ) from None
+            raise WorkerLost(f"a worker process {reason}. These windows are unchanged: run them again") from None
         return answer
+
+    def _describe_end(self) -> str:
+        """Return why the process does not answer; end it if it still runs."""
+        try:
+            code = self._process.wait(_SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            return "gave no answer that can be read: report this, it is a defect"
+        return describe_exit(code, before=self._kills_before)
 
     def close(self) -> None:
         """Close the pipes and wait until the process ends, which it does at the end of its input."""
@@ -173,10 +184,6 @@ class WorkerProcess:
 def _close_all(workers: "deque[WorkerProcess]") -> None:
     while workers:
         workers.pop().close()
-
-
-def _describe_exit(code: int) -> str:
-    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _group_into_units(

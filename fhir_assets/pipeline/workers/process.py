@@ -14,6 +14,7 @@ from fhir_assets.errors import FhirAssetsError, PermanentError
 from fhir_assets.file_modes import restrict_umask
 from fhir_assets.foreign_errors import translate_error
 from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
+from fhir_assets.process_ends import OUT_OF_MEMORY_EXIT_CODE
 
 
 @lru_cache(64)
@@ -66,6 +67,8 @@ def main() -> None:
             serve(sys.stdin.buffer, answers)
         except BrokenPipeError:
             os._exit(1)
+        except MemoryError:  # A request or an answer does not fit, so that there is no answer to send.
+            os._exit(OUT_OF_MEMORY_EXIT_CODE)
 
 
 if __name__ == "__main__":

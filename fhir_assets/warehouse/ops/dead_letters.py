@@ -22,7 +22,7 @@ from psycopg.types.json import Jsonb
 from fhir_assets.fhir.record import MalformedResource, parse_instant, read_header
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.privacy.places import dead_letter_place
-from fhir_assets.warehouse.ops import runs
+from fhir_assets.warehouse.ops import liveness
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session, cipher_of
 
 Stage = Literal["fetch", "validate", "transform", "load", "export", "deliver"]
@@ -407,7 +407,7 @@ def _find_live_claimers(conn: Connection) -> list[str]:
     rows = conn.execute(
         "SELECT DISTINCT claimed_by FROM ops.dead_letters WHERE status = 'replaying' AND claimed_by IS NOT NULL"
     ).fetchall()
-    return sorted(runs.find_alive(conn, [claimer for (claimer,) in rows])) if rows else []
+    return sorted(liveness.find_alive(conn, [claimer for (claimer,) in rows])) if rows else []
 
 
 def _last_updated(resource: bytes | None) -> datetime | None:

@@ -17,7 +17,7 @@ from datetime import datetime
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
-from fhir_assets.warehouse.ops import corrections, dead_letters, runs
+from fhir_assets.warehouse.ops import corrections, dead_letters, liveness
 from fhir_assets.warehouse.ops.dead_letter_resolution import SUPERSEDED
 from fhir_assets.warehouse.ops.dead_letters import Selection
 from fhir_assets.warehouse.postgres import version_order
@@ -557,4 +557,4 @@ def _find_ended_claimers(conn: Connection) -> list[str]:
         "SELECT DISTINCT claimed_by FROM ops.dead_letters WHERE status = 'replaying' AND claimed_by IS NOT NULL"
     ).fetchall()
     claimers = [claimer for (claimer,) in rows]
-    return sorted(set(claimers) - runs.find_alive(conn, claimers))
+    return sorted(set(claimers) - liveness.find_alive(conn, claimers))

@@ -1,7 +1,7 @@
 """``ops.ingestion_runs``: state and counts of each run, one row for each resource type and partition.
 
-This module writes the rows and detects dead runs. Lists of runs for the command line and the API are in
-``run_history``.
+This module writes the rows. Lists of runs for the command line and the API are in ``run_history``; ``liveness`` finds
+dead runs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from psycopg import sql
 from psycopg.rows import dict_row
 
 from fhir_assets.catalog import LOAD_ORDER
-from fhir_assets.warehouse.postgres.db import advisory_locks
+from fhir_assets.warehouse.ops import liveness
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 COUNTS = ("server_total", "fetched", "older", "valid", "dead", "withheld", "superseded", "loaded")
@@ -27,19 +27,6 @@ or dead letters of the load.
 """
 
 _SUMMED = COUNTS[1:]
-_FIND_ALIVE = """
-    SELECT run_id
-    FROM unnest(%(runs)s::text[]) run_id
-    WHERE EXISTS (
-        SELECT FROM pg_locks
-        WHERE locktype = 'advisory'
-            AND granted
-            AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-            AND classid::bigint = %(key)s
-            AND objid::bigint = hashtext(run_id)::bigint & 4294967295
-    )
-"""
-
 
 RESULTS = ("valid", "loaded", "superseded", "dead", "withheld")
 """The members of COUNTS that describe the outcome of the resources of a window."""
@@ -307,31 +294,9 @@ def abandon(conn: Connection, run_id: str, *, error: str) -> int:
     ).rowcount
 
 
-def hold_liveness_lock(conn: Connection, run_id: str) -> None:
-    """Mark the run as alive until this connection closes. Postgres releases the lock when the process dies."""
-    conn.execute("SELECT pg_advisory_lock_shared(%s, hashtext(%s))", [advisory_locks.LIVE_RUN, run_id])
-
-
-def take_execution(conn: Connection, run_id: str) -> bool:
-    """Return whether this connection may execute the run: until it closes, no other connection may."""
-    row = conn.execute(
-        "SELECT pg_try_advisory_lock(%s, hashtext(%s))", [advisory_locks.EXECUTED_RUN, run_id]
-    ).fetchone()
-    assert row is not None
-    return bool(row[0])
-
-
-def find_alive(conn: Connection, run_ids: Sequence[str]) -> frozenset[str]:
-    """Return the ids among ``run_ids`` whose liveness lock is held by a process."""
-    rows = conn.execute(_FIND_ALIVE, {"key": advisory_locks.LIVE_RUN, "runs": list(run_ids)})
-    return frozenset(run_id for (run_id,) in rows)
-
-
-def abandon_dead(conn: Connection, *, error: str = "the process of the run was killed or crashed") -> int:
+def abandon_dead(conn: Connection) -> int:
     """Set the status of RUNNING rows of all dead runs to FAILED, and return their number."""
-    started = conn.execute("SELECT DISTINCT run_id FROM ops.ingestion_runs WHERE status = 'RUNNING'").fetchall()
-    dead = {run_id for (run_id,) in started}.difference(find_alive(conn, [run_id for (run_id,) in started]))
-    return sum(abandon(conn, run_id, error=error) for run_id in sorted(dead))
+    return sum(abandon(conn, run_id, error=liveness.DEAD) for run_id in liveness.find_dead(conn))
 
 
 def find_by_prefix(conn: Connection, prefix: str) -> list[str]:
