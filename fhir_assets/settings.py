@@ -11,9 +11,18 @@ from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
-from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from fhir_assets.catalog import BY_NAME, CATALOG
@@ -201,8 +210,15 @@ class Settings(BaseSettings):
         description="Foreign keys between the tables, declared but not enforced, for tools that draw diagrams; needs "
         "Postgres 18. `migrate` creates and drops them",
     )
+    # Before db_url, which takes it in.
+    db_password: SecretStr | None = Field(
+        None, description="The password of the user of DB_URL, if DB_URL has none; no character is escaped"
+    )
     db_url: SecretStr | None = Field(
         None, description="The URL of a Postgres 15 or newer; unset: the embedded Postgres"
+    )
+    dagster_postgres_password: SecretStr | None = Field(
+        None, description="The password of the user of DAGSTER_POSTGRES_URL, if that URL has none; as DB_PASSWORD"
     )
     fhir_assets_home: Path = Field(
         Path(".fhir_assets"), description="The folder of the embedded Postgres, the store and Dagster"
@@ -419,6 +435,11 @@ class Settings(BaseSettings):
             raise ValueError("an origin is https:// or http:// with a host and, if it is not the usual one, a port")
         return tuple(origin.rstrip("/") for origin in value)
 
+    @field_validator("db_url")
+    @classmethod
+    def _add_db_password(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        return SecretStr(_add_password(value.get_secret_value(), info.data.get("db_password"))) if value else None
+
     @field_validator("fhir_owners")
     @classmethod
     def _valid_owners(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -535,6 +556,11 @@ class Settings(BaseSettings):
         """The time before the previous load that the next load of the open window fetches again."""
         return timedelta(seconds=self.fhir_overlap_seconds)
 
+    def find_dagster_url(self) -> str | None:
+        """Return DAGSTER_POSTGRES_URL of the environment, with DAGSTER_POSTGRES_PASSWORD; None if it is unset."""
+        url = os.environ.get("DAGSTER_POSTGRES_URL")
+        return _add_password(url, self.dagster_postgres_password) if url else None
+
     def require_broker(self) -> str:
         """Return CELERY_BROKER_URL. Raises ConfigurationError if it is unset."""
         if self.celery_broker_url is None:
@@ -565,6 +591,15 @@ def load_settings(**overrides: object) -> Settings:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
         raise ConfigurationError(f"The file .env in this folder cannot be read: {reason}: correct it") from None
+
+
+def _add_password(url: str, password: SecretStr | None) -> str:
+    """Return the URL of a database with a password, unless it has one."""
+    parts = urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    if password is None or ":" in user:
+        return url
+    return parts._replace(netloc=f"{user if at else ''}:{quote(password.get_secret_value(), safe='')}@{host}").geturl()
 
 
 def _cores() -> int:

@@ -8,7 +8,7 @@ defect of the project. Drivers are recognized by the attributes of their errors,
 
 from fhir_assets.errors import FhirAssetsError
 from fhir_assets.foreign_errors.network import translate_network_error
-from fhir_assets.foreign_errors.postgres import LOST, translate_postgres_error
+from fhir_assets.foreign_errors.postgres import LOST, note_login, translate_postgres_error
 from fhir_assets.foreign_errors.s3 import translate_s3_error
 from fhir_assets.foreign_errors.system import choose_error, choose_store_error, translate_system_error
 
@@ -16,6 +16,7 @@ __all__ = [
     "LOST",
     "choose_error",
     "choose_store_error",
+    "note_login",
     "translate_error",
     "translate_s3_error",
     "was_interrupted",

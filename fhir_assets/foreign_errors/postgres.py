@@ -46,11 +46,6 @@ _ERRORS: dict[str, tuple[type[FhirAssetsError], str]] = {
     "55006": (DatabaseUnavailable, "another session uses an object of Postgres: end it, or try again later"),
     "28": (ConfigurationError, "Postgres refuses the user or the password of DB_URL: correct them"),
     "3D000": (ConfigurationError, "the database of DB_URL does not exist: create it, or correct DB_URL"),
-    "42501": (
-        ConfigurationError,
-        "the user of DB_URL lacks a right in Postgres: grant it the role fhir_loader (or fhir_operator), or run the "
-        "command as the user that owns the schema",
-    ),
     "42P01": (ConfigurationError, "a table is missing in Postgres: run `fhir-assets migrate`, or restore the table"),
     "42703": (ConfigurationError, "a column is missing in Postgres: run `fhir-assets migrate`, or restore the column"),
     "42883": (ConfigurationError, "a function is missing in Postgres: run `fhir-assets migrate`, or restore it"),
@@ -85,6 +80,40 @@ _ERRORS: dict[str, tuple[type[FhirAssetsError], str]] = {
 """The error and its sentence by SQLSTATE, or by the class of SQLSTATEs: its first two characters."""
 
 
+_MISSING_RIGHT = "42501"
+_REFUSALS = ("permission denied", "must be ", "only ")
+"""How the sentences of Postgres about a missing right begin. They name an object and no value; others may quote one."""
+
+_LOGIN = "The login of the session is "
+
+
+def note_login(error: BaseException, login: str) -> None:
+    """Keep with an error of Postgres about a missing right which login lacks it, which Postgres does not say."""
+    if getattr(error, "sqlstate", None) == _MISSING_RIGHT and not _find_login(error):
+        error.add_note(f"{_LOGIN}{login}")
+
+
+def _find_login(error: BaseException) -> str | None:
+    """Return the login that lacks a right, if ``note_login`` or psycopg2 kept it."""
+    for note in getattr(error, "__notes__", ()):
+        if note.startswith(_LOGIN):
+            return str(note.removeprefix(_LOGIN))
+    connection = getattr(getattr(error, "cursor", None), "connection", None)
+    return getattr(getattr(connection, "info", None), "user", None)
+
+
+def _describe_missing_right(error: BaseException) -> ConfigurationError:
+    login = _find_login(error)
+    refusal = str(getattr(getattr(error, "diag", None), "message_primary", None) or "")
+    right = f": {refusal}" if refusal.startswith(_REFUSALS) else ""
+    return ConfigurationError(
+        f"{f'the login {login}' if login else 'the user of DB_URL'} lacks a right in Postgres{right}. Run this process "
+        "with the login that is made for it, grant its login the role of the process (`fhir-assets roles` lists them: "
+        "fhir_loader, fhir_operator, …), or run the command as the owner of the database "
+        f"(SQLSTATE {_MISSING_RIGHT})"
+    )
+
+
 def translate_postgres_error(error: BaseException) -> FhirAssetsError | None:
     """Return the error of the project for an error of psycopg, psycopg2 or a pool of connections; None for others."""
     if type(error).__module__.partition(".")[0] not in _DRIVERS and not hasattr(error, "sqlstate"):
@@ -93,5 +122,7 @@ def translate_postgres_error(error: BaseException) -> FhirAssetsError | None:
     if state is None:
         names = {base.__name__ for base in type(error).__mro__}
         return DatabaseUnavailable(LOST) if names & _LOST_CONNECTIONS else None
+    if state == _MISSING_RIGHT:
+        return _describe_missing_right(error)
     kind, sentence = _ERRORS.get(state) or _ERRORS.get(state[:2]) or (None, "")
     return kind(f"{sentence} (SQLSTATE {state})") if kind else None

@@ -4,7 +4,6 @@ The database is read when Prometheus scrapes, but at most once in ``MAX_AGE_SECO
 yields no series. If the database cannot be reached, the only series is ``fhir_database_up 0``.
 """
 
-import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -287,7 +286,7 @@ def register_database_metrics(settings: Settings, connect: OpenConnection) -> It
 
 def dagster_url(settings: Settings) -> str:
     """Return the URL of Dagster's own database. Raises DatabaseUnavailable."""
-    if url := os.environ.get("DAGSTER_POSTGRES_URL"):
+    if url := settings.find_dagster_url():
         return connections.normalise_url(url)
     if settings.db_url is None:
         return embedded.ensure(settings.home, embedded.DAGSTER_DATABASE, port=settings.fhir_postgres_port)

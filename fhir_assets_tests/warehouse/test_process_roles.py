@@ -11,10 +11,12 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 from typer.testing import CliRunner
 
 from fhir_assets.cli.main import app
 from fhir_assets.delivery.connector import dead_letters, outbox, progress
+from fhir_assets.errors import ConfigurationError
 from fhir_assets.metrics.pipeline import build_collector
 from fhir_assets.privacy.audit import AuditRecord
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
@@ -226,6 +228,34 @@ def test_a_password_that_is_not_set_and_an_owner_without_the_right_are_reported(
     assert "NO_SUCH, which is not set" in str(result.exception)
     result = CliRunner().invoke(app, ["roles"], env=environment)
     assert "run `fhir-assets roles` as their owner" in str(result.exception)
+
+
+def test_each_login_has_a_password_of_its_own_and_none_the_password_of_another(database: str) -> None:
+    names = [f"POSTGRES_{login.removeprefix('fhir_assets_').upper()}_PASSWORD" for login in LOGINS.values()]
+    passwords = {name: f"p@ss:w/rd#{name}" for name in names[1:]}
+    arguments = ["--logins", "--password-env", "POSTGRES_{}_PASSWORD"]
+    query = "SELECT rolname, rolpassword FROM pg_authid WHERE rolname = ANY(%s)"
+    with connect(database, autocommit=True) as conn:
+        for login in LOGINS.values():
+            roles.ensure_login(conn, login, role_rights.READER, "before")
+        before: dict[str, str] = dict(conn.execute(query, [[*LOGINS.values()]]).fetchall())
+        run_roles(database, *arguments, **passwords)
+        after: dict[str, str] = dict(conn.execute(query, [[*LOGINS.values()]]).fetchall())
+        for login in LOGINS.values():
+            conn.execute(sql.SQL("REVOKE {} FROM {}").format(*map(sql.Identifier, (role_rights.READER, login))))
+    # The password of a login without a variable is kept.
+    assert [login for login in LOGINS.values() if before[login] == after[login]] == [LOGINS[role_rights.LOADER]]
+    owner = database.replace("postgres@", f"postgres:{names[0]}@")
+    for refused, url in (
+        ({}, database),
+        ({names[1]: "same", names[2]: "same"}, database),
+        ({names[1]: names[0], names[2]: "other"}, owner),
+    ):
+        environment = {"DB_URL": url, **dict.fromkeys(names), **refused}
+        result = CliRunner().invoke(app, ["roles", *arguments], env=environment)
+        assert isinstance(result.exception, ConfigurationError)
+        assert (names[1] if refused else names[0]) in str(result.exception)
+        assert "same" not in str(result.exception).replace("are the same", "")
 
 
 @pytest.fixture

@@ -101,12 +101,11 @@ def open_instance(settings: Settings) -> dg.DagsterInstance:
 
 
 def find_dagster_url(settings: Settings) -> str:
-    """Return DAGSTER_POSTGRES_URL if it is set, else the URL of the database ``dagster`` of the settings.
+    """Return DAGSTER_POSTGRES_URL with its password; if it is unset, the URL of the settings' database ``dagster``.
 
     The database is created if it does not exist, and the embedded Postgres is started. Raises DatabaseUnavailable.
     """
-    url = os.environ.get("DAGSTER_POSTGRES_URL")
-    return url or connections.normalise_url(ensure_dagster_database(settings), "psycopg2")
+    return settings.find_dagster_url() or connections.normalise_url(ensure_dagster_database(settings), "psycopg2")
 
 
 def ensure_dagster_database(settings: Settings) -> str:

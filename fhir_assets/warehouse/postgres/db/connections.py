@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeVar, overload
+from typing import Any, Self, TypeVar, overload
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import psycopg
@@ -18,6 +18,7 @@ from psycopg import sql
 from psycopg_pool import ConnectionPool
 
 from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, MissingCipher
+from fhir_assets.foreign_errors import note_login
 from fhir_assets.privacy.encryption import Cipher
 from fhir_assets.sources import DEFAULT_SOURCE, require_source_key
 from fhir_assets.warehouse.postgres.db import time_loaders
@@ -40,6 +41,17 @@ _HINTS = (
     ("no pg_hba.conf entry", "the server does not admit this user from this host (pg_hba.conf)"),
     ('" does not exist', "the database or the user in DB_URL does not exist there: create it first"),
 )
+
+
+class _Cursor(psycopg.Cursor[tuple[Any, ...]]):
+    """A cursor that keeps the login with an error about a missing right."""
+
+    def execute(self, *args: Any, **options: Any) -> Self:
+        try:
+            return super().execute(*args, **options)
+        except psycopg.errors.InsufficientPrivilege as error:
+            note_login(error, self.connection.info.user)
+            raise
 
 
 class Session(psycopg.Connection[tuple[Any, ...]]):
@@ -280,6 +292,7 @@ def _build_options(source: str) -> dict[str, Any]:
         "application_name": "fhir_assets",
         "options": options,
         "context": time_loaders.CONTEXT,
+        "cursor_factory": _Cursor,
         # PGCLIENTENCODING of the environment must not change how texts are sent.
         "client_encoding": "UTF8",
     }

@@ -1,5 +1,7 @@
 """A role and a login for each process of a deployment, made at once for the database and for that of Dagster."""
 
+from collections.abc import Mapping
+
 import psycopg
 
 from fhir_assets.errors import ConfigurationError
@@ -53,11 +55,11 @@ def grant_all(conn: Connection, dagster_conn: Connection) -> None:
         ) from None
 
 
-def ensure_logins(conn: Connection, password: str | None) -> None:
-    """Create the login of each process, with ``password`` if it is given. Raises ConfigurationError."""
+def ensure_logins(conn: Connection, passwords: Mapping[str, str]) -> None:
+    """Create the login of each process; ``passwords`` has those that are set, by login. Raises ConfigurationError."""
     try:
         for role, login in LOGINS.items():
-            roles.ensure_login(conn, login, role, password)
+            roles.ensure_login(conn, login, role, passwords.get(login))
     except psycopg.errors.InsufficientPrivilege:
         raise ConfigurationError(
             "the user of DB_URL may not create logins: run `fhir-assets roles --logins` as an administrator"

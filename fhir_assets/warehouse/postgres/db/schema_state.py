@@ -114,7 +114,8 @@ def _read_state(conn: Connection) -> tuple[str | None, list[str]]:
         return revision, list_missing_partitions(conn) if revision else []
     except psycopg.errors.InsufficientPrivilege:
         raise ConfigurationError(
-            "The user of DB_URL has no rights to schema ops: grant it the role fhir_loader, or fhir_operator"
+            f"The login {conn.info.user} of DB_URL has no rights to schema ops: run the process with the login that is "
+            "made for it, or grant it the role fhir_loader, or that of the process (`fhir-assets roles` lists them)"
         ) from None
 
 
