@@ -21,7 +21,7 @@ from fhir_assets.orchestration.instance import config
 from fhir_assets.privacy.audit import Action, AuditRecord
 from fhir_assets.settings import load_settings
 from fhir_assets.storage.landing_zone import ENCRYPTED, hash_content
-from fhir_assets.warehouse.ops import audit_log, landing_files
+from fhir_assets.warehouse.ops import audit_log, landing_files, landing_reports
 
 app = typer.Typer(help="List and load the files of the landing zone (FHIR_LANDING_URL).", no_args_is_help=True)
 
@@ -33,17 +33,22 @@ def list_files(
     status: Annotated[
         str | None, typer.Option(help="Only this status: arriving, ready, loaded, failed, ignored or bad")
     ] = None,
+    label: Annotated[
+        str, typer.Option(help="Only names that begin so, or with encryption keys: labels, as the database has them")
+    ] = "",
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Print at most this many")] = 100,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON")] = False,
 ) -> None:
     """List the files of the landing zone as of the last scan, newest first.
 
     A file is `ignored` if the landing zone does not read files with its suffix. It is `bad` if it could not be read, or
-    if some of its dead letters are not resolved.
+    if some of its dead letters are not resolved. With encryption keys, names are encrypted in the database, which has a
+    label for each; a name that cannot be decrypted is printed as its label.
     """
     settings = load_settings()
     with Warehouse(settings).connect() as conn:
-        files = landing_files.list_files(conn, build_landing_zone(settings).url, status=status, limit=limit)
+        zone = build_landing_zone(settings).url
+        files = landing_reports.list_files(conn, zone, status=status, label=label, limit=limit)
     if json:
         print_json(files)
     else:

@@ -264,6 +264,11 @@ class Cipher:
         """
         return hmac.digest(self._identity_key, f"{resource_type}/{number}".encode(), "sha256").hex()[:32]
 
+    def hash_file_name(self, source: str, folder: str, name: str) -> str:
+        """Return the hash that stands for the name of a file of a source: HMAC-SHA256, 32 hexadecimal digits."""
+        content = f"{source}\0{folder}\0{name}".encode("utf-8", "surrogatepass")
+        return hmac.digest(self._file_name_key, content, "sha256").hex()[:32]
+
     def chain_link(self, content: bytes) -> bytes:
         """Return the link of a record in a hash chain: an HMAC-SHA256, which only a holder of the keys can forge."""
         return hmac.digest(self._chain_key, content, "sha256")
@@ -287,6 +292,10 @@ class Cipher:
     @cached_property
     def _identity_key(self) -> bytes:
         return self._hash_key("identity")
+
+    @cached_property
+    def _file_name_key(self) -> bytes:
+        return self._hash_key("file name")
 
     @cached_property
     def _chain_key(self) -> bytes:

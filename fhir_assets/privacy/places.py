@@ -59,6 +59,11 @@ def answer_place(key: bytes) -> Place:
     return Place("ops.idempotency", "answer", "", key.hex())
 
 
+def landing_name_place(source: str, zone: str, label: str) -> Place:
+    """Return the place of the name of a file of a landing zone; ``label`` stands for it in its row."""
+    return Place("ops.landing_files", "name", source, f"{zone}\0{label}")
+
+
 SECRET_PLACE = Place("ops.encryption", "secret", "", "")
 """The place of the secret of the keyed hashes."""
 

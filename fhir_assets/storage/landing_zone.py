@@ -148,7 +148,7 @@ class BucketZone:
 
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading. Raises StoreError."""
-        return self.bucket.open(name)
+        return self.bucket.open(name, called="a file of the landing zone")
 
     def put(self, name: str, content: bytes) -> LandingFile:
         """Write a file, which appears complete, and return it as it is listed. Raises StoreError."""

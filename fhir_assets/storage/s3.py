@@ -123,9 +123,9 @@ class Bucket:
             raise StoreError(f"{self.url}/{name} is larger than {SMALL_OBJECT_BYTES} bytes, as no manifest is")
         return content
 
-    def open(self, name: str) -> BinaryIO:
-        """Open ``name`` for reading. The stream resumes after a broken connection."""
-        raw = _Stream(self, self.key(name))
+    def open(self, name: str, *, called: str | None = None) -> BinaryIO:
+        """Open ``name`` for reading. The stream resumes after a broken connection. Errors say ``called`` instead."""
+        raw = _Stream(self, self.key(name), called or self.key(name))
         return cast(BinaryIO, io.BufferedReader(raw, READ_BYTES))
 
     def listing(self, prefix: str = "") -> Iterator[ListedObject]:
@@ -278,12 +278,13 @@ class S3Blobs:
 class _Stream(io.RawIOBase):
     """The content of an object. A broken connection is resumed at the next byte of the same version of the object."""
 
-    def __init__(self, bucket: Bucket, key: str) -> None:
+    def __init__(self, bucket: Bucket, key: str, called: str) -> None:
         self._bucket = bucket
         self._key = key
+        self._called = called
         self._position = 0
         self._version: str | None = None
-        self._waits = Waits(bucket.limits, f"read {key} in {bucket.url}")
+        self._waits = Waits(bucket.limits, f"read {called} in {bucket.url}")
         self._body: Any = None
         self._body = self._open()
 
@@ -296,13 +297,13 @@ class _Stream(io.RawIOBase):
 
         for attempt in range(_RESUMES + 1):
             try:
-                with self._bucket.translate_failures(f"read {self._key}"), self._waits.wait():
+                with self._bucket.translate_failures(f"read {self._called}"), self._waits.wait():
                     piece = self._body.read(len(buffer))
                 break
             except (BotoCoreError, HTTPError, OSError) as error:
                 if attempt == _RESUMES:
                     raise StoreUnavailable(
-                        f"the connection to {self._bucket.url} broke repeatedly while {self._key} was read "
+                        f"the connection to {self._bucket.url} broke repeatedly while {self._called} was read "
                         f"({type(error).__name__}): run it again"
                     ) from None
                 self._body.close()
@@ -323,7 +324,7 @@ class _Stream(io.RawIOBase):
             request["Range"] = f"bytes={self._position}-"
             request["IfMatch"] = self._version or ""
         client = self._bucket.client
-        with self._bucket.translate_errors(f"read {self._key}"), self._waits.wait():
+        with self._bucket.translate_errors(f"read {self._called}"), self._waits.wait():
             response = client.get_object(**request)
         # A server may know neither header, and send the whole content, or that of another version.
         started = str(response.get("ContentRange", "bytes 0-")).startswith(f"bytes {self._position}-")
@@ -331,8 +332,8 @@ class _Stream(io.RawIOBase):
         if self._position and not (started and version and version == self._version):
             response["Body"].close()
             raise StoreUnavailable(
-                f"the connection to {self._bucket.url} broke while {self._key} was read, and the server cannot resume "
-                "it: run it again"
+                f"the connection to {self._bucket.url} broke while {self._called} was read, and the server cannot "
+                "resume it: run it again"
             )
         self._version = version
         return response["Body"]

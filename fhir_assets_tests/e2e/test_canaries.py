@@ -174,17 +174,27 @@ def test_no_patient_data_leaks_outside_encrypted_storage(
         # The landing zone
         zone = LandingZone(deployment.settings.fhir_landing_url)
         zone.put(
-            "good.ndjson",
+            f"{mark('the name of a file')}.ndjson",
             b"\n".join([population.patient("landed"), *population.invalid("p0"), *population.unreadable()]),
         )
-        zone.put("cut.json", b'{"resourceType":"Bundle","type":"batch","entry":[{"resource":' + resources[0])
-        zone.put("cut.ndjson.gz", gzip.compress(b"\n".join(resources))[:-200])
-        zone.put("no.json", resources[0][:100])
-        zone.put("visits.csv", build_visits(canaries))
-        zone.put("others.csv", f'{mark("a column")},mrn\n{mark("a cell")},"{mark("an mrn")}\n'.encode())
-        zone.put("list.json", json.dumps({"entry": [mark("an entry")], "resourceType": mark("a type")}).encode())
+        zone.put(
+            f"{mark('the name of a file')}.json",
+            b'{"resourceType":"Bundle","type":"batch","entry":[{"resource":' + resources[0],
+        )
+        zone.put(f"{mark('the name of a file')}.ndjson.gz", gzip.compress(b"\n".join(resources))[:-200])
+        zone.put(f"{mark('the name of a file')}.json", resources[0][:100])
+        zone.put(f"{mark('the name of a file')}.csv", build_visits(canaries))
+        zone.put(
+            f"{mark('the name of a file')}.csv",
+            f'{mark("a column")},mrn\n{mark("a cell")},"{mark("an mrn")}\n'.encode(),
+        )
+        zone.put(
+            f"{mark('the name of a file')}.json",
+            json.dumps({"entry": [mark("an entry")], "resourceType": mark("a type")}).encode(),
+        )
         assert pipeline.run("landing", "load") in (0, 1, 75, 78)
-        pipeline.run("landing", "list")
+        listed = pipeline.show("landing", "list", "--json")
+        assert sum(f["name"].startswith(canaries.stem) for f in json.loads(listed)) == 7, "shown to those with the keys"
 
         # Commands of an operator
         dead_letter_ids = [
@@ -204,7 +214,7 @@ def test_no_patient_data_leaks_outside_encrypted_storage(
         send_refused_requests(pipeline, serve, population, canaries)
 
         # Actions whose audit records cannot be stored
-        zone.put("more.ndjson", population.patient("landed-later"))
+        zone.put(f"{mark('the name of a file')}.ndjson", population.patient("landed-later"))
         tick(deployment)
         tick(deployment)
         with connect(site.url) as conn:

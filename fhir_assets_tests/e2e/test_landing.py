@@ -9,8 +9,9 @@ import dagster as dg
 import pytest
 
 from fhir_assets.deployment.landing import build_landing_zone
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.privacy.keys import new_key
-from fhir_assets.warehouse.ops import landing_files, received
+from fhir_assets.warehouse.ops import landing_files, landing_reports, received
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.support.deployment import Deploy, Deployment
@@ -238,9 +239,9 @@ def test_with_keys_files_that_the_api_lands_are_encrypted_and_still_identified_b
     tick(deployment)
     assert tick(deployment).run_requests
     assert not check(receive(deployment)).passed
-    landing_files_rows = deployment.query(
-        "SELECT name, status, known_before, error FROM ops.landing_files ORDER BY name"
-    )
-    assert landing_files_rows[0] == ("again.ndjson", "loaded", True, None)
-    assert landing_files_rows[1][:2] == ("cut.ndjson", "failed")
-    assert "truncated" in str(landing_files_rows[1][3])
+    with Warehouse(deployment.settings).connect() as conn:
+        listed = {file["name"]: file for file in landing_reports.list_files(conn, zone.url)}
+    again = listed["again.ndjson"]
+    assert (again["status"], again["known_before"], again["error"]) == ("loaded", True, None)
+    assert listed["cut.ndjson"]["status"] == "failed"
+    assert "truncated" in listed["cut.ndjson"]["error"]

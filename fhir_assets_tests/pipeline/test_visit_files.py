@@ -24,7 +24,7 @@ from fhir_assets.pipeline.receive.receiver import Receiver
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.storage.landing_zone import open_zone
 from fhir_assets.storage.store import Store, open_store
-from fhir_assets.warehouse.ops import landing_files, received, visits
+from fhir_assets.warehouse.ops import landing_files, landing_reports, received, visits
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets.warehouse.postgres.tables import deletions
 from fhir_assets.windows import Granularity, WindowScheme
@@ -176,8 +176,8 @@ def test_empty_files_are_bad_and_other_suffixes_are_listed_as_ignored(deployment
     deployment.put("good.csv.done", b"")
     deployment.receive()
     deployment.receive()
-    with connect(deployment.url) as conn:
-        files = landing_files.list_files(conn, str(deployment.folder))
+    with connect(deployment.url, cipher=NO_ENCRYPTION) as conn:
+        files = landing_reports.list_files(conn, str(deployment.folder))
     assert {file["name"]: file["status"] for file in files if file["status"] != "loaded"} == {
         "letter.xml": "ignored",
         "table.xlsx": "ignored",

@@ -57,6 +57,13 @@ class Pipeline:
         """Run ``fhir-assets`` and return its exit code."""
         return self.start(*arguments, **changed).wait(180)
 
+    def show(self, *arguments: str) -> bytes:
+        """Run ``fhir-assets`` and return its output, which is for those who hold the keys and is not stored."""
+        command = [str(Path(sys.executable).with_name("fhir-assets")), *arguments]
+        return subprocess.run(
+            command, env=self.environment(), cwd=self.site.home, check=True, capture_output=True, timeout=180
+        ).stdout
+
     def ingest(self, day: datetime, **changed: str) -> int:
         return self.run("ingest", "--from", f"{day:%Y-%m-%d}", "--to", f"{day:%Y-%m-%d}", **changed)
 

@@ -44,7 +44,7 @@ NEW_COLUMNS = [
     ("ops.consent_records", "keys"),
     ("ops.consent_policy", "subjects"),
     *(("ops.received", name) for name in ("arrivals", "posted")),
-    ("ops.landing_files", "posted"),
+    *(("ops.landing_files", name) for name in ("posted", "encrypted_name", "key_id")),
     *(("ops.ingestion_runs", name) for name in ("older", "superseded", "seconds")),
     *(("ops.dead_letters", name) for name in ("arrived", "dated")),
     *(("ops.visit_persons", name) for name in ("name", "birth")),

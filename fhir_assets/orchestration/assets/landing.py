@@ -19,8 +19,8 @@ from fhir_assets.orchestration.run_requests import UNFINISHED
 from fhir_assets.pipeline.landing.step import LandingResult
 from fhir_assets.pipeline.receive.receiver import Received
 from fhir_assets.settings import Settings
-from fhir_assets.warehouse.ops import landing_files
-from fhir_assets.warehouse.ops.landing_files import ZoneState
+from fhir_assets.warehouse.ops import landing_files, landing_reports
+from fhir_assets.warehouse.ops.landing_reports import ZoneState
 
 KEY = dg.AssetKey(["landing"])
 CHECK = "files_are_whole"
@@ -57,7 +57,7 @@ def build_landing(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
         with sanitized_errors():
             landed = build_landing_step(settings, warehouse).run(context.run.run_id, on_received=report)
         with sanitized_errors(), warehouse.connect() as conn:
-            state = landing_files.get_zone_state(conn, build_landing_zone(settings).url, sample=_SAMPLE_SIZE)
+            state = landing_reports.get_zone_state(conn, build_landing_zone(settings).url, sample=_SAMPLE_SIZE)
         yield dg.MaterializeResult(
             metadata=_metadata(landed, perf_counter() - started), check_results=[_evaluate(state)]
         )
@@ -81,7 +81,7 @@ def build_landing(settings: Settings, warehouse: Warehouse) -> dg.Definitions:
             waiting = build_landing_step(settings, warehouse).scan()
         with sanitized_errors(), warehouse.connect() as conn:
             zone = build_landing_zone(settings).url
-            state = landing_files.get_zone_state(conn, zone, sample=_SAMPLE_SIZE)
+            state = landing_reports.get_zone_state(conn, zone, sample=_SAMPLE_SIZE)
             retries = landing_files.find_retries(conn, zone)
         # The result of the check can change without a run, for example when dead letters of the files are resolved.
         cursor = f"{state.bad} bad files"

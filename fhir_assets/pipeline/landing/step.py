@@ -106,11 +106,7 @@ class LandingStep:
         with self._connect() as conn, conn.transaction():
             landing_files.record_listing(conn, self._zone.url, self._list_files(assume_complete))
             reserved_since = post_loader.find_reserved_since(conn, now)
-            return len(
-                landing_files.find_ready(
-                    conn, self._zone.url, now=now, limit=MAX_FILES_PER_RUN, reserved_since=reserved_since
-                )
-            )
+            return landing_files.count_ready(conn, self._zone.url, now=now, reserved_since=reserved_since)
 
     def run(self, run_id: str, *, on_received: Callable[[Received], None] = lambda _: None) -> LandingResult:
         """Receive the waiting files: oldest first, then the visit files in batches.

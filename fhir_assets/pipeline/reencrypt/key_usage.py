@@ -21,7 +21,8 @@ class KeyUsage:
     """The number of stored items by location and stored key id; key None counts items in clear text.
 
     Locations: ``resources`` (fhir.resource), ``rows`` (of the views), ``withheld``, ``consents``, ``dead_letters``,
-    ``corrections``, ``answers`` (ops.idempotency), ``parts`` (of the store), ``secret`` (of the hashes).
+    ``corrections``, ``landing_files`` (their names), ``answers`` (ops.idempotency), ``parts`` (of the store),
+    ``secret`` (of the hashes).
     """
 
     counts: Mapping[str, Counter[str | None]]

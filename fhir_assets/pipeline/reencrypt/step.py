@@ -28,7 +28,7 @@ from fhir_assets.warehouse.ops import audit_log, encryption_secret, key_rotation
 from fhir_assets.warehouse.postgres.db import session_settings
 from fhir_assets.warehouse.postgres.db.connections import Connection, OpenSession, Session, cipher_of
 from fhir_assets.warehouse.postgres.resources import decrypt_resource
-from fhir_assets.warehouse.postgres.tables import reencryption_batches, view_tables
+from fhir_assets.warehouse.postgres.tables import clear_landing_names, reencryption_batches, view_tables
 from fhir_assets.warehouse.postgres.tables.encrypted_tables import ENCRYPTED_TABLES
 from fhir_assets.warehouse.postgres.tables.loading import Loader
 
@@ -42,6 +42,7 @@ BUSY_TIMEOUT_SECONDS = 60.0
 
 RESOURCES = "resources"
 ROWS = "rows"
+LANDING_FILES = "landing_files"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,13 @@ class ReencryptStep:
     def _reencrypt_all(self, conn: Session, cipher: Cipher) -> None:
         older = cipher.outdated_key_ids
         newest = cipher.key_id or ""
+        self._reencrypt_batches(
+            conn,
+            LANDING_FILES,
+            LANDING_FILES,
+            partial(clear_landing_names.find_rows, conn),
+            partial(clear_landing_names.encrypt_rows, conn),
+        )
         for encrypted_table in ENCRYPTED_TABLES:
             self._reencrypt_batches(
                 conn,

@@ -1,4 +1,7 @@
-"""``ops.landing_files``: the files of each landing zone, with their status and counts."""
+"""``ops.landing_files``: the files of each landing zone, with their status and counts.
+
+With encryption keys their names are encrypted: see ``landing_file_names``.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,28 +9,16 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from psycopg import sql
-from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from fhir_assets.warehouse.ops import post_loader
-from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.ops import landing_file_names, post_loader
+from fhir_assets.warehouse.ops.landing_file_names import IS_NAMED, get_label, label_names, read_name
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session
 
 FIRST_WAIT_SECONDS = 60
 """Seconds between the first failure of a file and the next attempt; doubled with each failure."""
 
 LONGEST_WAIT_SECONDS = 3600
-
-_IS_BAD = sql.SQL("""
-    (
-        status = 'failed'
-        OR rejected > 0 AND EXISTS (
-            SELECT FROM ops.dead_letters d
-            WHERE d.source = ops.current_source()
-                AND d.origin = 'landing:' || sha256 AND d.stage = 'fetch' AND d.status IN ('open', 'replaying')
-        )
-    )
-""")
-"""The condition for bad files: the file could not be read, or a part of the file is an unresolved dead letter."""
 
 
 class ListedFile(Protocol):
@@ -74,7 +65,7 @@ class ReadyFile:
     posted: bool = False
 
 
-def record_listing(conn: Connection, zone: str, files: Iterable[tuple[ListedFile, bool | None]]) -> None:
+def record_listing(conn: Session, zone: str, files: Iterable[tuple[ListedFile, bool | None]]) -> None:
     """Record the current listing of a zone: pairs of a file and whether the file is known to be complete.
 
     None in place of the latter marks a file that the zone ignores: it has the status ``ignored``. A file is ready if it
@@ -82,6 +73,9 @@ def record_listing(conn: Connection, zone: str, files: Iterable[tuple[ListedFile
     that were removed from the zone before they were loaded are deleted. A file with a fault has the status ``failed``
     with the fault as its error, and is not tried again.
     """
+    names_by_label: dict[str, str] = {}
+    if conn.cipher.encrypts:
+        landing_file_names.encrypt_zone(conn, zone)
     with conn.cursor() as cursor:
         cursor.execute(
             """
@@ -92,7 +86,10 @@ def record_listing(conn: Connection, zone: str, files: Iterable[tuple[ListedFile
         )
         with cursor.copy("COPY listing FROM STDIN") as copy:
             for file, complete in files:
-                copy.write_row((file.name, file.size, file.mark, file.written, complete, file.fault))
+                label = get_label(conn, zone, file.name)
+                if conn.cipher.encrypts:
+                    names_by_label[label] = file.name
+                copy.write_row((label, file.size, file.mark, file.written, complete, file.fault))
         cursor.execute("ANALYZE listing")
         cursor.execute(
             """
@@ -106,28 +103,33 @@ def record_listing(conn: Connection, zone: str, files: Iterable[tuple[ListedFile
             """,
             [zone],
         )
-        cursor.execute(_UPSERT_LISTING, [zone])
+        cursor.execute(_UPSERT_LISTING, {"zone": zone, "key_id": conn.cipher.key_id})
         cursor.execute("DROP TABLE listing")
+    if conn.cipher.encrypts:
+        landing_file_names.encrypt_new_names(conn, zone, names_by_label)
 
 
-def record_posted(conn: Connection, zone: str, file: ListedFile) -> None:
+def record_posted(conn: Session, zone: str, file: ListedFile) -> None:
     """Record a file that the HTTP API has written as ready. The commit wakes the post loader."""
+    label = get_label(conn, zone, file.name)
     conn.execute(
         """
-        INSERT INTO ops.landing_files AS f (zone, name, size, mark, written_at, status, posted)
-        VALUES (%s, %s, %s, %s, %s, 'ready', true)
+        INSERT INTO ops.landing_files AS f (zone, name, key_id, size, mark, written_at, status, posted)
+        VALUES (%s, %s, %s, %s, %s, %s, 'ready', true)
         ON CONFLICT (zone, name, source) DO UPDATE SET posted = true
         """,
-        [zone, file.name, file.size, file.mark, file.written],
+        [zone, label, conn.cipher.key_id, file.size, file.mark, file.written],
     )
+    if conn.cipher.encrypts:
+        landing_file_names.encrypt_new_names(conn, zone, {label: file.name})
     post_loader.notify(conn)
 
 
-def find_posted(conn: Connection, zone: str, *, limit: int) -> list[ReadyFile]:
+def find_posted(conn: Session, zone: str, *, limit: int) -> list[ReadyFile]:
     """Return at most ``limit`` posted files to receive, oldest first, without those that failed before."""
     rows = conn.execute(
         """
-        SELECT name, size, mark, written_at, batch, posted
+        SELECT name, encrypted_name, size, mark, written_at, batch, posted
         FROM ops.landing_files f
         WHERE source = ops.current_source()
             AND zone = %s
@@ -138,51 +140,68 @@ def find_posted(conn: Connection, zone: str, *, limit: int) -> list[ReadyFile]:
                 SELECT FROM ops.landing_files o
                 WHERE o.source = f.source AND o.zone = f.zone AND o.batch = f.batch AND NOT o.posted
             )
-        ORDER BY written_at, name
-        LIMIT %s
+        ORDER BY written_at
+        FETCH FIRST %s ROWS WITH TIES
         """,
         [zone, limit],
     )
-    return [ReadyFile(*row) for row in rows]
+    return _read_ready(conn, zone, rows, limit)
 
 
-def find_ready(
-    conn: Connection, zone: str, *, now: datetime, limit: int, reserved_since: datetime | None = None
-) -> list[ReadyFile]:
-    """Return at most ``limit`` files to receive, oldest first. Failed files are included after their waiting time.
-
-    With ``reserved_since``, files that were posted since then are left out (see ``post_loader``).
-    """
-    rows = conn.execute(
-        """
-        SELECT name, size, mark, written_at, batch, posted
-        FROM ops.landing_files
-        WHERE source = ops.current_source()
-            AND zone = %(zone)s
-            AND (
-                status = 'ready'
-                OR status = 'failed'
-                    -- Files that can never be read, such as links, were never tried.
-                    AND tried_at < %(now)s
-                        - least(%(first)s * power(2, least(attempts, 20) - 1), %(longest)s) * interval '1 second'
-            )
-            AND (
-                %(reserved_since)s::timestamptz IS NULL
-                OR NOT (posted AND status = 'ready' AND found_at >= %(reserved_since)s)
-            )
-        ORDER BY written_at, name
-        LIMIT %(limit)s
-        """,
-        {
-            "zone": zone,
-            "now": now,
-            "limit": limit,
-            "reserved_since": reserved_since,
-            "first": FIRST_WAIT_SECONDS,
-            "longest": LONGEST_WAIT_SECONDS,
-        },
+_IS_READY = sql.SQL("""
+    source = ops.current_source()
+    AND zone = %(zone)s
+    AND (
+        status = 'ready'
+        OR status = 'failed'
+            -- Files that can never be read, such as links, were never tried.
+            AND tried_at < %(now)s
+                - least(%(first)s * power(2, least(attempts, 20) - 1), %(longest)s) * interval '1 second'
     )
-    return [ReadyFile(*row) for row in rows]
+    AND (
+        %(reserved_since)s::timestamptz IS NULL
+        OR NOT (posted AND status = 'ready' AND found_at >= %(reserved_since)s)
+    )
+""")
+
+
+def find_ready(conn: Session, zone: str, *, now: datetime, limit: int) -> list[ReadyFile]:
+    """Return at most ``limit`` files to receive, oldest first. Failed files are included after their waiting time."""
+    query = sql.SQL("""
+        SELECT name, encrypted_name, size, mark, written_at, batch, posted
+        FROM ops.landing_files
+        WHERE {is_ready}
+        ORDER BY written_at
+        FETCH FIRST %(limit)s ROWS WITH TIES
+    """).format(is_ready=_IS_READY)
+    rows = conn.execute(query, {**_build_ready_params(zone, now, None), "limit": limit})
+    return _read_ready(conn, zone, rows, limit)
+
+
+def count_ready(conn: Connection, zone: str, *, now: datetime, reserved_since: datetime | None) -> int:
+    """Return the number of files to receive, without those that were posted since ``reserved_since``.
+
+    See ``post_loader`` for the latter.
+    """
+    query = sql.SQL("SELECT count(*) FROM ops.landing_files WHERE {is_ready}").format(is_ready=_IS_READY)
+    row = conn.execute(query, _build_ready_params(zone, now, reserved_since)).fetchone()
+    return int(row[0]) if row else 0
+
+
+def _build_ready_params(zone: str, now: datetime, reserved_since: datetime | None) -> dict[str, object]:
+    return {
+        "zone": zone,
+        "now": now,
+        "reserved_since": reserved_since,
+        "first": FIRST_WAIT_SECONDS,
+        "longest": LONGEST_WAIT_SECONDS,
+    }
+
+
+def _read_ready(conn: Session, zone: str, rows: Iterable[tuple[Any, ...]], limit: int) -> list[ReadyFile]:
+    """Return the first files. Those that were written at the same time are in the order of their names."""
+    files = [ReadyFile(read_name(conn, zone, name, encrypted), *rest) for name, encrypted, *rest in rows]
+    return sorted(files, key=lambda file: (file.written, file.name))[:limit]
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,30 +234,28 @@ def find_retries(conn: Connection, zone: str) -> Retries | None:
     return Retries(*row) if row and row[0] else None
 
 
-def assign_batch(conn: Connection, zone: str, files: Sequence[ReadyFile], batch: str) -> list[ReadyFile]:
+def assign_batch(conn: Session, zone: str, files: Sequence[ReadyFile], batch: str) -> list[ReadyFile]:
     """Assign files to a batch and return the files that were assigned.
 
     The files of a batch are received together, even if a crashed attempt is repeated. Files that another process has
     assigned in the meantime are not returned.
     """
-    rows = conn.execute(
-        """
+    query = sql.SQL("""
         UPDATE ops.landing_files
-        SET batch = %s
+        SET batch = %(batch)s
         WHERE source = ops.current_source()
-            AND zone = %s
-            AND name = ANY(%s)
+            AND zone = %(zone)s
+            AND {is_named}
             AND batch IS NULL
         RETURNING name
-        """,
-        [batch, zone, [file.name for file in files]],
-    ).fetchall()
-    assigned = {name for (name,) in rows}
-    return [file for file in files if file.name in assigned]
+    """).format(is_named=IS_NAMED)
+    names = label_names(conn, zone, [file.name for file in files])
+    assigned = {name for (name,) in conn.execute(query, {**names, "zone": zone, "batch": batch})}
+    return [file for file in files if not assigned.isdisjoint((file.name, get_label(conn, zone, file.name)))]
 
 
 def record_loaded(
-    conn: Connection,
+    conn: Session,
     zone: str,
     file: ReadyFile,
     *,
@@ -265,66 +282,12 @@ def record_loaded(
     )
 
 
-def record_failure(conn: Connection, zone: str, file: ReadyFile, *, run_id: str, error: str) -> None:
+def record_failure(conn: Session, zone: str, file: ReadyFile, *, run_id: str, error: str) -> None:
     """Record that a file could not be received and must be tried again. ``error`` must contain no patient data."""
     _record_attempt(conn, zone, file, {"status": "failed", "run_id": run_id, "error": error, "batch": None})
 
 
-def list_files(conn: Connection, zone: str, *, status: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
-    """Return at most ``limit`` files of a zone, newest first. The status ``bad`` selects the bad files."""
-    query = sql.SQL("""
-        SELECT
-            name, size, status, {is_bad} AS bad, rows, rejected, deleted, skipped, known_before, found_at,
-            left(sha256, 12) AS content, error
-        FROM ops.landing_files
-        WHERE source = ops.current_source()
-            AND zone = %(zone)s
-            AND (%(status)s::text IS NULL OR status = %(status)s OR %(status)s = 'bad' AND {is_bad})
-        ORDER BY found_at DESC, name
-        LIMIT %(limit)s
-    """).format(is_bad=_IS_BAD)
-    with conn.cursor(row_factory=dict_row) as cursor:
-        return cursor.execute(query, {"zone": zone, "status": status, "limit": limit}).fetchall()
-
-
-@dataclass(frozen=True, slots=True)
-class ZoneState:
-    """The number of files of a zone by status, and the number of bad files.
-
-    A file is bad if it could not be read or has unresolved dead letters. ``sample`` describes the first bad files by
-    the beginning of their hash, their number of rejected resources, and their error.
-    """
-
-    by_status: dict[str, int]
-    bad: int
-    sample: list[tuple[str, int, str]]
-
-
-def get_zone_state(conn: Connection, zone: str, *, sample: int) -> ZoneState:
-    """Return the state of a zone at its last listing, with a sample of at most ``sample`` bad files."""
-    by_status: dict[str, int] = dict(
-        conn.execute(
-            """
-            SELECT status, count(*)
-            FROM ops.landing_files
-            WHERE source = ops.current_source() AND zone = %s
-            GROUP BY 1
-            """,
-            [zone],
-        ).fetchall()
-    )
-    query = sql.SQL("""
-        SELECT coalesce(left(sha256, 12), ''), coalesce(rejected, 0), coalesce(error, 'dead letters')
-        FROM ops.landing_files
-        WHERE source = ops.current_source()
-            AND zone = %s AND {is_bad}
-        ORDER BY found_at, name
-    """).format(is_bad=_IS_BAD)
-    bad = conn.execute(query, [zone]).fetchall()
-    return ZoneState(by_status, len(bad), bad[:sample])
-
-
-def _record_attempt(conn: Connection, zone: str, file: ReadyFile, values: Mapping[str, object]) -> None:
+def _record_attempt(conn: Session, zone: str, file: ReadyFile, values: Mapping[str, object]) -> None:
     assignments = sql.SQL(", ").join(
         sql.SQL("{} = {}").format(sql.Identifier(name), sql.Placeholder(name)) for name in values
     )
@@ -333,16 +296,16 @@ def _record_attempt(conn: Connection, zone: str, file: ReadyFile, values: Mappin
             UPDATE ops.landing_files
             SET {}, attempts = attempts + 1, tried_at = clock_timestamp()
             WHERE source = ops.current_source()
-                AND zone = %(zone)s AND name = %(name)s AND mark = %(mark)s AND size = %(size)s
-        """).format(assignments),
-        {**values, "zone": zone, "name": file.name, "mark": file.mark, "size": file.size},
+                AND zone = %(zone)s AND {} AND mark = %(mark)s AND size = %(size)s
+        """).format(assignments, IS_NAMED),
+        {**values, **label_names(conn, zone, [file.name]), "zone": zone, "mark": file.mark, "size": file.size},
     )
 
 
 _UPSERT_LISTING = """
-    INSERT INTO ops.landing_files AS f (zone, name, size, mark, written_at, status, error)
+    INSERT INTO ops.landing_files AS f (zone, name, key_id, size, mark, written_at, status, error)
     SELECT DISTINCT ON (name)
-        %s, name, size, mark, written,
+        %(zone)s, name, %(key_id)s::text, size, mark, written,
         CASE
             WHEN complete IS NULL THEN 'ignored'
             WHEN fault IS NOT NULL THEN 'failed'

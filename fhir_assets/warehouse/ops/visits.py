@@ -10,8 +10,9 @@ from datetime import datetime
 from psycopg import sql
 from psycopg.rows import class_row
 
+from fhir_assets.warehouse.ops.landing_file_names import IS_NAMED, label_names
 from fhir_assets.warehouse.postgres.db import advisory_locks
-from fhir_assets.warehouse.postgres.db.connections import Connection
+from fhir_assets.warehouse.postgres.db.connections import Connection, Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,17 +245,15 @@ def get_post(conn: Connection, task_id: str) -> VisitPost | None:
         return cursor.execute(query, [task_id]).fetchone()
 
 
-def get_file_state(conn: Connection, zone: str, name: str) -> VisitFileState:
+def get_file_state(conn: Session, zone: str, name: str) -> VisitFileState:
     """Return the state of a file of a zone."""
-    row = conn.execute(
-        """
+    query = sql.SQL("""
         SELECT status, error, known_before, coalesce(rejected, 0), run_id, 'landing:' || sha256
         FROM ops.landing_files
         WHERE source = ops.current_source()
-            AND zone = %s AND name = %s
-        """,
-        [zone, name],
-    ).fetchone()
+            AND zone = %(zone)s AND {is_named}
+    """).format(is_named=IS_NAMED)
+    row = conn.execute(query, {"zone": zone, **label_names(conn, zone, [name])}).fetchone()
     if row is None:
         return VisitFileState(None, None, False, 0, None, 0, VisitFileCounts())
     status, error, known_before, rejected, run_id, origin = row

@@ -6,7 +6,14 @@ from typing import LiteralString
 
 from psycopg import sql
 
-from fhir_assets.privacy.places import Place, answer_place, correction_place, dead_letter_place, resource_place
+from fhir_assets.privacy.places import (
+    Place,
+    answer_place,
+    correction_place,
+    dead_letter_place,
+    landing_name_place,
+    resource_place,
+)
 
 OUTDATED = "(key_id IS NULL OR key_id = ANY(%(older)s))"
 KEY_ID_OF_ORIGINAL = """
@@ -83,6 +90,16 @@ ENCRYPTED_TABLES = (
         lambda source, fingerprint: [correction_place(source, fingerprint), dead_letter_place(source, fingerprint)],
         # The original is a copy of the dead letter's bytes and may be encrypted with another key than the correction.
         outdated=f"({OUTDATED} OR original IS NOT NULL AND coalesce({KEY_ID_OF_ORIGINAL} = ANY(%(older)s), true))",
+    ),
+    EncryptedTable(
+        "landing_files",
+        "landing_files",
+        ("source", "zone", "name"),
+        ("encrypted_name",),
+        ("source", "zone", "name"),
+        lambda source, zone, label: [landing_name_place(source, zone, label)],
+        # Names in the clear are replaced by labels: see clear_landing_names.
+        outdated="key_id = ANY(%(older)s)",
     ),
     EncryptedTable("answers", "idempotency", ("key",), ("answer",), ("key",), lambda key: [answer_place(key)]),
 )
