@@ -8,14 +8,16 @@ from fhir_assets.accounts import find_account
 from fhir_assets.cli.load_reports import report_failures
 from fhir_assets.cli.output import console, hide_library_output, print_json, print_table
 from fhir_assets.definitions import build_definitions
+from fhir_assets.deployment.source import open_files
 from fhir_assets.deployment.sources import build_binding
 from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.errors import ConfigurationError
 from fhir_assets.ingestion import Ingestion, select_failed
 from fhir_assets.orchestration.instance import config
 from fhir_assets.pipeline.sources.binding import REMEDY
 from fhir_assets.pipeline.sources.transition import SourceTransition, TransitionResult
-from fhir_assets.settings import Settings, load_settings
+from fhir_assets.settings import Settings, SourceKind, load_settings
 from fhir_assets.warehouse.ops import sources
 
 app = typer.Typer(
@@ -54,6 +56,26 @@ def list_sources(json: Json = False) -> None:
         console.print(problem, markup=False, soft_wrap=True)
     if changed or problems:
         console.print(f"Loads are refused: {REMEDY}.", markup=False, soft_wrap=True)
+
+
+@app.command("files")
+def list_files(
+    label: Annotated[str, typer.Option(help="Only labels that begin so, as dead letters and messages have them")] = "",
+    json: Json = False,
+) -> None:
+    """List the files of FHIR_SOURCE=ndjson, with the label that stands for each in dead letters and messages.
+
+    Without encryption keys the label is the name.
+    """
+    settings = load_settings()
+    if settings.fhir_source is not SourceKind.NDJSON:
+        raise ConfigurationError("the source is a server, not files: set FHIR_SOURCE=ndjson and FHIR_BASE_URL")
+    found = open_files(settings, Warehouse(settings)).list_files()
+    rows = [{"name": name, "label": shown} for name, shown in found if shown.startswith(label)]
+    if json:
+        print_json(rows)
+    else:
+        print_table("Files", rows, ("name", "label"))
 
 
 @app.command("carry-over")

@@ -41,16 +41,10 @@ def open_source(
     ``persistent`` source makes FHIR_MAX_ATTEMPTS attempts even if the server has never answered; otherwise it makes
     only a few.
     """
-    location = settings.require_source()
-    if settings.fhir_source is SourceKind.NDJSON:
-        return NdjsonSource(
-            location,
-            labels=SOURCE_LABELS,
-            max_line_bytes=settings.validation_max_bytes,
-            max_values=settings.validation_max_values,
-            file_limits=build_file_limits(settings),
-        )
+    settings.require_source()
     warehouse = warehouse or Warehouse(settings)
+    if settings.fhir_source is SourceKind.NDJSON:
+        return open_files(settings, warehouse)
     client = open_client(settings, warehouse, persistent=persistent)
     if settings.fhir_source is SourceKind.SEARCH:
         return SearchSource(client, page_size=settings.fhir_page_size)
@@ -66,6 +60,25 @@ def open_source(
         reuse_within=timedelta(minutes=settings.fhir_bulk_fresh_minutes),
         time_limit=timedelta(days=settings.fhir_bulk_days),
         on_progress=on_progress,
+    )
+
+
+def open_files(settings: Settings, warehouse: Warehouse) -> NdjsonSource:
+    """Return the files at FHIR_BASE_URL as a source. Raises ConfigurationError.
+
+    With encryption keys, messages and dead letters have labels in place of names, which may be those of patients.
+    """
+
+    def label(name: str) -> str:
+        return f"file-{warehouse.cipher().hash_file_name(warehouse.source, 'ndjson', name)}"
+
+    return NdjsonSource(
+        settings.require_source(),
+        labels=SOURCE_LABELS,
+        name_file=label if settings.encrypts else str,
+        max_line_bytes=settings.validation_max_bytes,
+        max_values=settings.validation_max_values,
+        file_limits=build_file_limits(settings),
     )
 
 

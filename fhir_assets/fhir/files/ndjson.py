@@ -56,7 +56,7 @@ _ALL_TIME = Interval(None, LATEST)
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """A file to read. ``name`` is its name in messages; ``types`` are the types in the name of a file of lines."""
+    """A file to read. ``name`` is its path, escaped; ``types`` are the types in the name of a file of lines."""
 
     root: Path
     path: str
@@ -97,9 +97,12 @@ class NdjsonSource:
         max_values: int = MAX_VALUES,
         file_limits: FileLimits = DEFAULT_LIMITS,
         labels: ServerLabels = DEFAULT_LABELS,
+        name_file: Callable[[str], str] = str,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
+        """Create the source. ``name_file`` returns what messages and dead letters call a file, given its name."""
         self._location = location
+        self._name_file = name_file
         self._max_line_bytes = max_line_bytes
         self._max_values = max_values
         self._file_limits = file_limits
@@ -122,6 +125,10 @@ class NdjsonSource:
         for file in self._files():
             digest.update(f"{file.name}\0{file.size}\0{file.modified_ns}\0".encode())
         return digest.hexdigest()[:32]
+
+    def list_files(self) -> list[tuple[str, str]]:
+        """Return the name of each file that can be read, and what messages and dead letters call it."""
+        return [(file.name, self._name_file(file.name)) for file in self._files()]
 
     def find_extent(self, resource_types: Sequence[str]) -> Interval | None:
         """Return the interval from the oldest resource to just after the newest, or to now if that is earlier.
@@ -152,7 +159,7 @@ class NdjsonSource:
         requested = dict.fromkeys(resource_types)
         files, faulty = self._find_files()
         for found in faulty:
-            name = escape_control_characters(found.name)
+            name = self._name_file(escape_control_characters(found.name))
             self.notices.add("error", "unreadable-file", f"{name} is not read: {found.fault}")
         for file in files:
             if file.types and file.types.isdisjoint(requested):
@@ -218,10 +225,11 @@ class NdjsonSource:
     def _read(self, file: _File, requested: list[str]) -> Iterator[Record | RejectedInput]:
         """Read all resources of the requested types in a file, regardless of their dates."""
         now = self._now()
+        name = self._name_file(file.name)
         arrived = min(_modified_at(file), now)
-        reader = _LineReader(file, requested, arrived, now, self.skipped)
+        reader = _LineReader(file, name, requested, arrived, now, self.skipped)
         content = LandedContent(
-            file.name,
+            name,
             file.read(self._file_limits),
             arrived,
             self._max_line_bytes,
@@ -251,7 +259,7 @@ class NdjsonSource:
             yield reader.reject("json", number + 1, f"{error}; {number} lines were read", b"")
         except OSError as error:
             raise ConfigurationError(
-                f"{self._labels.base_url}: {file.name} cannot be read: {error.strerror or error}"
+                f"{self._labels.base_url}: {name} cannot be read: {error.strerror or error}"
             ) from None
 
 
@@ -259,9 +267,16 @@ class _LineReader:
     """Turns the lines of one file into records and rejected inputs."""
 
     def __init__(
-        self, file: _File, requested: list[str], arrived: datetime, received: datetime, skipped: Counter[str]
+        self,
+        file: _File,
+        name: str,
+        requested: list[str],
+        arrived: datetime,
+        received: datetime,
+        skipped: Counter[str],
     ) -> None:
         self._file = file
+        self._name = name
         self._requested = requested
         self._arrived = arrived
         self._received = received
@@ -307,7 +322,7 @@ class _LineReader:
 
     def _reject_in_container(self, item: Record | Deletion, rule: str, message: str, body: bytes) -> RejectedInput:
         name = self._type_of_file or self._requested[0]
-        return RejectedInput(name, item.id, rule, self._file.name, message, self._arrived, body)
+        return RejectedInput(name, item.id, rule, self._name, message, self._arrived, body)
 
     def reject(
         self,
@@ -319,7 +334,7 @@ class _LineReader:
         resource_type: str | None = None,
     ) -> RejectedInput:
         """Return the rejected input of a line."""
-        path = f"{self._file.name}:{number}"
+        path = f"{self._name}:{number}"
         name = resource_type or self._type_of_file or self._requested[0]
         return RejectedInput(name, header.id if header else None, rule, path, message, self._arrived, body)
 
