@@ -19,6 +19,7 @@ LINK: Final = "a link, which is not followed: put the file itself there"
 LINKED_FOLDER: Final = "a link to a folder, which is not followed: put the files themselves there"
 BROKEN_LINK: Final = "a link without an end, which is not followed: remove it"
 SPECIAL: Final = "a pipe, a device or a socket, not a file: remove it"
+FOLDER: Final = "a folder, not a file"
 EMPTY_FOLDER: Final = "an empty folder: put files into it, or remove it"
 NOT_UTF_8: Final = "its name is not UTF-8: rename it"
 LONG_NAME: Final = "its path is longer than 1,000 bytes: shorten it"
@@ -101,6 +102,50 @@ def open_file(root: Path, name: str, error: Callable[[str], Exception]) -> Binar
     finally:
         for folder in opened:
             os.close(folder)
+
+
+def open_regular(path: str, *, follow: bool = False) -> BinaryIO:
+    """Open a file for reading, at once even if it is a pipe. Raises OSError with the reason if it is not a file.
+
+    A link is one that is not a file, unless ``follow`` is true.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, BROKEN_LINK if follow else LINK) from None
+        if error.errno == errno.ENXIO:  # a socket
+            raise OSError(errno.ENXIO, SPECIAL) from None
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, FOLDER if stat.S_ISDIR(mode) else SPECIAL)
+    return open(descriptor, "rb")
+
+
+def walk_regular(root: str) -> Iterator[str]:
+    """Yield the paths of the files below a folder, below it by name; nothing if there is no folder.
+
+    Links, pipes, devices and sockets are left out, and links to folders are not followed. Raises OSError if a folder
+    cannot be read.
+    """
+    folders = [""]
+    while folders:
+        prefix = folders.pop()
+        below = []
+        try:
+            with os.scandir(f"{root}/{prefix}") as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        for entry in found:
+            if entry.is_dir(follow_symlinks=False):
+                below.append(f"{prefix}{entry.name}/")
+            elif entry.is_file(follow_symlinks=False):
+                yield prefix + entry.name
+        folders += reversed(below)
 
 
 class _File(io.RawIOBase):

@@ -251,6 +251,12 @@ class Settings(BaseSettings):
     fhir_file_ratio: float = Field(
         400, ge=2, description="Limit of the size of such a file after decompression, divided by that before"
     )
+    fhir_file_dead_letters: int = Field(
+        10_000,
+        ge=1,
+        description="Lines, rows and entries of such a file that each become a dead letter because they cannot be "
+        "read, for each type; one more dead letter counts the others",
+    )
     dead_letter_warn_rate: float = Field(
         0.01, ge=0, le=1, description="Share of dead letters in a window (0 to 1) at which its check warns"
     )

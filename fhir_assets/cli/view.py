@@ -127,7 +127,8 @@ def _load_others(path: Path) -> Mapping[str, View]:
         return {}
     settings = load_settings()
     validate = partial(validate_view, encrypted=settings.encrypts)
-    others = load_views(find_view_folders(settings), leave_out={path}, validate=validate)
+    folders = find_view_folders(settings)
+    others = load_views(folders, leave_out={path}, trusted=folders[:1], validate=validate)
     return {view.name: view for view in others.views}
 
 

@@ -20,7 +20,8 @@ def build_views(settings: Settings) -> ViewSet:
     FHIR_BASE_URL or FHIR_LINK_BASE, through any ingestion channel; references to other servers get none.
     """
     validate = partial(validate_view, encrypted=settings.encrypts)
-    return load_views(find_view_folders(settings), find_reference_bases(settings), validate=validate)
+    folders = find_view_folders(settings)
+    return load_views(folders, find_reference_bases(settings), trusted=folders[:1], validate=validate)
 
 
 def validate_view(view: View, *, encrypted: bool) -> None:

@@ -24,13 +24,16 @@ _UNCHECKED_BYTES = 64 << 20
 class FileLimits:
     """The limits of one file: its bytes before and after decompression, and the ratio of the latter to the former.
 
-    ``bytes_name`` and ``ratio_name`` are the names of the limits in messages.
+    ``rejected`` limits the parts of a type that each become a dead letter. ``bytes_name``, ``ratio_name`` and
+    ``rejected_name`` are the names of the limits in messages.
     """
 
     bytes: int = 64 << 30
     ratio: float = 400
     bytes_name: str = "the limit of a file"
     ratio_name: str = "the limit of a file"
+    rejected: int = 10_000
+    rejected_name: str = "the limit of a file"
 
 
 DEFAULT_LIMITS = FileLimits()

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from fhir_assets.atomic_files import UNFINISHED
-from fhir_assets.errors import FileMissing
+from fhir_assets.errors import FileMissing, StoreError
 from fhir_assets.file_modes import PRIVATE, create_folders, set_file_mode
 from fhir_assets.foreign_errors import choose_store_error
+from fhir_assets.local_files import FOLDER, LINK, LINKED_FOLDER, SPECIAL, open_regular, walk_regular
 
 SPOOL_FOLDER = ".spool"
 """The folder for unfinished files in a local folder."""
@@ -85,6 +86,8 @@ def _translate_disk_errors(action: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.strerror in (LINK, SPECIAL, FOLDER):
+            raise StoreError(f"cannot {action}: it is {error.strerror}") from None
         raise choose_store_error(error)(
             f"cannot {action}: {error.strerror or type(error).__name__}. Free space or correct "
             "the permissions of the store's folder (FHIR_STORE_URL), then run the partition again"
@@ -128,6 +131,8 @@ class LocalBlobs:
         """Return the folder ``.spool`` in the root, created if needed. Raises StoreError."""
         with _translate_disk_errors(f"write to {self.root}"):
             create_folders(self.root, mode=self.mode)
+            if self._spool.is_symlink():
+                raise StoreError(f"{self._spool} is {LINKED_FOLDER}")
             create_folders(self._spool)
         return self._spool
 
@@ -173,18 +178,17 @@ class LocalBlobs:
 
     def get(self, name: str) -> bytes | None:
         """Return the content of ``name``, or None if it does not exist. Raises StoreError."""
-        with _translate_disk_errors(f"read {self.root}/{name}"):
-            try:
-                with open(f"{self.root}/{name}", "rb", buffering=0) as file:
-                    return file.read()
-            except FileNotFoundError:
-                return None
+        try:
+            with self.open(name) as file:
+                return file.read()
+        except FileMissing:
+            return None
 
     def open(self, name: str) -> BinaryIO:
         """Open ``name`` for reading. Raises FileMissing if it does not exist, StoreError."""
         with _translate_disk_errors(f"read {self.root / name}"):
             try:
-                return (self.root / name).open("rb")
+                return open_regular(f"{self.root}/{name}")
             except FileNotFoundError:
                 raise FileMissing(
                     f"{self.url} does not have {name}: restore it from a backup, or materialize its raw partition "
@@ -192,16 +196,22 @@ class LocalBlobs:
                 ) from None
 
     def names(self, prefix: str) -> Iterator[str]:
-        """Yield every name below the folder ``prefix``."""
-        for folder, _, files in os.walk(self.root / prefix):
-            for file in sorted(files):
-                yield (Path(folder) / file).relative_to(self.root).as_posix()
+        """Yield the name of every file below the folder ``prefix``. Links, pipes and devices are left out.
+
+        Raises StoreError if a folder cannot be read.
+        """
+        if prefix == SPOOL_FOLDER and self._spool.is_symlink():
+            return
+        folder = prefix.strip("/")
+        with _translate_disk_errors(f"list {self.root / prefix}"):
+            for name in walk_regular(f"{self.root}/{folder}"):
+                yield f"{folder}/{name}" if folder else name
 
     def listing(self, prefix: str) -> Iterator[ListedFile]:
         """Yield the files below the folder ``prefix`` with sizes and times."""
         for name in self.names(prefix):
             with suppress(FileNotFoundError):
-                status = (self.root / name).stat()
+                status = (self.root / name).lstat()
                 yield ListedFile(name, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
 
     def delete(self, name: str) -> None:

@@ -29,6 +29,8 @@ DONE = ".done"
 
 _ODD_KEY = "its key has a part . or .., which clients of S3 resolve differently: rename it"
 
+_READ_BYTES = 1 << 18
+
 ENCRYPTED = ".encrypted"
 """The suffix of files that this project has encrypted, so that nobody takes them for the format of their name."""
 
@@ -210,13 +212,36 @@ def _describe_object(entry: ListedObject) -> LandingFile:
     return LandingFile(entry.name, entry.bytes, entry.etag, entry.modified.replace(microsecond=999_999))
 
 
-def hash_content(zone: Zone, name: str) -> str:
-    """Return the SHA-256 of a file's content, decrypted, in hexadecimal. Raises StoreError."""
+class ContentHash:
+    """The SHA-256 of a file's content, decrypted; of a larger file, of its first ``limit`` bytes."""
+
+    def __init__(self, limit: int | None) -> None:
+        self._hash = hashlib.sha256()
+        self._left = limit
+
+    def update(self, piece: bytes) -> bool:
+        """Add the next piece. Return whether more is needed."""
+        self._hash.update(piece[: self._left])
+        if self._left is None:
+            return bool(piece)
+        self._left = max(0, self._left - len(piece))
+        return bool(piece) and self._left > 0
+
+    def hexdigest(self) -> str:
+        """Return the hash in hexadecimal."""
+        return self._hash.hexdigest()
+
+
+def hash_content(zone: Zone, name: str, limit: int | None = None) -> str:
+    """Return the ContentHash of a file in hexadecimal. Raises StoreError."""
+    content = ContentHash(limit)
     with zone.open(name) as stream:
         try:
-            return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+            while content.update(stream.read(_READ_BYTES)):
+                pass
         except EOFError:
             raise StoreError("an encrypted file of the landing zone is truncated: post its content again") from None
+    return content.hexdigest()
 
 
 def open_zone(url: str, *, bucket: Callable[[str], Bucket]) -> Zone:

@@ -9,6 +9,7 @@ from typing import Any
 from joserfc.jwk import ECKey
 
 from fhir_assets.delivery.connector.server import FhirServer, PermanentFailure, TransientFailure
+from fhir_assets.delivery.webhook import Webhook
 from fhir_assets.fhir.auth.credentials import Basic, Bearer, Credentials
 from fhir_assets.fhir.auth.smart import BackendServices
 from fhir_assets.fhir.client.http import FhirClient
@@ -19,6 +20,7 @@ from fhir_assets.pipeline.fetch.bulk_source import BulkSource
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.retries import Retrier, RetryPolicy
 from fhir_assets.storage.store import open_store
+from fhir_assets.warehouse.ops.incidents import Incident
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets.windows import Interval
 from fhir_assets_tests.support.limited_process import answer_tasks
@@ -88,7 +90,18 @@ def _target(client: FhirClient, task: dict[str, Any]) -> int:
     return 1
 
 
-ROADS: dict[str, Callable[[FhirClient, dict[str, Any]], int]] = {"search": _search, "bulk": _bulk, "target": _target}
+def _webhook(client: FhirClient, task: dict[str, Any]) -> int:
+    incident = Incident(1, "run", "load", ["2024-01-05"], {}, "run", datetime.now(UTC), None, None, None)
+    webhook = Webhook(client.base_url, ui_url="", seconds=client.limits.answer.seconds, retrier=RETRIER)
+    return webhook.deliver([incident], [])
+
+
+ROADS: dict[str, Callable[[FhirClient, dict[str, Any]], int]] = {
+    "search": _search,
+    "bulk": _bulk,
+    "target": _target,
+    "webhook": _webhook,
+}
 
 
 def run(task: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from fhir_assets.errors import ConfigurationError, ServerRefused
 from fhir_assets.fhir.containers import CONTAINERS, Pages
 from fhir_assets.fhir.files import formats
 from fhir_assets.fhir.files.formats import FileItem, LandedContent
+from fhir_assets.fhir.files.rejected_parts import limit_rejected
 from fhir_assets.fhir.json_size import MAX_VALUES
 from fhir_assets.fhir.labels import DEFAULT_LABELS, ServerLabels
 from fhir_assets.fhir.lines import DEFAULT_LIMITS, DamagedFile, FileLimits, decompress, split_lines
@@ -164,7 +165,7 @@ class NdjsonSource:
         for file in files:
             if file.types and file.types.isdisjoint(requested):
                 continue
-            for item in self._read(file, list(requested)):
+            for item in limit_rejected(self._read(file, list(requested)), self._file_limits):
                 if _moment(item) in interval:
                     yield item
 

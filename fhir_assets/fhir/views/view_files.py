@@ -1,5 +1,6 @@
 """Load ViewDefinitions from files and folders. An invalid file does not prevent the other files from loading."""
 
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -8,10 +9,15 @@ from typing import Any
 
 import orjson
 
+from fhir_assets.control_characters import escape_control_characters
 from fhir_assets.errors import ViewError
 from fhir_assets.fhir.references import Bases
 from fhir_assets.fhir.views.definition import Problem, View, check_view, parse_view
 from fhir_assets.fhir.views.extension import EXTENDS, extend, restore_locations
+from fhir_assets.local_files import open_regular
+
+_MAX_BYTES = 16 << 20
+"""The size of a file, beyond which it is no ViewDefinition."""
 
 _NO_VIEWS: Mapping[str, View] = {}
 
@@ -70,9 +76,19 @@ def find_problems(path: Path, views: Mapping[str, View]) -> list[Problem]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with open_regular(str(path), follow=True) as file:
+            content = file.read(_MAX_BYTES + 1)
     except OSError as error:
         raise ViewError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(content) > _MAX_BYTES:
+        raise ViewError(f"{path}: is larger than {_MAX_BYTES:,} bytes, as no ViewDefinition is")
+    return content
+
+
+def _require_inside(path: Path, folder: Path) -> None:
+    """Raise ViewError if a file is a link out of its folder. Kubernetes mounts files as links within theirs."""
+    if path.is_symlink() and not os.path.realpath(path).startswith(f"{os.path.realpath(folder)}/"):
+        raise ViewError(f"{path}: is a link out of its folder, which is not followed: put the file itself there")
 
 
 def _decode(path: Path, content: bytes) -> dict[str, Any]:
@@ -100,26 +116,31 @@ def load_views(
     reference_bases: Bases = None,
     *,
     leave_out: Collection[Path] = (),
+    trusted: Collection[Path] = (),
     validate: Callable[[View], object] = lambda _: None,
 ) -> ViewSet:
     """Load every ``*.json`` file of the folders but those of ``leave_out``.
+
+    Links out of a folder are not followed, unless it is one of ``trusted``.
 
     A view whose name another view already has is reported as broken, unless it extends that view; so is one for which
     ``validate`` raises ViewError, and the view that it extends stays as it was. Views that extend others are read after
     the others, in the order of the files. Absolute references have keys only if they begin with one of
     ``reference_bases``; None: any.
     """
-    excluded = {path.resolve() for path in leave_out}
-    paths = [
-        path
+    excluded = set(map(os.path.realpath, leave_out))
+    paths = {
+        path: folder
         for folder in folders
         for path in sorted(folder.glob("*.json"))
-        if not (excluded and path.resolve() in excluded)
-    ]
+        if not (excluded and os.path.realpath(path) in excluded)
+    }
     parsed: list[tuple[Path, View | dict[str, Any]]] = []
     broken: dict[Path, str] = {}
-    for path in paths:
+    for path, folder in paths.items():
         try:
+            if folder not in trusted:
+                _require_inside(path, folder)
             parsed.append((path, _parse(path, _read(path))))
         except ViewError as error:
             broken[path] = str(error)
@@ -142,5 +163,5 @@ def load_views(
             views[view.name] = view
     return ViewSet(
         tuple(sorted(views.values(), key=lambda view: view.name)),
-        tuple(BrokenView(path, broken[path]) for path in paths if path in broken),
+        tuple(BrokenView(path, escape_control_characters(broken[path])) for path in paths if path in broken),
     )

@@ -1,6 +1,5 @@
 """Receives the files of the landing zone. Files with the same content are received once; files are not changed."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from uuid import uuid4
 from fhir_assets.errors import FhirAssetsError, TransientError
 from fhir_assets.fhir.files import formats
 from fhir_assets.fhir.files.formats import FileItem, LandedContent
+from fhir_assets.fhir.files.rejected_parts import limit_rejected
 from fhir_assets.fhir.intake.visits_csv import Visit
 from fhir_assets.fhir.json_size import MAX_VALUES
 from fhir_assets.fhir.lines import DEFAULT_LIMITS, FileLimits, decompress
@@ -18,7 +18,7 @@ from fhir_assets.fhir.record import Deletion, Record, RejectedInput
 from fhir_assets.local_files import BY_NAME, EMPTY_FOLDER
 from fhir_assets.pipeline.landing import visit_resources
 from fhir_assets.pipeline.receive.receiver import Received, Receiver
-from fhir_assets.storage.landing_zone import DONE, ENCRYPTED, LandingFile, Zone, hash_content
+from fhir_assets.storage.landing_zone import DONE, ENCRYPTED, ContentHash, LandingFile, Zone, hash_content
 from fhir_assets.warehouse.ops import landing_files, post_loader
 from fhir_assets.warehouse.ops import visits as ledger
 from fhir_assets.warehouse.ops.landing_files import ReadyFile
@@ -93,6 +93,7 @@ class LandingStep:
         self._max_bytes = max_bytes
         self._max_values = max_values
         self._file_limits = file_limits
+        self._hashed_bytes = file_limits.bytes + _CHUNK_BYTES  # of a larger file, the rest is not read
         self._now = now
 
     def scan(self, *, assume_complete: bool = False) -> int:
@@ -173,7 +174,7 @@ class LandingStep:
 
     def _receive(self, file: ReadyFile, run_id: str, totals: _Totals) -> Received:
         deleted = 0
-        sha256 = hash_content(self._zone, file.name)
+        sha256 = hash_content(self._zone, file.name, self._hashed_bytes)
         origin = f"{CHANNEL}:{sha256}"
 
         def resources() -> Iterator[Record | RejectedInput]:
@@ -221,7 +222,7 @@ class LandingStep:
         hashes: dict[str, str] = {}
         for file in files:
             with self._record_failures(file, run_id, totals):
-                hashes[file.name] = hash_content(self._zone, file.name)
+                hashes[file.name] = hash_content(self._zone, file.name, self._hashed_bytes)
         remaining = [file for file in files if file.name in hashes]
         received_as = f"{CHANNEL}:batch-{batch}"
         current: ReadyFile | None = None
@@ -269,7 +270,7 @@ class LandingStep:
     def _read(self, file: ReadyFile, sha256: str) -> Iterator[FileItem]:
         """Yield the items of a file. Raises StoreError, or _FileChanged if its content does not have the hash."""
         with self._zone.open(file.name) as stream:
-            reader = _HashingReader(stream)
+            reader = _HashingReader(stream, self._hashed_bytes)
             now = self._now()
             content = LandedContent(
                 sha256[:12],
@@ -280,7 +281,7 @@ class LandingStep:
                 reopen=lambda: self._read_again(file),
                 max_values=self._max_values,
             )
-            yield from formats.read(_strip_suffix(file.name), content)
+            yield from limit_rejected(formats.read(_strip_suffix(file.name), content), self._file_limits)
             if reader.read_rest() != sha256:
                 raise _FileChanged("the file changed while it was read: it is received when it is complete")
 
@@ -322,22 +323,23 @@ class LandingStep:
 
 
 class _HashingReader:
-    """A stream that computes the SHA-256 of the bytes that are read from it."""
+    """A stream that computes the ContentHash of the bytes that are read from it."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, limit: int) -> None:
         self._stream = stream
-        self._hash = hashlib.sha256()
+        self._hash = ContentHash(limit)
+        self._goes_on = True
 
     def read(self, count: int) -> bytes:
         """Read up to ``count`` bytes."""
         chunk = self._stream.read(count)
-        self._hash.update(chunk)
+        self._goes_on = self._hash.update(chunk)
         return chunk
 
     def read_rest(self) -> str:
-        """Read the rest of the stream and return the hash of the whole content in hex."""
-        while self.read(_CHUNK_BYTES):
-            pass
+        """Read the rest of the stream, up to the limit, and return the hash in hexadecimal."""
+        while self._goes_on:
+            self.read(_CHUNK_BYTES)
         return self._hash.hexdigest()
 
 
