@@ -5,8 +5,10 @@ import shutil
 import signal
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
@@ -22,7 +24,7 @@ from fhir_assets.cli.output import console, errors, print_json, print_table
 from fhir_assets.cli.upload_progress import Progress
 from fhir_assets.delivery.tables import build_dead_letter
 from fhir_assets.delivery.upload.download import download_files
-from fhir_assets.delivery.upload.files import Folder, Unusable
+from fhir_assets.delivery.upload.files import Folder, Unusable, rename_location
 from fhir_assets.delivery.upload.journal import Journal
 from fhir_assets.delivery.upload.uploader import NullListener, Uploader
 from fhir_assets.deployment.encryption import build_cipher
@@ -94,7 +96,8 @@ def upload(
     size, stop, started = batch_size or settings.batch_size, Event(), time.perf_counter()
     if list_only:
         with TemporaryDirectory() as temporary:
-            _print_files(_open_folder(settings, location, Path(temporary), quiet=json), json=json)
+            folder = _open_folder(settings, location, Path(temporary), quiet=json)
+            _print_files(folder, _find_labels(settings, folder.names), json=json)
         return
     with (
         build_upload_client(settings, workers=workers, stop=stop) as client,
@@ -165,13 +168,30 @@ def _open_folder(settings: Settings, location: str, downloads: Path, *, quiet: b
     return Folder(downloads)
 
 
-def _print_files(folder: Folder, *, json: bool) -> None:
+def _find_labels(settings: Settings, names: Sequence[str]) -> dict[str, str]:
+    """Return what dead letters call the files; empty without keys, and without a database that has their secret."""
+    if not settings.encrypts or not _has_database(settings):
+        return {}
+    try:
+        warehouse = Warehouse(settings)
+        return {name: _label_file(warehouse, name) for name in names}
+    except DatabaseUnavailable:
+        return {}
+
+
+def _label_file(warehouse: Warehouse, name: str) -> str:
+    """Return what dead letters call a file. With keys it is not its name, which may be that of a patient."""
+    cipher = warehouse.cipher()
+    return f"file-{cipher.hash_file_name(warehouse.source, 'upload', name)}" if cipher.encrypts else name
+
+
+def _print_files(folder: Folder, labels: Mapping[str, str], *, json: bool) -> None:
     """Print the number of resources of each type in each file, in the order in which the types are sent."""
     unusable: list[Unusable] = []
     counts = {name: folder.count(name, unusable.append) for name in folder.names}
     order = bundles.sort_types({name for types in counts.values() for name in types})
     rows = [
-        {"type": name, "file": file, "resources": types[name]}
+        {"type": name, "file": file, "resources": types[name], **({"label": labels[file]} if labels else {})}
         for name in order
         for file, types in counts.items()
         if name in types
@@ -180,7 +200,9 @@ def _print_files(folder: Folder, *, json: bool) -> None:
     if json:
         print_json({"files": rows, "unusable": lost})
         return
-    print_table("Resources to upload, in this order", rows, ("type", "file", "resources"))
+    print_table(
+        "Resources to upload, in this order", rows, ("type", "file", "resources", *(["label"] if labels else []))
+    )
     if lost:
         print_table("Lines that cannot be sent", lost, ("location", "message"))
 
@@ -274,7 +296,7 @@ def _write_failures(journal: Journal, path: Path, count: int) -> None:
 
 def _record_dead_letters(settings: Settings, journal: Journal, steps: Steps, count: int) -> bool:
     """Write the dead letters and resolve earlier ones. Return False if the database is not available."""
-    if count == 0 and settings.db_url is None and not (settings.home / "postgres").exists():
+    if count == 0 and not _has_database(settings):
         return True
     partition = f"upload:{journal.path.stem if journal.path else ''}"
     try:
@@ -285,7 +307,14 @@ def _record_dead_letters(settings: Settings, journal: Journal, steps: Steps, cou
             dead_letters.record(
                 conn,
                 run_id,
-                (build_dead_letter(failure, partition, unknown_type=_UNKNOWN) for failure in journal.failures()),
+                (
+                    build_dead_letter(
+                        replace(failure, location=rename_location(failure.location, partial(_label_file, warehouse))),
+                        partition,
+                        unknown_type=_UNKNOWN,
+                    )
+                    for failure in journal.failures()
+                ),
             )
             for name in (*steps, _UNKNOWN):
                 dead_letter_resolution.resolve_dead_letters(
@@ -294,6 +323,10 @@ def _record_dead_letters(settings: Settings, journal: Journal, steps: Steps, cou
     except (DatabaseUnavailable, psycopg.Error):
         return False
     return True
+
+
+def _has_database(settings: Settings) -> bool:
+    return settings.db_url is not None or (settings.home / "postgres").exists()
 
 
 def _print_fact(name: str, value: str) -> None:

@@ -126,5 +126,11 @@ def read_entry(body: bytes, location: str) -> BundleEntry | Unusable:
     return BundleEntry(header.resource_type, header.id, body, location)
 
 
+def rename_location(location: str, name_file: Callable[[str], str]) -> str:
+    """Return a location, ``file:line`` or ``file``, with another name of the file."""
+    name, separator, line = location.rpartition(":")
+    return f"{name_file(name)}:{line}" if separator and line.isdecimal() else name_file(location)
+
+
 Counts = Mapping[str, Mapping[str, int]]
 """The number of resources by file and resource type."""

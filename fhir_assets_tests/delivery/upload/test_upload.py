@@ -249,6 +249,32 @@ def test_with_keys_the_journal_contains_no_plain_text_resource(upload: Upload, m
     assert upload.refused()[0]["resource"]["name"] == [{"family": "Canary"}]
 
 
+def test_with_keys_dead_letters_have_labels_in_place_of_names_of_files(
+    upload: Upload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query = "SELECT path FROM ops.dead_letters WHERE stage = 'deliver' ORDER BY path"
+    monkeypatch.setenv("PHI_ENCRYPTION_KEYS", Fernet.generate_key().decode())
+    write(upload.input / "Doe.ndjson", [patient("good"), patient("a bad id")])
+    (upload.input / "Roe:1.ndjson.gz").symlink_to(upload.home)
+    with SandboxServer() as server, connect(os.environ["DB_URL"]) as conn:
+        upload(url=server.url, exit_code=1)
+        paths = [path for (path,) in conn.execute(query)]
+        assert not [path for path in paths if "oe" in path]
+        files = {file["label"]: file["file"] for file in upload("--list", url=server.url)["files"]}
+    assert sorted(line["place"] for line in upload.refused()) == ["Doe.ndjson:2", "Roe:1.ndjson.gz"]
+    assert len(paths) == 2
+    [line] = [path for path in paths if path.endswith(":2")]
+    assert files == {line.removesuffix(":2"): "Doe.ndjson"}
+
+
+def test_without_keys_dead_letters_name_the_files(upload: Upload) -> None:
+    write(upload.input / "Doe.ndjson", [patient("a bad id")])
+    with SandboxServer() as server, connect(os.environ["DB_URL"]) as conn:
+        upload(url=server.url, exit_code=1)
+        assert conn.execute("SELECT path FROM ops.dead_letters").fetchall() == [("Doe.ndjson:1",)]
+        assert upload("--list", url=server.url)["files"] == [{"type": "Patient", "file": "Doe.ndjson", "resources": 1}]
+
+
 def test_an_input_without_files_is_a_clear_error(upload: Upload) -> None:
     upload.input.mkdir()
     with pytest.raises(ConfigurationError, match=r"no \.ndjson"):
