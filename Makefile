@@ -9,7 +9,7 @@ PIP := $(if $(shell command -v uv),uv pip install --compile-bytecode --python $(
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir cases search-steps random-operations hostile chaos soak newest-dagster dbt-story second-server hapi hapi-story rules lock sbom audit build up down db-init bootstrap-s3 logs start clean
+.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir cases search-steps random-operations hostile chaos soak newest-dagster dbt-story second-server hapi hapi-story rules lock sbom audit build passwords up down db-init bootstrap-s3 logs start clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -196,13 +196,23 @@ build/supply/.installed:
 build: ## Build the image of docker-compose.yml
 	docker compose build
 
-up: ## Start the services of docker-compose.yml, PROFILES="api monitoring" too
+# Random ones, for what neither .env nor the environment sets. They are kept: Postgres has them from then on.
+PASSWORDS := POSTGRES_PASSWORD $(patsubst %,POSTGRES_%_PASSWORD,LOADER DAGSTER API CONNECTOR OPERATOR) GRAFANA_PASSWORD
+passwords: ## Write the passwords of docker-compose.yml that .env lacks into .env
+	@umask 077; touch .env; chmod go= .env; [ -z "$$(tail -c 1 .env)" ] || echo >> .env; \
+	for name in $(PASSWORDS); do \
+	  if ! printenv $$name | grep -q . && ! grep -qE "^(export )?$$name=['\"]?[^'\"]" .env; then \
+	    echo "$$name=$$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')" >> .env; echo "New in .env: $$name"; \
+	  fi; \
+	done
+
+up: passwords ## Start the services of docker-compose.yml, PROFILES="api monitoring" too
 	docker compose $(foreach profile,$(PROFILES),--profile $(profile)) up --detach
 
 down: ## Stop the services of docker-compose.yml; their data stays
 	docker compose $(foreach profile,$(PROFILES),--profile $(profile)) down
 
-db-init: ## Create or upgrade the tables in the database of docker-compose.yml
+db-init: passwords ## Create or upgrade the tables in the database of docker-compose.yml
 	docker compose run --rm migrate
 
 bootstrap-s3: $(VENV)/.installed ## Create the buckets (or folders) of FHIR_LANDING_URL and FHIR_STORE_URL

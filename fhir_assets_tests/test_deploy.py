@@ -1,7 +1,9 @@
 """The deployment files of the repository name settings, commands and configuration that exist."""
 
+import os
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import dagster as dg
 import pytest
 import yaml
 from dagster_k8s import K8sRunLauncher, k8s_job_executor
+from dagster_k8s.container_context import K8sContainerContext
 from typer.main import get_command
 
 from fhir_assets.cli.main import app
@@ -17,6 +20,8 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.orchestration.instance.config import render_dagster_yaml
 from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD
 from fhir_assets.settings import Executor, Settings, load_settings
+from fhir_assets.warehouse.postgres.db.process_roles import LOGINS
+from fhir_assets.warehouse.postgres.db.role_rights import API, CONNECTOR, DAGSTER, LOADER, OPERATOR
 from fhir_assets_tests.support.dagster_internals import (
     InstigatorType,
     TickStatus,
@@ -98,8 +103,96 @@ def test_the_commands_of_dagster_in_the_deployment_have_the_options_that_they_na
 
 def test_compose_starts_every_service_again_that_ends() -> None:
     policies = {name: service.get("restart") for name, service in compose()["services"].items()}
-    assert [policies.pop(name) for name in ("migrate", "s3_bucket")] == ["on-failure"] * 2
+    assert [policies.pop(name) for name in ("migrate", "s3_bucket", "connector_install")] == ["on-failure"] * 3
     assert set(policies.values()) == {"unless-stopped"}, policies
+
+
+OWNER = "fhir"
+"""The superuser that the image of Postgres creates."""
+
+PASSWORDS = re.compile(r"\$\{((?:POSTGRES|GRAFANA)_(?:\w+_)?PASSWORD)[^}]*\}")
+
+
+def find_logins(environment: dict[str, str]) -> set[str]:
+    urls = (environment.get(name) or "" for name in ("DB_URL", "DAGSTER_POSTGRES_URL"))
+    return {match[1] for url in urls if (match := re.search(r"//(\w+)@", url))}
+
+
+def test_each_service_of_compose_has_its_own_login_and_only_those_that_create_something_the_owners() -> None:
+    loader, dagster = LOGINS[LOADER], LOGINS[DAGSTER]
+    environments = {name: service.get("environment") or {} for name, service in compose()["services"].items()}
+    assert {name: logins for name, environment in environments.items() if (logins := find_logins(environment))} == {
+        "migrate": {OWNER},
+        "connector_install": {OWNER},
+        **{name: {loader, dagster} for name in ("code_location", "post_loader", "worker")},
+        **{name: {dagster} for name in ("webserver", "daemon")},
+        "api": {LOGINS[API]},
+        "connector": {LOGINS[CONNECTOR]},
+        "metrics": {LOGINS[OPERATOR], dagster},
+    }
+    for name in ("migrate", "connector_install"):
+        assert compose()["services"][name]["restart"] == "on-failure"
+
+
+def test_no_service_of_compose_gets_the_password_of_another() -> None:
+    services = compose()["services"]
+    text = (ROOT / "docker-compose.yml").read_text()
+    passwords = {match[1] for match in PASSWORDS.finditer(text)}
+    assert len(passwords) == 8
+    for name, service in services.items():
+        environment = service.get("environment") or {}
+        logins = find_logins(environment)
+        allowed = {f"POSTGRES_{login.removeprefix('fhir_assets_').upper()}_PASSWORD" for login in logins - {OWNER}}
+        allowed |= {"POSTGRES_PASSWORD"} if OWNER in logins or name == "postgres" else set()
+        allowed |= {"GRAFANA_PASSWORD"} if name in ("grafana", "s3") else set()
+        allowed |= passwords - {"GRAFANA_PASSWORD"} if name == "migrate" else set()
+        given = {match[1] for value in environment.values() for match in PASSWORDS.finditer(str(value))}
+        assert given <= allowed, name
+        # .env has them all, and what the file sets counts more.
+        if "env_file" in service:
+            assert passwords - {key for key, value in environment.items() if not value} <= allowed, name
+    for password in passwords - {"POSTGRES_AUDITOR_PASSWORD"}:
+        assert re.search(rf"\$\{{{password}:\?", text), f"{password} has a default"
+
+
+def test_what_connects_to_the_database_waits_for_the_service_that_creates_the_logins() -> None:
+    services = compose()["services"]
+
+    def waits_for(name: str) -> set[str]:
+        needed = set(services[name].get("depends_on", {}))
+        return needed.union(*(waits_for(each) for each in needed))
+
+    assert [
+        name
+        for name, service in services.items()
+        if find_logins(service.get("environment") or {}) and name != "migrate" and "migrate" not in waits_for(name)
+    ] == []
+    wanted = {"condition": "service_completed_successfully"}
+    assert services["code_location"]["depends_on"]["migrate"] == wanted
+    assert services["connector"]["depends_on"]["connector_install"] == wanted
+    assert "fhir-assets roles --logins --password-env 'POSTGRES_{}_PASSWORD'" in services["migrate"]["command"]
+
+
+def run_make(folder: Path, *, target: str = "passwords", **variables: str) -> str:
+    command = ["make", "-f", str(ROOT / "Makefile"), target]
+    environment = {"PATH": os.environ["PATH"], **variables}
+    return subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+def test_make_writes_the_passwords_that_are_missing_and_keeps_the_others(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_text("FHIR_SOURCE=search\nPOSTGRES_PASSWORD='kept'\n#POSTGRES_API_PASSWORD=x\nGRAFANA_PASSWORD=")
+    file.chmod(0o644)
+    run_make(tmp_path, POSTGRES_LOADER_PASSWORD="of the shell")
+    text = file.read_text()
+    assert file.stat().st_mode & 0o777 == 0o600
+    written = dict(re.findall(r"^(\w+)=([0-9a-f]{48})$", text, re.MULTILINE))
+    required = set(re.findall(r"\$\{(\w+):\?", (ROOT / "docker-compose.yml").read_text()))
+    assert set(written) == required - {"POSTGRES_PASSWORD", "POSTGRES_LOADER_PASSWORD"}
+    assert len(set(written.values())) == len(written)
+    assert "POSTGRES_PASSWORD='kept'\n" in text
+    assert run_make(tmp_path, POSTGRES_LOADER_PASSWORD="of the shell") == ""
+    assert file.read_text() == text
 
 
 def test_compose_starts_redis_and_two_workers_in_profile_celery() -> None:
@@ -127,10 +220,50 @@ def test_every_variable_of_the_example_file_is_a_setting() -> None:
     assert [name for name in names if not known(name)] == []
 
 
+def read_values(container: dict[str, Any]) -> dict[str, str]:
+    """Return the variables of a container that are no secrets."""
+    return {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
+
+
+def read_secrets(container: dict[str, Any]) -> dict[str, str]:
+    """Return the name of the Secret of each variable of a container that comes from one."""
+    references = {
+        entry["name"]: entry["valueFrom"]["secretKeyRef"] for entry in container["env"] if "valueFrom" in entry
+    }
+    return {name: reference["name"] for name, reference in references.items()}
+
+
+def test_each_pod_gets_the_secret_of_its_login_by_reference_and_only_the_migration_the_owners() -> None:
+    secrets = {name: read_secrets(container) for name, _, container in pods() if "env" in container}
+    loader = {
+        "DB_URL": "fhir-assets-loader",
+        "DB_PASSWORD": "fhir-assets-loader",
+        "DAGSTER_POSTGRES_URL": "dagster-postgresql-secret",
+        "DAGSTER_POSTGRES_PASSWORD": "dagster-postgresql-secret",
+    }
+    migrate = secrets.pop("migrate.yaml")
+    # Runs have the variables of the code location (includeConfigInLaunchedRuns); the UI and the daemon have no DB_URL.
+    assert secrets == {"post-loader.yaml": loader, "code": loader}
+    assert {migrate.pop(name) for name in ("DB_URL", "DB_PASSWORD")} == {"fhir-assets-owner"}
+    assert migrate == {
+        f"POSTGRES_{login.removeprefix('fhir_assets_').upper()}_PASSWORD": (
+            "dagster-postgresql-secret" if role == DAGSTER else login.replace("_", "-")
+        )
+        for role, login in LOGINS.items()
+    }
+    texts = [path.read_text() for path in (ROOT / "deploy" / "k8s").glob("*.yaml")]
+    assert sum(text.count("name: fhir-assets-owner") for text in texts) == 2
+    assert values()["postgresql"]["postgresqlUsername"] == LOGINS[DAGSTER]
+    (code,) = values()["dagster-user-deployments"]["deployments"]
+    assert code["includeConfigInLaunchedRuns"] == {"enabled": True}
+    run = K8sContainerContext.create_from_config({"k8s": {"env": code["env"]}}).run_k8s_config.container_config["env"]
+    assert {entry["name"] for entry in run if "value_from" in entry} == set(loader)
+
+
 def test_the_values_of_the_chart_name_settings_that_load() -> None:
     (code,) = values()["dagster-user-deployments"]["deployments"]
-    assert [name for name in code["env"] if not known(name)] == []
-    chosen = {name.lower(): value for name, value in code["env"].items() if name.lower() in Settings.model_fields}
+    assert [entry["name"] for entry in code["env"] if not known(entry["name"])] == []
+    chosen = {name.lower(): value for name, value in read_values(code).items() if name.lower() in Settings.model_fields}
     loaded = load_settings(**{**chosen, "phi_required": False})
     assert loaded.fhir_executor is Executor.K8S
     named = re.findall(r"\b[A-Z]+_[A-Z_]+\b", (ROOT / "deploy" / "k8s" / "values.yaml").read_text())
@@ -140,7 +273,7 @@ def test_the_values_of_the_chart_name_settings_that_load() -> None:
 def test_the_job_that_migrates_is_a_command_that_exists() -> None:
     job = yaml.safe_load((ROOT / "deploy" / "k8s" / "migrate.yaml").read_text())
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    assert [exists(command) for command in commands(container["command"])] == [True]
+    assert [exists(command) for command in commands(container["command"])] == [True, True]
 
 
 def test_the_deployment_of_the_post_loader_names_a_command_and_settings_that_exist() -> None:
@@ -149,8 +282,8 @@ def test_the_deployment_of_the_post_loader_names_a_command_and_settings_that_exi
     assert [exists(command) for command in commands(container["command"])] == [True]
     assert [entry["name"] for entry in container["env"] if not known(entry["name"])] == []
     (code,) = values()["dagster-user-deployments"]["deployments"]
-    shared = {entry["name"]: entry["value"] for entry in container["env"]}
-    assert {name: value for name, value in shared.items() if code["env"].get(name, value) != value} == {}
+    shared, of_code = read_values(container), read_values(code)
+    assert {name: value for name, value in shared.items() if of_code.get(name, value) != value} == {}
 
 
 def manifests(name: str) -> list[dict[str, Any]]:

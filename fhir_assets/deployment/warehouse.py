@@ -113,6 +113,13 @@ class Warehouse:
         conn.read_only = True
         return conn
 
+    def connect_to_locks(self) -> connections.Connection:
+        """Open a connection for questions about locks only, for which a login needs no right on any table.
+
+        The schema is not checked. Raises DatabaseUnavailable and ConfigurationError.
+        """
+        return connections.connect(self._db_url or embedded.ensure(self._home, port=self._port), source=self.source)
+
     def connect_as_reader(self) -> connections.Connection:
         """Open a connection as ``connect_read_only`` does, with the rights of ``fhir_reader`` only.
 

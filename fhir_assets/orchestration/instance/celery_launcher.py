@@ -112,7 +112,8 @@ class Launcher(CeleryRunLauncher):
             return super().check_run_worker_health(run)
         if record.update_timestamp.replace(tzinfo=UTC) > datetime.now(UTC) - _GRACE:
             return CheckRunHealthResult(WorkerStatus.RUNNING)
-        with Warehouse(load_settings()).connect() as conn:
+        # The daemon's login may have no right on a table.
+        with Warehouse(load_settings()).connect_to_locks() as conn:
             if run.run_id in liveness.find_alive(conn, [run.run_id]):
                 return CheckRunHealthResult(WorkerStatus.RUNNING)
             return CheckRunHealthResult(WorkerStatus.FAILED, explain_dead_run(self._instance, conn, run.run_id))
