@@ -9,9 +9,10 @@ import pytest
 
 from fhir_assets import local_files
 from fhir_assets.delivery.upload.files import Folder
-from fhir_assets.errors import ConfigurationError
+from fhir_assets.errors import ConfigurationError, NotFhir
 from fhir_assets.fhir.files.ndjson import NdjsonSource
 from fhir_assets.fhir.record import Record
+from fhir_assets.fhir.views.resource_files import read_resources
 from fhir_assets.settings import load_settings
 from fhir_assets_tests.support.odd_files import LINE, put_odd_files
 
@@ -111,3 +112,14 @@ def test_a_file_of_settings_that_cannot_be_read_is_named(
         monkeypatch.setattr("dotenv.main.open", refuse, raising=False)
     with pytest.raises(ConfigurationError, match=r"\.env in this folder cannot be read"):
         load_settings()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_in_a_folder_that_a_command_reads_is_named_and_not_waited_for(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "good.ndjson").write_bytes(LINE)
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "odd.ndjson")
+    else:
+        (tmp_path / "odd.ndjson").symlink_to("/dev/zero")
+    with pytest.raises(NotFhir, match=r"odd.ndjson: cannot be read: it is a pipe, a device"):
+        list(read_resources([tmp_path]))

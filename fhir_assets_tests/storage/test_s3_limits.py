@@ -11,7 +11,7 @@ from fhir_assets.errors import FhirAssetsError, StoreError, StoreUnavailable
 from fhir_assets.settings import load_settings
 from fhir_assets.storage.s3 import Bucket
 from fhir_assets.storage.s3_limits import SMALL_OBJECT_BYTES, S3Limits
-from fhir_assets_tests.support.dripping_server import endless, one_by_one, serve_bytes
+from fhir_assets_tests.support.dripping_server import create_certificate, endless, one_by_one, serve_bytes
 from fhir_assets_tests.support.hostile_answers import serve_lies
 from fhir_assets_tests.support.hostile_s3 import LINE, HostileS3, S3Lie
 
@@ -63,6 +63,19 @@ def test_an_answer_that_comes_byte_by_byte_ends(
         ) as error:
             CALLS[call](_open(), tmp_path)
     assert error.value.exit_code == 75
+
+
+def test_the_limits_hold_over_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate = create_certificate(tmp_path)
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+    start = b"HTTP/1.1 200 OK\r\nETag: e\r\nContent-Length: 5\r\n\r\n"
+    with serve_bytes(lambda: [start, b"hello"], certificate=certificate) as url:
+        _use(monkeypatch, url.removesuffix("/fhir"))
+        assert _open(S3Limits()).get("x") == b"hello"
+    with serve_bytes(one_by_one(start), pause=0.01, certificate=certificate) as url:
+        _use(monkeypatch, url.removesuffix("/fhir"))
+        with pytest.raises(StoreUnavailable, match="FHIR_S3_"):
+            _open().get("x")
 
 
 @pytest.mark.parametrize("call", ["read", "list", "write"])

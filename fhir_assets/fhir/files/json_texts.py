@@ -13,6 +13,7 @@ import msgspec
 from fhir_assets.errors import NotFhir
 from fhir_assets.fhir.lines import DamagedFile, read_lines
 from fhir_assets.fhir.record import MalformedResource, read_header
+from fhir_assets.local_files import SPECIAL
 
 MAX_TEXT_BYTES = 1 << 30
 """The maximum size of a JSON text, which must fit into memory."""
@@ -51,6 +52,9 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
             found = sorted(file for file in path.iterdir() if file.name.lower().endswith(_SUFFIXES))
             if not found:
                 raise NotFhir(f"{path}: cannot be read: the folder contains no .ndjson or .json file")
+            for file in found:
+                if file.exists() and not (file.is_file() or file.is_dir()):
+                    raise NotFhir(f"{file}: cannot be read: it is {SPECIAL}")  # it could have no end
             files += found
         else:
             files.append(path)
