@@ -1,6 +1,6 @@
 """Receives the files of the landing zone. Files with the same content are received once; files are not changed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -159,8 +159,11 @@ class LandingStep:
                 landing_files.record_failure(conn, self._zone.url, file, run_id=run_id, error=str(error))
 
     def _list_files(self, assume_complete: bool) -> Iterator[tuple[LandingFile, bool | None]]:
-        files = list(self._zone.files())
-        done = {file.name for file in files if file.name.endswith(DONE)}
+        files: Iterable[LandingFile] = self._zone.files()
+        done: set[str] = set()
+        if not (assume_complete or self._zone.atomic):
+            files = list(files)
+            done = {file.name for file in files if file.name.endswith(DONE)}
         for file in files:
             has_suffix = _strip_suffix(file.name).lower().endswith(formats.SUFFIXES)
             if file.fault and (has_suffix or file.fault not in BY_NAME):
