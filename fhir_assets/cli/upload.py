@@ -108,6 +108,7 @@ def upload(
         # Also after a failure: the copies are not encrypted. A resumed upload downloads them again.
         cleanup.callback(shutil.rmtree, downloads, ignore_errors=True)
         folder = _open_folder(settings, location, downloads, quiet=json)
+        journal.hide_names(folder.names)
         print_fact = (lambda *_: None) if json else _print_fact
         print_fact("Source", f"{location}, {len(folder.names)} files")
         print_fact("Destination", client.base_url)
@@ -226,7 +227,7 @@ def _plan(folder: Folder, journal: Journal, shape: Mapping[str, str], *, resume:
             )
         journal.resume({"run_id": run_id})
         stored_steps: Steps = orjson.loads(facts["steps"])
-        return stored_steps
+        return {name: {journal.show(file): n for file, n in files.items()} for name, files in stored_steps.items()}
     if resume:
         errors.print("There is no unfinished upload of this input to this server: a new upload starts.")
     elif facts:
@@ -239,7 +240,8 @@ def _plan(folder: Folder, journal: Journal, shape: Mapping[str, str], *, resume:
         counts = {name: folder.count(name, refuse) for name in folder.names}
         for name in bundles.sort_types({name for types in counts.values() for name in types}):
             steps[name] = {file: types[name] for file, types in counts.items() if name in types}
-        return {"state": state, **shape, "run_id": run_id, "steps": orjson.dumps(steps).decode()}
+        hidden = {name: {journal.hide(file): n for file, n in files.items()} for name, files in steps.items()}
+        return {"state": state, **shape, "run_id": run_id, "steps": orjson.dumps(hidden).decode()}
 
     journal.begin(count_resources)
     return steps

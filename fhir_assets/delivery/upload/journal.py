@@ -1,11 +1,12 @@
 """The journal of an upload: a SQLite file that survives a kill and uses a constant amount of memory.
 
 A commit is on disk when it returns. Batches that were in flight at a kill are sent again, which is harmless because an
-update (PUT) is idempotent. Resources and outcomes are encrypted if there are keys.
+update (PUT) is idempotent. If there are keys, resources and outcomes are encrypted, and files have numbers in place of
+their names, which may be those of patients.
 """
 
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Self
 
 import orjson
 
-from fhir_assets.delivery.upload.files import Unusable
+from fhir_assets.delivery.upload.files import Unusable, rename_location
 from fhir_assets.errors import ConfigurationError, StoreError, StoreForbidden, StoreFull
 from fhir_assets.fhir.bundles import BundleEntry, EntryResult, ReferenceTarget, find_references
 from fhir_assets.file_modes import PRIVATE, create_folders
@@ -103,6 +104,8 @@ class Journal:
 
     def __init__(self, path: Path | None = None, *, cipher: Cipher) -> None:
         self._cipher = cipher
+        self._numbers: dict[str, str] = {}
+        self._names: dict[str, str] = {}
         if path is not None:
             create_folders(path.parent)
             path.touch(PRIVATE)
@@ -145,6 +148,20 @@ class Journal:
         """Close the file."""
         self._db.close()
 
+    def hide_names(self, names: Sequence[str]) -> None:
+        """Write numbers in place of the names of the files, if there are keys. A resumed upload has the same files."""
+        if self._cipher.encrypts:
+            self._numbers = {name: str(number) for number, name in enumerate(names)}
+            self._names = {number: name for name, number in self._numbers.items()}
+
+    def hide(self, location: str) -> str:
+        """Return a location, ``file:line`` or ``file``, as this journal has it."""
+        return rename_location(location, lambda name: self._numbers.get(name, name))
+
+    def show(self, location: str) -> str:
+        """Reverse ``hide``. Names that an earlier release wrote are returned unchanged."""
+        return rename_location(location, lambda name: self._names.get(name, name))
+
     def read_facts(self) -> dict[str, str]:
         """Return the facts about the whole upload by name."""
         return dict(self._db.execute("SELECT name, value FROM facts"))
@@ -162,6 +179,7 @@ class Journal:
         self._any_open = self.failed_count() > 0
 
     def _refuse(self, line: Unusable) -> None:
+        location = self.hide(line.location)
         self._db.execute(
             """
             INSERT INTO failures (resource_type, id, place, body, status, outcome, message)
@@ -169,9 +187,9 @@ class Journal:
             """,
             (
                 line.resource_type,
-                line.location,
+                location,
                 self._cipher.compress_and_encrypt(
-                    line.body, undelivered_place("body", line.resource_type, None, line.location)
+                    line.body, undelivered_place("body", line.resource_type, None, location)
                 ),
                 line.message,
             ),
@@ -193,8 +211,9 @@ class Journal:
 
     def is_done(self, key: BatchKey) -> bool:
         """Return whether a batch was sent and its results are committed."""
-        query = "SELECT 1 FROM batches WHERE resource_type = ? AND file = ? AND lane = ? AND number = ?"
-        return self._db.execute(query, (key.resource_type, key.file, key.lane, key.number)).fetchone() is not None
+        query = "SELECT 1 FROM batches WHERE resource_type = ? AND file IN (?, ?) AND lane = ? AND number = ?"
+        params = (key.resource_type, self.hide(key.file), key.file, key.lane, key.number)
+        return self._db.execute(query, params).fetchone() is not None
 
     def commit(self, key: BatchKey, done: BatchResult) -> None:
         """Write the results of a batch to disk."""
@@ -219,7 +238,7 @@ class Journal:
     def _count(self, key: BatchKey, done: BatchResult) -> None:
         self._db.execute(
             "INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (key.resource_type, key.file, key.lane, key.number, done.created, done.updated, done.unchanged),
+            (key.resource_type, self.hide(key.file), key.lane, key.number, done.created, done.updated, done.unchanged),
         )
 
     def _hold(self, held: Iterable[tuple[BundleEntry, EntryResult]]) -> None:
@@ -272,7 +291,7 @@ class Journal:
                 key = (name, resource_id, location)
                 yield HeldEntry(
                     n,
-                    BundleEntry(name, resource_id, self._decrypt("body", key, body), location),
+                    BundleEntry(name, resource_id, self._decrypt("body", key, body), self.show(location)),
                     EntryResult(status, self._decrypt("outcome", key, outcome)),
                     first_pass,
                 )
@@ -336,12 +355,11 @@ class Journal:
             for row in rows:
                 name, resource_id, location, body, status, outcome, message = row
                 key = (name, resource_id, location)
-                yield Failure(
-                    *key, self._decrypt("body", key, body), status, self._decrypt("outcome", key, outcome), message
-                )
+                bodies = self._decrypt("body", key, body), self._decrypt("outcome", key, outcome)
+                yield Failure(name, resource_id, self.show(location), bodies[0], status, bodies[1], message)
 
     def _row(self, entry: BundleEntry, result: EntryResult) -> tuple[str, str, str, bytes, int, bytes]:
-        key = (entry.resource_type, entry.id, entry.location)
+        key = (entry.resource_type, entry.id, self.hide(entry.location))
         encrypt = self._cipher.compress_and_encrypt
         return (
             *key,

@@ -15,6 +15,7 @@ import requests
 from cryptography.fernet import Fernet
 
 from fhir_assets.catalog import LOAD_ORDER
+from fhir_assets.delivery.upload.journal import Journal
 from fhir_assets.errors import ConfigurationError, ServerRefused
 from fhir_assets.sandbox.fault_injection import Credentials
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
@@ -265,6 +266,37 @@ def test_with_keys_dead_letters_have_labels_in_place_of_names_of_files(
     assert len(paths) == 2
     [line] = [path for path in paths if path.endswith(":2")]
     assert files == {line.removesuffix(":2"): "Doe.ndjson"}
+
+
+def test_with_keys_the_journal_has_no_name_of_a_file_and_is_resumed(
+    upload: Upload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHI_ENCRYPTION_KEYS", Fernet.generate_key().decode())
+    write(upload.input / "Doe.ndjson", [patient("good"), patient("a bad id"), patient("refused")])
+    write(upload.input / "Roe.ndjson", [patient("another")])
+    batches = BatchResponder(lambda identity, time: 422 if identity == "refused" else 201)
+    with ScriptedServer(batches) as server:
+        first = upload(url=server.url, exit_code=1)
+        stored = b"".join(path.read_bytes() for path in (upload.home / "uploads").rglob("*") if path.is_file())
+        assert not [name for name in (b"Doe", b"Roe") if name in stored]
+        assert upload("--resume", url=server.url, exit_code=1)["totals"] == first["totals"]
+    assert (batches.times["good"], batches.times["another"]) == (1, 1)
+    assert sorted(line["place"] for line in upload.refused())[-1] == "Doe.ndjson:3"
+
+
+def test_an_upload_of_an_earlier_release_whose_journal_names_the_files_is_resumed(
+    upload: Upload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHI_ENCRYPTION_KEYS", Fernet.generate_key().decode())
+    write(upload.input / "Doe.ndjson", [patient("good"), patient("refused")])
+    batches = BatchResponder(lambda identity, time: 422 if identity == "refused" else 201)
+    with ScriptedServer(batches) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "hide_names", lambda self, names: None)
+            first = upload(url=server.url, exit_code=1)
+        assert upload("--resume", url=server.url, exit_code=1)["totals"] == first["totals"]
+    assert batches.times["good"] == 1
+    assert [line["place"] for line in upload.refused()] == ["Doe.ndjson:2"]
 
 
 def test_without_keys_dead_letters_name_the_files(upload: Upload) -> None:
