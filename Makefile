@@ -9,7 +9,7 @@ PIP := $(if $(shell command -v uv),uv pip install --compile-bytecode --python $(
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir cases search-steps random-operations hostile chaos soak newest-dagster dbt-story second-server hapi hapi-story rules lock sbom audit build passwords up down db-init bootstrap-s3 logs start clean
+.PHONY: help demo test check coverage install install-dev lint types benchmark scale slow sql-on-fhir cases search-steps random-operations kills hostile chaos soak newest-dagster dbt-story second-server hapi hapi-story rules lock sbom audit build passwords up down db-init bootstrap-s3 logs start clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -111,6 +111,10 @@ HOURS ?= 1
 SEED ?= $(shell date +%s)
 chaos: $(VENV)/.installed-dev ## A deployment under kills, cuts, failovers, a full disk, lies: HOURS, SEED repeats a plan
 	$(BIN)/python -m fhir_assets_tests.support.soak --chaos --seed $(SEED) --minutes $$(awk 'BEGIN {print $(HOURS) * 60}')
+
+KILLS ?= 1000
+kills: $(VENV)/.installed-dev ## Commands killed at random moments, on 2,000 resources: KILLS, SEED repeats the moments
+	KILLS=$(KILLS) KILLS_SEED=$(SEED) $(BIN)/python -m pytest -m slow fhir_assets_tests/e2e/test_many_kills.py
 
 HOSTILE_EXAMPLES ?= 5000
 hostile: $(VENV)/.installed-dev ## Servers, buckets and folders that lie at random: HOSTILE_EXAMPLES on each road to them

@@ -21,7 +21,7 @@ FULL_AT_BYTES = 300
 """The size of a file at which the disk of a command is full."""
 
 _PARENT = """
-import importlib, json, os, resource, signal, sys, warnings
+import importlib, json, os, resource, signal, sys, time, warnings
 import fhir_assets.definitions, pyarrow.parquet, psycopg
 from fhir_assets.cli import main
 
@@ -41,7 +41,16 @@ def kill_at(place, number):
 
     setattr(owner, name, call)
 
+def wait(child, seconds):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(0.005)
+    os.killpg(child, signal.SIGKILL)
+
 def run(job):
+    os.setsid()
     os.chdir(job["folder"])
     os.environ.clear()
     os.environ.update(job["environment"])
@@ -55,17 +64,20 @@ def run(job):
     main()
 
 for line in sys.stdin:
+    job = json.loads(line)
     with warnings.catch_warnings(action="ignore"):
         child = os.fork()
     if not child:
         code = 70
         try:
-            run(json.loads(line))
+            run(job)
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1 if end.code else 0
         finally:
             os._exit(code)
+    if job["kill_after"] is not None:
+        wait(child, job["kill_after"])
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
@@ -93,12 +105,14 @@ class Commands:
         environment: Mapping[str, str] | None = None,
         stdout: Path | None = None,
         kill_at: tuple[str, int] = ("os:fsync", 1),
+        kill_after: float | None = None,
     ) -> Ended:
         """Run a command in ``folder``.
 
         ``killed``: SIGKILL ends it at a call of a function, ``kill_at``: its module and name, and the number of the
         call. By default, that is when all content of the first file is written and none is flushed. ``full``: the
         kernel refuses to write more than FULL_AT_BYTES to any file. ``stdout`` is an existing file that it prints to.
+        With ``kill_after``, SIGKILL ends it and its processes after so many seconds, wherever it is.
         """
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("FHIR_", "DB_", "PHI_"))}
         variables = {**clean, "FHIR_ASSETS_HOME": str(folder / "home"), "NO_COLOR": "1", **(environment or {})}
@@ -109,6 +123,7 @@ class Commands:
                 "folder": str(folder),
                 "full_at": FULL_AT_BYTES if mishap == "full" else None,
                 "kill_at": kill_at if mishap == "killed" else None,
+                "kill_after": kill_after,
                 "stdout": str(stdout or printed.name),
                 "stderr": said.name,
             }
