@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
+from types import MappingProxyType
 from typing import Any
 
 import requests
@@ -106,11 +107,16 @@ def api_in_threads(settings: Settings) -> Iterator[Api]:
 
 @contextmanager
 def api_process(
-    settings: dict[str, object], folder: Path, *, workers: int = 1, port: int | None = None
+    settings: dict[str, object],
+    folder: Path,
+    *,
+    workers: int = 1,
+    port: int | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Api]:
     """Run `fhir-assets api` as a process with settings by name; its output is a log file in ``folder``.
 
-    It listens on a free port unless ``port`` is given.
+    It listens on a free port unless ``port`` is given. ``environment`` has variables that are no settings.
     """
     port = port or find_free_port()
     log = folder / f"api-{port}.log"
@@ -118,7 +124,7 @@ def api_process(
     with log.open("ab") as output:
         process = subprocess.Popen(
             [*command, "--workers", str(workers)],
-            env=api_environment(settings),
+            env={**api_environment(settings), **environment},
             stdout=output,
             stderr=output,
             cwd=folder,

@@ -3,12 +3,12 @@
 ``python -m fhir_assets_tests.support.soak [--minutes 60] [--seed N] [--chaos]`` starts `fhir-assets dev`, the API and
 a FHIR server on free ports. Patients and visits are posted, files of visits land, patients deny and permit, and the
 server gets resources. A plan, drawn from the seed, kills processes and takes the server down; with ``--chaos`` it also
-pauses processes, cuts and delays the network, fills the disk, fails over to a replica of Postgres and lets the server
-misbehave, while commands run; with an odd seed the store is in a bucket.
+pauses processes, sets their clock, cuts and delays the network, fills the disk, fails over to a replica of Postgres and
+lets the server misbehave, while commands run; with an odd seed the store is in a bucket.
 
-In the end everything that was accepted must be in the tables, withheld, or a dead
-letter, once; no denied patient may ever have been shown; no incident may stay open, every window reconciles, the audit
-log is whole, and no process may have grown.
+In the end everything that was accepted must be in the tables, withheld, or a dead letter, once; no denied patient may
+ever have been shown; no incident may stay open, every window reconciles, the audit log is whole, and no process may
+have grown.
 
 The seed repeats the plan and the traffic, not the timing. The plan is kept in the folder of the run; ``--plan`` runs
 such a file, or some of its lines, and ``--shrink`` looks for the fewest steps that still fail.

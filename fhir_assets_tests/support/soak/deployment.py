@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
@@ -17,6 +17,7 @@ from fhir_assets.cli.local_ports import find_free_port
 from fhir_assets.settings import load_settings
 from fhir_assets_tests.support.api import TOKENS, Api, api_environment, api_process
 from fhir_assets_tests.support.dev_processes import PARTS, find, find_url, is_up, running_dev, wait_until
+from fhir_assets_tests.support.soak.clock import SteppedClock
 from fhir_assets_tests.support.soak.cluster import Cluster
 from fhir_assets_tests.support.soak.disk import SmallDisk
 from fhir_assets_tests.support.soak.proxy import Proxy
@@ -29,8 +30,8 @@ _DISK_MEGABYTES = 512
 class Deployment:
     """`fhir-assets dev`, the API and a source in ``folder``.
 
-    ``exposed``: behind proxies, with a Postgres cluster in place of the embedded one, and the store in a bucket or, as
-    root, on a small disk.
+    ``exposed``: behind proxies, with a Postgres cluster in place of the embedded one, the store in a bucket or, as
+    root, on a small disk, and a clock that others do not share.
     """
 
     def __init__(self, folder: Path, *, exposed: bool, in_bucket: bool) -> None:
@@ -42,6 +43,7 @@ class Deployment:
         self._stack.callback(self.source.kill)
         self.cluster: Cluster | None = None
         self.disk: SmallDisk | None = None
+        self.clock: SteppedClock | None = None
         self.proxies: Sequence[Proxy] = ()
         self.parts = dict(PARTS)
         values: dict[str, object] = {
@@ -65,6 +67,7 @@ class Deployment:
         self.settings = load_settings(**{name: str(value) for name, value in values.items()})
 
     def _expose(self) -> dict[str, object]:
+        self.clock = SteppedClock(self.folder)
         self.cluster = Cluster(self.folder / "cluster")
         self._stack.callback(self.cluster.stop)
         to_source = Proxy(self.source.port)
@@ -114,7 +117,7 @@ class Deployment:
             with self.command("migrate") as process:
                 output, _ = process.communicate()
             assert not process.returncode, output
-        environment = {name.upper(): str(value) for name, value in self.values.items()}
+        environment = {**self._clock_environment, **{name.upper(): str(value) for name, value in self.values.items()}}
         self._dev, text = self._stack.enter_context(running_dev(self.folder, **environment))
         url = find_url(text)
         wait_until(lambda: is_up(url), "`fhir-assets dev` does not start")
@@ -122,6 +125,10 @@ class Deployment:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    @property
+    def _clock_environment(self) -> Mapping[str, str]:
+        return self.clock.environment if self.clock else {}
 
     def find(self, part: str) -> psutil.Process | None:
         """Return the process of a part, unless it does not run."""
@@ -136,7 +143,8 @@ class Deployment:
         self.api = self._start_api(int(self.api.url.rsplit(":", 1)[1]))
 
     def _start_api(self, port: int | None = None) -> Api:
-        return self._stack.enter_context(api_process(self.values, self.folder, workers=2, port=port))
+        process = api_process(self.values, self.folder, workers=2, port=port, environment=self._clock_environment)
+        return self._stack.enter_context(process)
 
     def find_processes(self) -> Iterator[tuple[str, list[psutil.Process]]]:
         """Yield each part, without Postgres, with its process and the workers of the API; none if it does not run."""
@@ -152,7 +160,7 @@ class Deployment:
         """Run `fhir-assets` with arguments beside the block; its output is text."""
         process = subprocess.Popen(
             [sys.executable, "-c", "from fhir_assets.cli import main; main()", *arguments],
-            env=api_environment(self.values),
+            env={**api_environment(self.values), **self._clock_environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

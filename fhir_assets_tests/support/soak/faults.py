@@ -83,6 +83,20 @@ def _delay(deployment: "Deployment", choice: int) -> None:
     deployment.proxies[choice % len(deployment.proxies)].delay = 0.05
 
 
+_CLOCK_STEPS = (-7200, -90, 90, 7200)
+"""Seconds by which the clock of the deployment is set, while Postgres, the source and the bucket keep the true time."""
+
+
+def _step_clock(deployment: "Deployment", choice: int) -> None:
+    if deployment.clock:
+        deployment.clock.step(_CLOCK_STEPS[choice % len(_CLOCK_STEPS)])
+
+
+def _set_clock_right(deployment: "Deployment", _: int) -> None:
+    if deployment.clock:
+        deployment.clock.step(0)
+
+
 KILLS: Mapping[str, Fault] = {
     "kill": Fault(_kill),
     "outage": Fault(lambda deployment, _: deployment.source.kill(), lambda deployment, _: deployment.source.start()),
@@ -99,6 +113,7 @@ FAULTS: Mapping[str, Fault] = {
     "network cut": Fault(_cut, _mend),
     "slow network": Fault(_delay, _mend),
     "connections lost": Fault(lambda deployment, choice: _break(deployment, choice)),
+    "clock step": Fault(_step_clock, _set_clock_right),
     "failover": Fault(_fail_over, _rebuild),
     "disk full": Fault(
         lambda deployment, _: deployment.disk.fill() if deployment.disk else None,

@@ -2,6 +2,7 @@
 
 import random
 import statistics
+import subprocess
 import threading
 import time
 from collections import Counter, defaultdict
@@ -113,7 +114,7 @@ class Soak:
             with self._deployment.command(*arguments) as process:
                 try:
                     output, _ = process.communicate(timeout=_COMMAND_SECONDS)
-                except TimeoutError:
+                except subprocess.TimeoutExpired:
                     self._wrong.append(f"`fhir-assets {' '.join(arguments)}` runs for {_COMMAND_SECONDS:.0f} s")
                     continue
             self._wrong += judge_command(arguments, process.returncode, output)
