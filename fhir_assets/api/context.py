@@ -7,7 +7,6 @@ from asyncio import Task
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from threading import BoundedSemaphore, Lock
 from typing import Annotated, Any, cast
@@ -184,7 +183,7 @@ class AppContext:
             audit_records.extend(build_audit_records(conn, submissions, known))
             for submission in submissions:
                 record_posts.record(conn, submission.build_post(origin), submission.keys)
-                self._decisions.record(conn, submission.records, actor=submission.actor, now=datetime.now(UTC))
+                self._decisions.record(conn, submission.records, actor=submission.actor, now=self.warehouse.now())
 
         self.receiver.receive(
             records,

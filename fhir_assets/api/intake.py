@@ -18,7 +18,6 @@ from fhir_assets.pipeline.receive.intake import (
     ValidatedRecord,
     read_posted_body,
     read_submission,
-    request_time,
 )
 
 router = APIRouter(tags=["intake"])
@@ -205,7 +204,7 @@ def _outcome(status: int, issues: Sequence[Issue], task_id: str | None = None) -
 
 def _build_validator(context: AppContext, origin: str) -> IntakeValidator:
     return IntakeValidator(
-        context.validator, context.derive_id, context.settings.fhir_resource_types, origin, request_time()
+        context.validator, context.derive_id, context.settings.fhir_resource_types, origin, context.warehouse.now()
     )
 
 

@@ -5,8 +5,7 @@ The post loader loads the file, or Dagster if no post loader runs.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict
-from datetime import UTC, datetime
+from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal
 from uuid import uuid4
 
@@ -217,7 +216,8 @@ def _show_records_task(conn: Session, task_id: str) -> Response:
 def _write_file(context: AppContext, caller: Caller, valid: list[dict[str, str]], count: int) -> VisitPost:
     """Write the valid visits of a list of ``count`` records to the landing zone, and record the post."""
     # The id begins with the time, because the landing zone is read in the order of file names.
-    task_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{uuid4().hex[:16]}"
+    posted_at = context.warehouse.now()
+    task_id = f"{posted_at:%Y%m%dT%H%M%S.%fZ}-{uuid4().hex[:16]}"
     name = f"visits-{task_id}.csv{context.zone.suffix}"
     post = VisitPost(task_id, context.zone.url, name, count, count - len(valid), caller.token.name)
     with context.own_connection() as conn:
@@ -227,7 +227,8 @@ def _write_file(context: AppContext, caller: Caller, valid: list[dict[str, str]]
             file = context.zone.put(post.csv_filename, visits_csv.write(valid))
         except (StoreError, ConfigurationError) as error:
             raise Problem(503, str(error), headers={"Retry-After": "5"}) from None
-        landing_files.record_posted(conn, post.zone, file)
+        # Not the time of the file, which this machine's clock may have given it.
+        landing_files.record_posted(conn, post.zone, replace(file, written=posted_at))
         audit_log.record(conn, *audit_records)
     return post
 

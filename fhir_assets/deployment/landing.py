@@ -23,6 +23,7 @@ def build_receiver(settings: Settings, warehouse: Warehouse) -> Receiver:
         settings.window_scheme,
         settings.fhir_resource_types,
         check=build_binding(settings, warehouse, store).require,
+        now=warehouse.now,
     )
 
 
@@ -47,4 +48,5 @@ def build_landing_step(settings: Settings, warehouse: Warehouse) -> LandingStep:
         max_bytes=settings.validation_max_bytes,
         max_values=settings.validation_max_values,
         file_limits=build_file_limits(settings),
+        now=warehouse.now,
     )

@@ -47,7 +47,7 @@ def open_source(
         return open_files(settings, warehouse)
     client = open_client(settings, warehouse, persistent=persistent)
     if settings.fhir_source is SourceKind.SEARCH:
-        return SearchSource(client, page_size=settings.fhir_page_size)
+        return SearchSource(client, page_size=settings.fhir_page_size, now=warehouse.now)
     return BulkSource(
         client,
         store or build_store(settings),
@@ -59,6 +59,7 @@ def open_source(
         connections=settings.fhir_max_connections,
         reuse_within=timedelta(minutes=settings.fhir_bulk_fresh_minutes),
         time_limit=timedelta(days=settings.fhir_bulk_days),
+        now=warehouse.now,
         on_progress=on_progress,
     )
 
@@ -79,6 +80,7 @@ def open_files(settings: Settings, warehouse: Warehouse) -> NdjsonSource:
         max_line_bytes=settings.validation_max_bytes,
         max_values=settings.validation_max_values,
         file_limits=build_file_limits(settings),
+        now=warehouse.now,
     )
 
 

@@ -22,6 +22,7 @@ from fhir_assets.warehouse.postgres.db import (
     roles,
     schema_state,
 )
+from fhir_assets.warehouse.postgres.db.database_clock import DatabaseClock
 from fhir_assets.warehouse.postgres.db.semaphore import DistributedSemaphore
 
 
@@ -46,6 +47,8 @@ class Warehouse:
         self._lock = Lock()
         self.audit_marker = AuditMarker(lambda: _open_marks(settings), self.connect)
         """Writes the mark of the audit log after the audit records of this warehouse's sessions."""
+        self.now = DatabaseClock(self.connect)
+        """Returns the time of the database's server, by which arrivals are dated. Raises as ``url`` does."""
         self.source_calls = DistributedSemaphore(
             self._connect_for_slots, advisory_locks.SOURCE_CALLS, settings.fhir_max_connections
         )

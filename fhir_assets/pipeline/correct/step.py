@@ -1,7 +1,6 @@
 """Corrects dead letters by hand: validates and stores a corrected resource, which the next replay uses."""
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from hashlib import blake2b
 
 import orjson
@@ -69,7 +68,7 @@ class CorrectionStep:
             is_row = visit_rows.is_visit_row(dead_letter)
             if not is_row:
                 if dead_letter.stage == "fetch":
-                    records = [build_record(body, read_header(body), datetime.now(UTC))]
+                    records = [build_record(body, read_header(body), self._receiver.now())]
                     self._receiver.receive(records, _build_origin(dead_letter, body))
                 _record(conn, dead_letter, body, correction)
         if is_row:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 
 import orjson
 
@@ -72,7 +71,7 @@ def receive_correction(
     Raises CorrectionRefused if the visit contradicts a known person or visit, or if the dead letter was resolved
     meanwhile; nothing is received then.
     """
-    visit = Visit(row, str(dead_letter_id), datetime.now(UTC))
+    visit = Visit(row, str(dead_letter_id), receiver.now())
 
     def read(conn: Session) -> list[Record]:
         visits.lock_ledger(conn)

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from decimal import Decimal
 from typing import Any, TypeVar
 
@@ -266,8 +266,3 @@ def _decode(body: bytes, decoder: msgspec.json.Decoder[_T]) -> _T:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         reason = error if isinstance(error, msgspec.DecodeError) else type(error).__name__
         raise UnreadableBody(f"not JSON: {reason}") from None
-
-
-def request_time() -> datetime:
-    """Return the current time. A request calls this once, so that all of its resources arrive at the same time."""
-    return datetime.now(UTC)

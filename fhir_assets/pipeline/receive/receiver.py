@@ -74,7 +74,8 @@ class Receiver:
         self._scheme = scheme
         self.resource_types = frozenset(resource_types)
         """The types that this deployment loads. Resources of other types are counted and skipped."""
-        self._now = now
+        self.now = now
+        """Returns the time at which what is received now arrives."""
         self.deletion_log = DeletionLog(store, connect, now=now)
         """Records the deletions that arrive through the same channels."""
 
@@ -143,7 +144,7 @@ class Receiver:
         before_commit: Callable[[Session], None],
         posted: bool,
     ) -> Received:
-        now = self._now()
+        now = self.now()
         origin_writer = _OriginWriter(self._scheme, self.resource_types, origin, now)
         dead_letter_buffer = DeadLetterBuffer(
             lambda batch: dead_letters.record_now(self._connect, run_id or origin, batch)

@@ -116,7 +116,7 @@ def record_posted(conn: Session, zone: str, file: ListedFile) -> None:
         """
         INSERT INTO ops.landing_files AS f (zone, name, key_id, size, mark, written_at, status, posted)
         VALUES (%s, %s, %s, %s, %s, %s, 'ready', true)
-        ON CONFLICT (zone, name, source) DO UPDATE SET posted = true
+        ON CONFLICT (zone, name, source) DO UPDATE SET posted = true, written_at = excluded.written_at
         """,
         [zone, label, conn.cipher.key_id, file.size, file.mark, file.written],
     )

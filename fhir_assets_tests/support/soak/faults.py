@@ -83,8 +83,11 @@ def _delay(deployment: "Deployment", choice: int) -> None:
     deployment.proxies[choice % len(deployment.proxies)].delay = 0.05
 
 
-_CLOCK_STEPS = (-7200, -90, 90, 7200)
-"""Seconds by which the clock of the deployment is set, while Postgres, the source and the bucket keep the true time."""
+_CLOCK_STEPS = (-7200, -90, 30, 90)
+"""Seconds by which the clock of the deployment is set, while Postgres, the source and the bucket keep the true time.
+
+When a clock that was ahead is set right, Dagster's schedules and sensors pause until it is again at that time.
+"""
 
 
 def _step_clock(deployment: "Deployment", choice: int) -> None:

@@ -24,7 +24,7 @@ from fhir_assets_tests.support.soak.traffic import Traffic
 _SAMPLE_SECONDS = 30.0
 _ACTION_SECONDS = 0.25
 _SETTLE_SECONDS = 1200.0
-_COMMAND_SECONDS = 180.0
+_COMMAND_SECONDS = 600.0
 _GROWTH = 1.25
 """How many times its memory of the second quarter a process may use in the last one, beside 50 MiB."""
 
