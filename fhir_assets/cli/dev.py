@@ -69,6 +69,7 @@ def serve_ui(settings: Settings, port: int | None, *, dashboard_port: int | None
     """
     Warehouse(settings).url()
     environment = {**config.build_environment(settings), "DAGSTER_IS_DEV_CLI": "1"}
+    config.require_dagster_database(environment["DAGSTER_POSTGRES_URL"])
     port = choose_port(port or DEFAULT_PORT)
     supervisor = Supervisor(environment, _report)
     previous = {sign: signal.signal(sign, _interrupt) for sign in (signal.SIGINT, signal.SIGTERM)}

@@ -29,6 +29,7 @@ from fhir_assets.process_ends import (
 
 AGAIN = "What was not committed is loaded by the next run of the same windows; nothing is lost"
 
+_NO_REASON = "This run has been marked as failed from outside the execution context."
 _SIGNAL = re.compile(r"was terminated by signal (\d+) ")
 _EXIT_CODE = re.compile(r"unexpectedly exited with code (-?\d+)\.")
 _HEALTH = re.compile(r"Detected run worker status \S+: '(?P<told>.*)'\. (?:Marking run|Resuming run) .*?failed", re.S)
@@ -214,6 +215,18 @@ def fail_open_steps(instance: dg.DagsterInstance, run: dg.DagsterRun, reason: st
             message=reason,
         )
         instance.report_dagster_event(failure, run.run_id, log_level=logging.ERROR)
+
+
+def complete_failure(instance: dg.DagsterInstance, run: dg.DagsterRun, message: str | None) -> str:
+    """Return why a run has failed, and add it to the run if its failure, whose message is given, does not say so.
+
+    With a ``dagster.yaml`` that does not name the project's instance, Dagster's own processes give no reason.
+    """
+    reason = explain_failure(instance, run, None if message == _NO_REASON else message, begins=True)
+    if reason != message:
+        instance.report_engine_event(reason, run)
+    fail_open_steps(instance, run, reason)
+    return reason
 
 
 def read_reason(instance: dg.DagsterInstance, run_id: str) -> str | None:

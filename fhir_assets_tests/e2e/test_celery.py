@@ -23,7 +23,7 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.orchestration import dead_runs
 from fhir_assets.orchestration.dagster_internals import LaunchRunContext
-from fhir_assets.orchestration.instance import lost_messages
+from fhir_assets.orchestration.instance import celery_launcher, lost_messages
 from fhir_assets.orchestration.instance.celery_launcher import QUEUE, build_app
 from fhir_assets.orchestration.instance.config import render_dagster_yaml
 from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD
@@ -33,7 +33,7 @@ from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxProcess, SandboxServer
 from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.support.daemon import wait_until
-from fhir_assets_tests.support.dagster_internals import ReconstructableRepository, add_backfill
+from fhir_assets_tests.support.dagster_internals import ReconstructableRepository, add_backfill, monitor_started_run
 from fhir_assets_tests.support.databases import database_unavailable
 from fhir_assets_tests.support.deployment import SHARED, Deploy, Deployment
 from fhir_assets_tests.support.deployment_daemon import END, NEVER, START, daemon, environment
@@ -349,7 +349,12 @@ def test_forged_messages_start_nothing_and_stop_no_worker(slow_server: Deploymen
     names_nothing = {**forged, "body": base64.b64encode(b'[[], {"execute_job_args_packed": {"a": 1}}, {}]').decode()}
     pickled = {**forged, "content-type": "application/x-python-serialize", "body": base64.b64encode(b"cos\n").decode()}
     client.delete(QUEUE)
-    client.rpush(QUEUE, json.dumps(names_nothing), json.dumps(pickled), of_other, genuine)
+    no_messages = [b"no message at all", b"\xff", b"[" * 100_000, b"{}", b"null", b"[1]", b'"text"']
+    damaged: list[dict[str, object]] = [{"body": body} for body in ("A", "=", "W10=")]
+    damaged += [{"properties": {}}, {"headers": None}, {"headers": []}]
+    no_messages += [json.dumps({**forged, **part}).encode() for part in damaged]
+    no_messages.append(json.dumps({**forged, "headers": {**forged["headers"], "timelimit": 5}}).encode())
+    client.rpush(QUEUE, genuine, json.dumps(names_nothing), of_other, *no_messages, json.dumps(pickled))
     assert lost_messages.find_without_message(app, QUEUE, [ours, not_started]) == []
     log = tmp_path / "one.log"
     with worker(slow_server, log, environment(slow_server, FHIR_EXECUTOR="celery")) as process:
@@ -359,11 +364,35 @@ def test_forged_messages_start_nothing_and_stop_no_worker(slow_server: Deploymen
     assert status(slow_server, not_started) is dg.DagsterRunStatus.NOT_STARTED
     assert slow_server.count_loaded() == {"Patient": 1}
     text = log.read_text()
+    assert text.count("is no message and is ignored") == len(no_messages) + 1
     assert "names no run and is ignored" in text
     assert "is not being started, and is ignored" in text
     assert app.conf.worker_enable_remote_control is False
     client.rpush(QUEUE, b"no message at all")
     assert lost_messages.find_without_message(app, QUEUE, [ours]) == [ours]
+
+
+def test_a_run_whose_worker_is_killed_has_a_reason(
+    slow_server: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(celery_launcher, "GRACE", timedelta(0))
+    run_id = launch(slow_server, "2024-01-01")
+    with worker(slow_server, tmp_path / "one.log", environment(slow_server, FHIR_EXECUTOR="celery")) as process:
+        wait_until(lambda: has_rows_of_run(slow_server, run_id), seconds=300)
+        process.kill()
+        process.wait()
+    for name, value in slow_server.environment().items():
+        monkeypatch.setenv(name, value)
+    while status(slow_server, run_id) is dg.DagsterRunStatus.STARTED:  # Postgres releases the lock a moment later.
+        monitor_started_run(slow_server.instance, run_id)
+    events = slow_server.instance.all_logs(
+        run_id, of_type={dg.DagsterEventType.RUN_FAILURE, dg.DagsterEventType.STEP_FAILURE}
+    )
+    messages = {event.dagster_event.message for event in events if event.dagster_event}
+    (reason,) = messages
+    assert reason
+    assert reason.startswith(f"The process of this run (process {process.pid} on ")
+    assert "It was not the kernel's out-of-memory killer" in reason
 
 
 def test_a_run_that_no_worker_can_begin_fails_after_it_was_sent_again_three_times(

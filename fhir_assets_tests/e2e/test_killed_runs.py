@@ -9,6 +9,7 @@ from pathlib import Path
 import dagster as dg
 import psutil
 import pytest
+import yaml
 from kubernetes.client import (  # type: ignore[import-untyped]
     V1ContainerState,
     V1ContainerStateTerminated,
@@ -20,13 +21,20 @@ from pydantic import SecretStr
 
 from fhir_assets.definitions import build_definitions
 from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD
+from fhir_assets.orchestration.run_ends import complete_failure
 from fhir_assets.orchestration.run_processes import find_process
 from fhir_assets.sandbox.faults import Fault, FaultKind
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets_tests.support.alerts import AlertsSensor, receive_webhooks
 from fhir_assets_tests.support.content import patient
 from fhir_assets_tests.support.daemon import wait_until
-from fhir_assets_tests.support.dagster_internals import add_backfill, describe_pod, monitor_starting_run
+from fhir_assets_tests.support.dagster_internals import (
+    add_backfill,
+    describe_pod,
+    get_run_crash_explanation,
+    monitor_starting_run,
+    start_step,
+)
 from fhir_assets_tests.support.deployment import Deploy, Deployment
 from fhir_assets_tests.support.deployment_daemon import NEVER, daemon
 from fhir_assets_tests.support.killed_runs import Page, command, find_dead_runs, read_errors, wait_for_step
@@ -99,6 +107,27 @@ def test_a_run_that_cannot_be_launched_says_so(deployment: Deployment) -> None:
     with pytest.raises(Exception):  # noqa: B017, PT011  # Dagster's launcher has no code location for the run.
         deployment.instance.launch_run(run.run_id, workspace=None)  # type: ignore[arg-type]
     assert read_failure(deployment, run).startswith("The run could not be started (")
+
+
+def test_a_run_that_dagsters_own_instance_has_failed_gets_the_reason_afterwards(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = deployment.settings.home / "dagster"
+    config = yaml.safe_load((folder / "dagster.yaml").read_text())
+    del config["instance_class"]
+    (folder / "dagster.yaml").write_text(yaml.safe_dump(config))
+    with dg.DagsterInstance.from_config(str(folder)) as plain:
+        run = create_run(deployment, dg.DagsterRunStatus.STARTED)
+        start_step(plain, run, "raw__patient")
+        plain.report_engine_event(get_run_crash_explanation(f"Run execution process for {run.run_id}", -15), run)
+        plain.report_run_failed(run)
+        (failure,) = plain.all_logs(run.run_id, of_type=dg.DagsterEventType.RUN_FAILURE)
+        assert failure.dagster_event
+        reason = complete_failure(plain, run, failure.dagster_event.message)
+    page = Page(deployment, run.run_id, monkeypatch)
+    assert reason.startswith("The process of this run was ended by signal 15 (SIGTERM): an operator")
+    assert page.step_reasons == {"raw__patient": reason}
+    assert reason in page.engine_messages
 
 
 def test_a_run_that_no_process_begins_says_so(deployment: Deployment) -> None:

@@ -4,6 +4,7 @@ import errno
 import socket
 import sqlite3
 import ssl
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -27,8 +28,9 @@ from fhir_assets.errors import (
     StoreUnavailable,
 )
 from fhir_assets.foreign_errors import choose_store_error, translate_error, translate_s3_error, was_interrupted
-from fhir_assets.warehouse.postgres.db.connections import Connection, connect
-from fhir_assets_tests.support.databases import fresh_database
+from fhir_assets.orchestration.instance.config import require_dagster_database
+from fhir_assets.warehouse.postgres.db.connections import Connection, connect, normalise_url
+from fhir_assets_tests.support.databases import dagster_instance, fresh_database
 
 
 def refused(code: str, status: int = 403) -> ClientError:
@@ -192,6 +194,18 @@ def test_a_database_of_another_encoding_is_refused(postgres: str, encoding: str)
     with fresh_database(postgres, "template0", encoding=encoding) as url:
         with pytest.raises(ConfigurationError, match=f"has the encoding {encoding}.*ENCODING 'UTF8'"):
             connect(url)
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+def test_a_database_of_dagster_with_another_encoding_is_refused_by_name(
+    postgres: str, encoding: str, tmp_path: Path
+) -> None:
+    with fresh_database(postgres, "template0", encoding=encoding) as url:
+        told = f"Dagster's own database.*has the encoding {encoding}.*name it in DAGSTER_POSTGRES_URL"
+        with pytest.raises(ConfigurationError, match=told):
+            require_dagster_database(normalise_url(url, "psycopg2"))
+        with pytest.raises(ConfigurationError, match=told):  # As Dagster's own processes open it.
+            dagster_instance(tmp_path, url)
 
 
 def test_the_encoding_of_the_environment_changes_no_text(database: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,9 @@ from dagster._cli import create_dagster_cli
 # Validates a config against a schema, as Dagster validates dagster.yaml.
 from dagster._config import process_config as process_config
 
+# The key of a step in an event.
+from dagster._core.definitions.dependency import NodeHandle
+
 # The code location of a run, by which a Celery worker finds its job.
 from dagster._core.definitions.reconstruct import ReconstructableRepository as ReconstructableRepository
 
@@ -31,6 +34,9 @@ from dagster._core.definitions.schedule_definition import ScheduleExecutionData 
 from dagster._core.execution.backfill import BulkActionStatus as BulkActionStatus
 from dagster._core.execution.backfill import PartitionBackfill
 
+# The key of a step in an event.
+from dagster._core.execution.plan.handle import StepHandle
+
 # The recorded evaluations of a schedule or sensor.
 from dagster._core.scheduler.instigation import InstigatorTick as InstigatorTick
 from dagster._core.scheduler.instigation import TickStatus as TickStatus
@@ -40,6 +46,9 @@ from dagster._core.storage.asset_check_execution_record import (
     AssetCheckExecutionRecordStatus as AssetCheckExecutionRecordStatus,
 )
 from dagster._daemon.cli import create_dagster_daemon_cli
+
+# What Dagster says about a process that ended.
+from dagster._utils import get_run_crash_explanation as get_run_crash_explanation
 from dagster_webserver.cli import create_dagster_webserver_cli
 
 from fhir_assets.orchestration.jobs import LAYERS
@@ -134,6 +143,14 @@ def record_tick(instance: dg.DagsterInstance, name: str, status: str) -> None:
     )
 
 
+def start_step(instance: dg.DagsterInstance, run: dg.DagsterRun, step: str) -> None:
+    """Record that a step has begun, as its process does."""
+    started = dg.DagsterEvent(
+        dg.DagsterEventType.STEP_START.value, run.job_name, step_handle=StepHandle(NodeHandle(step, None), step)
+    )
+    instance.report_dagster_event(started, run.run_id)
+
+
 def monitor_starting_run(instance: dg.DagsterInstance, run_id: str) -> None:
     """Fail a run that has not begun in time, as the daemon does."""
     import logging
@@ -143,6 +160,18 @@ def monitor_starting_run(instance: dg.DagsterInstance, run_id: str) -> None:
     record = instance.get_run_record_by_id(run_id)
     assert record
     monitor_starting_run(instance, record, logging.getLogger("test"))
+
+
+def monitor_started_run(instance: dg.DagsterInstance, run_id: str) -> None:
+    """Ask the launcher for the worker of a run, and fail the run if it has ended, as the daemon does."""
+    import logging
+
+    from dagster._daemon.monitoring.run_monitoring import monitor_started_run
+
+    record = instance.get_run_record_by_id(run_id)
+    assert record
+    workspace: Any = None  # Only a resumed run needs it.
+    monitor_started_run(instance, workspace, record, logging.getLogger("test"))
 
 
 def describe_pod(pod: Any) -> str:

@@ -88,6 +88,11 @@ class Page:
         return [event["message"] for event in self._events if event["__typename"] == "RunFailureEvent"]
 
     @property
+    def engine_messages(self) -> list[str]:
+        """The messages of Dagster and of the project about the run."""
+        return [event["message"] for event in self._events if event["__typename"] == "EngineEvent"]
+
+    @property
     def step_reasons(self) -> dict[str, str]:
         """The error of each failed step."""
         return {

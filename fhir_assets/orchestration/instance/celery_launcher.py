@@ -33,6 +33,7 @@ from fhir_assets.orchestration.dagster_internals import (
 )
 from fhir_assets.orchestration.dead_runs import explain_dead_run
 from fhir_assets.orchestration.instance import lost_messages
+from fhir_assets.orchestration.instance.redis_transport import use_tolerant_transport
 from fhir_assets.retries import RetryPolicy
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.ops import liveness
@@ -60,7 +61,7 @@ _CANCELLATION_CHECK_SECONDS = 5.0
 _DATABASE_WAIT = RetryPolicy(first_wait=0.5, max_wait=10, budget=300)
 """How long a worker waits for the database before it begins a run. Then the run's message is lost, and sent again."""
 
-_GRACE = timedelta(minutes=1)
+GRACE = timedelta(minutes=1)
 """The time that a run may take from its start until it holds its lock."""
 
 _log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class Launcher(CeleryRunLauncher):
         record = self._instance.get_run_record_by_id(run.run_id)
         if run.status is not dg.DagsterRunStatus.STARTED or record is None:
             return super().check_run_worker_health(run)
-        if record.update_timestamp.replace(tzinfo=UTC) > datetime.now(UTC) - _GRACE:
+        if record.update_timestamp.replace(tzinfo=UTC) > datetime.now(UTC) - GRACE:
             return CheckRunHealthResult(WorkerStatus.RUNNING)
         # The daemon's login may have no right on a table.
         with Warehouse(load_settings()).connect_to_locks() as conn:
@@ -125,6 +126,7 @@ def build_app(settings: Settings) -> Celery:
     A worker reserves one message at a time, so that no message waits behind a long run. It takes neither objects of
     Python nor commands from the broker. Raises ConfigurationError if CELERY_BROKER_URL is not set.
     """
+    use_tolerant_transport(QUEUE)
     app = make_app(  # type: ignore[no-untyped-call]
         {
             "broker": settings.require_broker(),

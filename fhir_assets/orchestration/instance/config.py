@@ -27,6 +27,9 @@ _CELERY: dict[str, Any] = {
     # run to another worker.
     "run_monitoring": {"start_timeout_seconds": 30 * 24 * 3600},
 }
+CHECKED_DAGSTER_DATABASES: set[str] = set()
+"""The URLs of Dagster's database that this process has found usable; Dagster opens it more than once."""
+
 _LAUNCHERS: dict[Executor, dict[str, Any]] = {Executor.CELERY: _CELERY}
 
 
@@ -93,11 +96,28 @@ def _write_dagster_yaml(path: Path, content: bytes) -> None:
 def open_instance(settings: Settings) -> dg.DagsterInstance:
     """Open the Dagster instance and set its environment variables in this process.
 
-    Raises DatabaseUnavailable if its storage cannot be reached.
+    Raises DatabaseUnavailable if its storage cannot be reached, and ConfigurationError as ``require_dagster_database``.
     """
     os.environ.update(build_environment(settings))
-    connections.connect(os.environ["DAGSTER_POSTGRES_URL"]).close()
+    require_dagster_database(os.environ["DAGSTER_POSTGRES_URL"])
     return dg.DagsterInstance.get()
+
+
+def require_dagster_database(url: str) -> None:
+    """Check that Dagster's own database can be used.
+
+    Raises DatabaseUnavailable if it cannot be reached, and ConfigurationError if it refuses the connection, is too old
+    or has another encoding than UTF8.
+    """
+    try:
+        connections.connect(url).close()
+    except ConfigurationError as error:
+        told = str(error).replace("DB_URL", "DAGSTER_POSTGRES_URL")
+        raise ConfigurationError(
+            "Dagster's own database (DAGSTER_POSTGRES_URL, or `dagster` on the server of DB_URL) cannot be used. "
+            f"{told}"
+        ) from None
+    CHECKED_DAGSTER_DATABASES.add(url)
 
 
 def find_dagster_url(settings: Settings) -> str:

@@ -63,7 +63,7 @@ def _list_messages(channel: Any, queue: str) -> Iterator[Any]:
 def _parse(text: str | bytes) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

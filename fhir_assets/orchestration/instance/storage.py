@@ -18,6 +18,7 @@ from dagster_postgres import DagsterPostgresStorage, PostgresEventLogStorage
 from dagster_postgres.utils import DagsterPostgresException, get_token_provider_from_config, pg_url_from_config
 from sqlalchemy.dialects import postgresql
 
+from fhir_assets.errors import DatabaseUnavailable
 from fhir_assets.orchestration.dagster_internals import (
     AssetCheckEvaluationPlanned,
     AssetCheckExecutionRecordStatus,
@@ -27,7 +28,11 @@ from fhir_assets.orchestration.dagster_internals import (
     PostgresStorageConfig,
     load_event_log_tables,
 )
-from fhir_assets.orchestration.instance.config import find_dagster_url
+from fhir_assets.orchestration.instance.config import (
+    CHECKED_DAGSTER_DATABASES,
+    find_dagster_url,
+    require_dagster_database,
+)
 from fhir_assets.orchestration.instance.event_rows import Row, build_rows, key_text, split_partitions
 from fhir_assets.orchestration.instance.run_page import omit_passed, read_events
 from fhir_assets.orchestration.instance.runless_evaluations import build_runless_evaluation
@@ -434,9 +439,13 @@ class PooledPostgresStorage(DagsterPostgresStorage):
         """Return the storage for the ``config`` of ``dagster.yaml``; Dagster calls this."""
         token_provider = get_token_provider_from_config(config_value)
         is_configured = "postgres_url" in config_value or "postgres_db" in config_value
+        url = pg_url_from_config(config_value) if is_configured else find_dagster_url(load_settings())
+        if url not in CHECKED_DAGSTER_DATABASES:
+            with suppress(DatabaseUnavailable):  # Dagster's own processes wait for the database.
+                require_dagster_database(url)
         storage = cls(
             inst_data=inst_data,
-            postgres_url=pg_url_from_config(config_value) if is_configured else find_dagster_url(load_settings()),
+            postgres_url=url,
             should_autocreate_tables=bool(config_value.get("should_autocreate_tables", True)),
             token_provider=token_provider,
         )

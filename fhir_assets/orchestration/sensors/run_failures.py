@@ -1,10 +1,11 @@
-"""The sensor ``record_failed_runs``: marks the steps of crashed runs as FAILED in ``ops.ingestion_runs``."""
+"""The sensor ``record_failed_runs``: ends the steps of crashed runs, in Dagster and in ``ops.ingestion_runs``."""
 
 import dagster as dg
 
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.orchestration.run_ends import read_reason
-from fhir_assets.warehouse.ops import liveness, runs
+from fhir_assets.orchestration.failures import sanitized_errors
+from fhir_assets.orchestration.run_ends import complete_failure, read_reason
+from fhir_assets.warehouse.ops import runs
 
 
 def build_run_failure_sensor(warehouse: Warehouse) -> dg.SensorDefinition:
@@ -16,9 +17,10 @@ def build_run_failure_sensor(warehouse: Warehouse) -> dg.SensorDefinition:
         description="Changes the steps of a failed run from RUNNING to FAILED in ops.ingestion_runs.",
     )
     def record_failed_runs(context: dg.RunFailureSensorContext) -> None:
-        run_id = context.dagster_run.run_id
-        reason = read_reason(context.instance, run_id) or context.failure_event.message or liveness.DEAD
-        with warehouse.connect() as conn:
-            runs.abandon(conn, run_id, error=reason)
+        run = context.dagster_run
+        with sanitized_errors():
+            reason = complete_failure(context.instance, run, context.failure_event.message)
+            with warehouse.connect() as conn:
+                runs.abandon(conn, run.run_id, error=read_reason(context.instance, run.run_id) or reason)
 
     return record_failed_runs
