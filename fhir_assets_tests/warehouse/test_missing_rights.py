@@ -69,6 +69,8 @@ def test_an_error_of_dagsters_storage_names_its_login(database: str, user: User,
     ("role", "command", "right"),
     [
         (role_rights.LOADER, ("migrate",), ""),
+        (role_rights.LOADER, ("connector", "install"), "may not create tables and triggers in schema health"),
+        (role_rights.API, ("roles",), "is not the owner of all schemas and tables"),
         (role_rights.OPERATOR, ("sources", "start-anew", "--yes"), ""),
         (role_rights.DAGSTER, ("runs", "list"), "has no rights to schema ops"),
         (role_rights.AUDITOR, ("dead-letters", "list"), "permission denied for table dead_letters"),

@@ -41,8 +41,8 @@ def install(conn: Connection) -> None:
             roles.grant_outbox_rights(conn)
     except psycopg.errors.InsufficientPrivilege:
         raise ConfigurationError(
-            "the user of DB_URL may not create tables and triggers in schema health: run `fhir-assets connector "
-            "install` as its owner"
+            f"the login {conn.info.user} of DB_URL may not create tables and triggers in schema health: run "
+            "`fhir-assets connector install` as its owner"
         ) from None
 
 

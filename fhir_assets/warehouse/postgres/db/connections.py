@@ -260,7 +260,7 @@ def ensure_database(url: str, name: str) -> None:
             return
         except psycopg.errors.InsufficientPrivilege:
             raise ConfigurationError(
-                f"The user of DB_URL may not create the database {name} at {_describe(url)}: "
+                f"The login {conn.info.user} of DB_URL may not create the database {name} at {_describe(url)}: "
                 f"have an administrator run `CREATE DATABASE {name}`"
             ) from None
 

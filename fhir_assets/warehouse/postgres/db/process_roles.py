@@ -37,8 +37,8 @@ def grant_all(conn: Connection, dagster_conn: Connection) -> None:
     if missing := roles.create_missing_roles(conn):
         statements = "; ".join(f"CREATE ROLE {name} NOLOGIN" for name in missing)
         raise ConfigurationError(
-            f"the user of DB_URL may not create roles: have an administrator run `{statements}`, then run "
-            "`fhir-assets roles` again"
+            f"the login {conn.info.user} of DB_URL may not create roles: have an administrator run `{statements}`, "
+            "then run `fhir-assets roles` again"
         )
     conn.commit()
 
@@ -51,7 +51,8 @@ def grant_all(conn: Connection, dagster_conn: Connection) -> None:
         repeat_after_deadlock(grant, "the change of rights")
     except psycopg.errors.InsufficientPrivilege:
         raise ConfigurationError(
-            "the user of DB_URL is not the owner of all schemas and tables: run `fhir-assets roles` as their owner"
+            f"the login {conn.info.user} of DB_URL is not the owner of all schemas and tables: run `fhir-assets roles` "
+            "as their owner"
         ) from None
 
 
@@ -62,7 +63,8 @@ def ensure_logins(conn: Connection, passwords: Mapping[str, str]) -> None:
             roles.ensure_login(conn, login, role, passwords.get(login))
     except psycopg.errors.InsufficientPrivilege:
         raise ConfigurationError(
-            "the user of DB_URL may not create logins: run `fhir-assets roles --logins` as an administrator"
+            f"the login {conn.info.user} of DB_URL may not create logins: run `fhir-assets roles --logins` as an "
+            "administrator"
         ) from None
     conn.commit()
 

@@ -268,7 +268,7 @@ def _update_tables(
                 raise ViewError(_describe_dependents(layout, error)) from None
             except psycopg.errors.InsufficientPrivilege:
                 raise ConfigurationError(
-                    f"The user of DB_URL may not create or change table {SCHEMA}.{layout.name}: "
+                    f"The login {conn.info.user} of DB_URL may not create or change table {SCHEMA}.{layout.name}: "
                     "run `fhir-assets migrate` as the user that owns the schema, or grant it fhir_loader"
                 ) from None
             except (psycopg.ProgrammingError, psycopg.DataError, psycopg.errors.ProgramLimitExceeded) as error:
