@@ -25,7 +25,7 @@ def test_the_daemon_sees_which_workers_are_alive_with_a_login_that_reads_no_tabl
     monkeypatch.setenv("DB_URL", url)
     monkeypatch.setenv("CELERY_BROKER_URL", "redis://localhost:6379/0")
     monkeypatch.setenv("DAGSTER_POSTGRES_URL", normalise_url(database, "psycopg2"))
-    monkeypatch.setattr(celery_launcher, "_GRACE", timedelta(minutes=-1))
+    monkeypatch.setattr(celery_launcher, "GRACE", timedelta(minutes=-1))
     (tmp_path / "dagster.yaml").write_text(render_dagster_yaml(load_settings(fhir_executor=Executor.CELERY)))
     with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
         run = instance.run_storage.add_run(
