@@ -107,5 +107,6 @@ def test_commands_that_are_killed_at_any_moment_lose_and_double_nothing(
                 ]
                 kills += sum(killed)
                 trial.run(*command)
-            trial.run("reconcile", "--deep")
+            if source is not SourceKind.BULK:  # An export cannot be compared on demand.
+                trial.run("reconcile", "--deep")
             assert trial.content() == expected[source], f"deployment {number}, seed {SEED}"
