@@ -177,6 +177,7 @@ class Bucket:
         """
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.parsers import ResponseParserError
 
         try:
             yield
@@ -186,7 +187,7 @@ class Bucket:
             raise translate_s3_error(cause, action=action, url=self.url, bucket=self.name) or error from None
         except TransientFailure as failure:
             raise self._limit_error(action, failure) from None
-        except _MALFORMED as error:
+        except (ResponseParserError, *_MALFORMED) as error:
             raise StoreError(
                 f"cannot {action} in {self.url}: the answer is not one of S3 ({type(error).__name__}). Check "
                 "AWS_ENDPOINT_URL"

@@ -116,6 +116,12 @@ def test_a_listing_that_cannot_be_true_is_an_error(server: HostileS3, lie: S3Lie
         list(_open(S3Limits(max_objects=50)).listing())
 
 
+def test_an_answer_to_a_write_that_is_no_xml_is_an_error(server: HostileS3) -> None:
+    server.lies = {"put": S3Lie(status=201, body=b"\0")}
+    with pytest.raises(StoreError, match=r"not one of S3 \(ResponseParserError\)"):
+        _open(S3Limits()).put("x", b"content")
+
+
 def test_an_object_without_an_etag_is_read(server: HostileS3) -> None:
     server.lies = {"get": S3Lie(etag=None)}
     assert _open().get("x") == LINE
