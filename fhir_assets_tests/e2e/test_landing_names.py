@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import EncryptionError
 from fhir_assets.fhir.intake import visits_csv
 from fhir_assets.privacy.keys import new_key
-from fhir_assets.storage.landing_zone import open_zone
+from fhir_assets.storage.landing_zone import LandingFile, open_zone
 from fhir_assets.storage.s3 import Bucket
 from fhir_assets.warehouse.ops import landing_files, landing_reports
 from fhir_assets_tests.support.canaries import Canaries
@@ -251,3 +252,17 @@ def test_an_object_that_cannot_be_read_is_not_named_in_the_reason(zone_in_bucket
     with pytest.raises(Exception, match="a file of the landing zone") as error:
         zone.open("Doe_John.ndjson")
     assert "Doe" not in str(error.value)
+
+
+def test_the_names_of_a_long_listing_are_encrypted_as_they_come(deploy: Deploy, folder: Path) -> None:
+    deployment = deploy(fhir_landing_url=str(folder), fhir_resource_types=TYPES, phi_encryption_keys=OLD)
+    count = 10_000
+    listing = ((LandingFile(f"{number:0100}.json", 1, "mark", DAY), True) for number in range(count))
+    with Warehouse(deployment.settings).connect() as conn:
+        tracemalloc.start()
+        landing_files.record_listing(conn, str(folder), listing)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        found = landing_files.find_ready(conn, str(folder), now=datetime.now(UTC), limit=1)
+    assert peak < 2 << 20
+    assert [file.name for file in found] == [f"{0:0100}.json"]

@@ -5,7 +5,7 @@ rotations of the keys do not change. ``encrypted_name`` has the name, bound to i
 keys, and in rows of an earlier release, ``name`` has the name, and the others are null.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from psycopg import sql
 
@@ -45,34 +45,9 @@ def read_name_or_label(conn: Session, zone: str, stored: str, encrypted: bytes |
         return stored
 
 
-def encrypt_new_names(conn: Session, zone: str, names_by_label: Mapping[str, str]) -> None:
-    """Encrypt the names of rows that were inserted without it, and of those whose key is not set."""
-    cipher = conn.cipher
-    rows = conn.execute(
-        """
-        SELECT name
-        FROM ops.landing_files
-        WHERE source = ops.current_source()
-            AND zone = %s
-            AND key_id IS NOT NULL
-            AND (encrypted_name IS NULL OR key_id <> ALL(%s))
-        ORDER BY name
-        """,
-        [zone, [cipher.key_id, *cipher.outdated_key_ids]],
-    ).fetchall()
-    with conn.cursor() as cursor:
-        cursor.executemany(
-            """
-            UPDATE ops.landing_files
-            SET encrypted_name = %s, key_id = %s
-            WHERE source = ops.current_source() AND zone = %s AND name = %s
-            """,
-            [
-                (_encrypt(cipher, conn.source, zone, label, names_by_label[label]), cipher.key_id, zone, label)
-                for (label,) in rows
-                if label in names_by_label
-            ],
-        )
+def encrypt_name(conn: Session, zone: str, label: str, name: str) -> bytes | None:
+    """Return what the column ``encrypted_name`` has for a file; None without keys."""
+    return _encrypt(conn.cipher, conn.source, zone, label, name) if conn.cipher.encrypts else None
 
 
 FileKey = tuple[str, str, str]

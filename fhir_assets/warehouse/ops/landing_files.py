@@ -12,7 +12,7 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from fhir_assets.warehouse.ops import landing_file_names, post_loader
-from fhir_assets.warehouse.ops.landing_file_names import IS_NAMED, get_label, label_names, read_name
+from fhir_assets.warehouse.ops.landing_file_names import IS_NAMED, encrypt_name, get_label, label_names, read_name
 from fhir_assets.warehouse.postgres.db.connections import Connection, Session
 
 FIRST_WAIT_SECONDS = 60
@@ -73,23 +73,22 @@ def record_listing(conn: Session, zone: str, files: Iterable[tuple[ListedFile, b
     that were removed from the zone before they were loaded are deleted. A file with a fault has the status ``failed``
     with the fault as its error, and is not tried again.
     """
-    names_by_label: dict[str, str] = {}
     if conn.cipher.encrypts:
         landing_file_names.encrypt_zone(conn, zone)
     with conn.cursor() as cursor:
         cursor.execute(
             """
             CREATE TEMPORARY TABLE listing (
-                name text, size bigint, mark text, written timestamptz, complete boolean, fault text
+                name text, encrypted_name bytea, size bigint, mark text, written timestamptz, complete boolean,
+                fault text
             ) ON COMMIT DROP
             """
         )
         with cursor.copy("COPY listing FROM STDIN") as copy:
             for file, complete in files:
                 label = get_label(conn, zone, file.name)
-                if conn.cipher.encrypts:
-                    names_by_label[label] = file.name
-                copy.write_row((label, file.size, file.mark, file.written, complete, file.fault))
+                encrypted = encrypt_name(conn, zone, label, file.name)
+                copy.write_row((label, encrypted, file.size, file.mark, file.written, complete, file.fault))
         cursor.execute("ANALYZE listing")
         cursor.execute(
             """
@@ -104,24 +103,25 @@ def record_listing(conn: Session, zone: str, files: Iterable[tuple[ListedFile, b
             [zone],
         )
         cursor.execute(_UPSERT_LISTING, {"zone": zone, "key_id": conn.cipher.key_id})
+        if conn.cipher.encrypts:
+            readable = [conn.cipher.key_id, *conn.cipher.outdated_key_ids]
+            cursor.execute(_REPLACE_UNREADABLE, {"zone": zone, "key_id": conn.cipher.key_id, "readable": readable})
         cursor.execute("DROP TABLE listing")
-    if conn.cipher.encrypts:
-        landing_file_names.encrypt_new_names(conn, zone, names_by_label)
 
 
 def record_posted(conn: Session, zone: str, file: ListedFile) -> None:
     """Record a file that the HTTP API has written as ready. The commit wakes the post loader."""
     label = get_label(conn, zone, file.name)
+    encrypted = encrypt_name(conn, zone, label, file.name)
     conn.execute(
         """
-        INSERT INTO ops.landing_files AS f (zone, name, key_id, size, mark, written_at, status, posted)
-        VALUES (%s, %s, %s, %s, %s, %s, 'ready', true)
+        INSERT INTO ops.landing_files AS f
+            (zone, name, encrypted_name, key_id, size, mark, written_at, status, posted)
+        VALUES (%s, %s, %s, %s, %s, %s, %s, 'ready', true)
         ON CONFLICT (zone, name, source) DO UPDATE SET posted = true, written_at = excluded.written_at
         """,
-        [zone, label, conn.cipher.key_id, file.size, file.mark, file.written],
+        [zone, label, encrypted, conn.cipher.key_id, file.size, file.mark, file.written],
     )
-    if conn.cipher.encrypts:
-        landing_file_names.encrypt_new_names(conn, zone, {label: file.name})
     post_loader.notify(conn)
 
 
@@ -303,9 +303,9 @@ def _record_attempt(conn: Session, zone: str, file: ReadyFile, values: Mapping[s
 
 
 _UPSERT_LISTING = """
-    INSERT INTO ops.landing_files AS f (zone, name, key_id, size, mark, written_at, status, error)
+    INSERT INTO ops.landing_files AS f (zone, name, encrypted_name, key_id, size, mark, written_at, status, error)
     SELECT DISTINCT ON (name)
-        %(zone)s, name, %(key_id)s::text, size, mark, written,
+        %(zone)s, name, encrypted_name, %(key_id)s::text, size, mark, written,
         CASE
             WHEN complete IS NULL THEN 'ignored'
             WHEN fault IS NOT NULL THEN 'failed'
@@ -342,4 +342,14 @@ _UPSERT_LISTING = """
     WHERE f.status = 'arriving'
         OR f.status = 'ignored' AND excluded.status <> 'ignored'
         OR (f.size, f.mark) <> (excluded.size, excluded.mark)
+"""
+
+_REPLACE_UNREADABLE = """
+    UPDATE ops.landing_files f
+    SET encrypted_name = s.encrypted_name, key_id = %(key_id)s
+    FROM listing s
+    WHERE f.source = ops.current_source()
+        AND f.zone = %(zone)s
+        AND f.name = s.name
+        AND f.key_id <> ALL(%(readable)s)
 """
