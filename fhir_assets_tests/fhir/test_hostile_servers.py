@@ -35,7 +35,7 @@ _webhooks = st.dictionaries(st.just("write"), _lies, min_size=1)
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostileServer]:
-    canary = tmp_path_factory.mktemp("outside") / "canary.ndjson"
+    canary = tmp_path_factory.mktemp("outside") / "patients.ndjson"
     canary.write_text('{"resourceType":"Patient","id":"canary-file"}\n')
     with serve_lies(HostileServer(canary=str(canary))) as hostile:
         yield hostile

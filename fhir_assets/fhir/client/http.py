@@ -150,7 +150,11 @@ class FhirClient:
             url = rewrite_link(urljoin(page_url, link), self._link_base, self.base_url)
             origin = parse_origin(url)
         except ValueError:
-            raise NotFhir(f"{self.base_url} sends a link that is not a URL: the server's paging is broken") from None
+            origin = None
+        if origin is None or urlsplit(url).scheme not in ("http", "https"):
+            raise NotFhir(
+                f"{self.base_url} sends a link that is no URL of http or https: the server's paging is broken"
+            )
         if origin != self.origin:
             raise NotFhir(f"{self.describe_links(url)}; links to another address are not followed")
         return url
