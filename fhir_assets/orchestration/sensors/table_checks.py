@@ -16,6 +16,9 @@ _INTERVAL_SECONDS = 60
 _PAUSE_FACTOR = 20
 """The minimum time between two evaluations is the duration of the first one, multiplied by this number."""
 
+_LONGEST_PAUSE = timedelta(minutes=30)
+"""At most so long, because the duration is wrong if the clock was set during the evaluation."""
+
 
 def build_table_checks_sensor(
     settings: Settings, job: UnresolvedAssetJobDefinition, checks: Sequence[dg.AssetCheckKey]
@@ -41,8 +44,9 @@ def build_table_checks_sensor(
             if instance.get_runs_count(dg.RunsFilter(job_name=name, statuses=UNFINISHED)):
                 yield dg.SkipReason(f"a run of {name} is not finished yet")
                 return
-        earliest = _find_earliest(instance, timedelta(minutes=settings.checks_minutes))
-        if earliest and datetime.now(UTC) < earliest:
+        now = datetime.now(UTC)
+        earliest = _find_earliest(instance, timedelta(minutes=settings.checks_minutes), now)
+        if now < earliest:
             yield dg.SkipReason(f"the next evaluation is requested after {earliest:%H:%M} UTC")
             return
         outdated = find_outdated_checks(instance, checks)
@@ -54,13 +58,23 @@ def build_table_checks_sensor(
     return check_changed_tables
 
 
-def _find_earliest(instance: dg.DagsterInstance, interval: timedelta) -> datetime | None:
-    """Return the time of the next evaluation; None if there was none yet."""
+def _find_earliest(instance: dg.DagsterInstance, interval: timedelta, now: datetime) -> datetime:
+    """Return the time of the next evaluation; ``now`` if there was none yet."""
     records = instance.get_run_records(dg.RunsFilter(job_name=CHECK_TABLES), limit=1)
     if not records or records[0].end_time is None or records[0].start_time is None:
-        return None
-    duration = timedelta(seconds=records[0].end_time - records[0].start_time)
-    return datetime.fromtimestamp(records[0].end_time, UTC) + max(interval, _PAUSE_FACTOR * duration)
+        return now
+    started, ended = (datetime.fromtimestamp(at, UTC) for at in (records[0].start_time, records[0].end_time))
+    return compute_next_evaluation(started, ended, interval=interval, now=now)
+
+
+def compute_next_evaluation(started: datetime, ended: datetime, *, interval: timedelta, now: datetime) -> datetime:
+    """Return when checks are evaluated again that were last evaluated from ``started`` to ``ended``.
+
+    That is at once if they ended in the future: the clock was ahead then.
+    """
+    if ended > now:
+        return now
+    return ended + max(interval, min(_PAUSE_FACTOR * (ended - started), _LONGEST_PAUSE))
 
 
 def find_outdated_checks(instance: dg.DagsterInstance, checks: Sequence[dg.AssetCheckKey]) -> list[dg.AssetCheckKey]:
