@@ -17,7 +17,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 _UNCHECKED_BYTES = 64 << 20
-"""Decompressed bytes up to which the ratio of a file does not matter."""
+"""Decompressed bytes up to which the ratio of a file does not matter, and compressed ones that need have no content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +60,13 @@ def decompress(file: BinaryIO, limits: FileLimits = DEFAULT_LIMITS) -> Iterator[
 
     The stream need not be seekable. Raises DamagedFile, also if the file is beyond the limits.
     """
-    counter = _Counter(file)
+    counter = _Counter(file, limits)
     total = 0
     for piece in _decompress(cast(BinaryIO, counter)):
         total += len(piece)
-        if total > limits.bytes or counter.count > limits.bytes:
-            raise DamagedFile(f"the file is larger than {limits.bytes:,} bytes ({limits.bytes_name})")
+        counter.idle = 0
+        if total > limits.bytes:
+            raise _build_size_error(limits)
         if total > _UNCHECKED_BYTES and total > counter.count * limits.ratio:
             raise DamagedFile(
                 f"the file is more than {limits.ratio:g} times as large after decompression ({limits.ratio_name}), "
@@ -75,16 +76,29 @@ def decompress(file: BinaryIO, limits: FileLimits = DEFAULT_LIMITS) -> Iterator[
 
 
 class _Counter:
-    """Counts the bytes that are read of a stream."""
+    """Counts the bytes that are read of a stream: ``idle`` are those since its last content.
 
-    def __init__(self, file: BinaryIO) -> None:
+    Content may be followed by zeros, or by members without content, and neither need have an end.
+    """
+
+    def __init__(self, file: BinaryIO, limits: FileLimits) -> None:
         self._file = file
-        self.count = 0
+        self._limits = limits
+        self.count = self.idle = 0
 
     def read(self, count: int) -> bytes:
         piece = self._file.read(count)
         self.count += len(piece)
+        self.idle += len(piece)
+        if self.count > self._limits.bytes:
+            raise _build_size_error(self._limits)
+        if self.idle > _UNCHECKED_BYTES:
+            raise DamagedFile(f"the compressed file has {_UNCHECKED_BYTES >> 20} MiB without content: give it anew")
         return piece
+
+
+def _build_size_error(limits: FileLimits) -> DamagedFile:
+    return DamagedFile(f"the file is larger than {limits.bytes:,} bytes ({limits.bytes_name})")
 
 
 def _decompress(file: BinaryIO) -> Iterator[bytes]:

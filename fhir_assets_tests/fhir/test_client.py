@@ -202,7 +202,7 @@ def test_a_redirect_within_the_origin_is_followed_with_credentials() -> None:
 @pytest.mark.parametrize("link", ["file:///etc/patients.ndjson", "ftp://server.example/Patient", "http://[bad/x"])
 def test_a_link_that_is_no_url_of_http_is_not_suggested_as_a_base(link: str) -> None:
     client = build_client("http://server.example/fhir")
-    with pytest.raises(NotFhir, match=r"no URL of http or https: the server.s paging is broken$"):
+    with pytest.raises(NotFhir, match=r"not a URL of http or https: the server.s paging is broken$"):
         client.resolve(link, client.base_url)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fhir_assets.fhir.lines import DamagedFile, read_lines
+from fhir_assets.fhir.lines import DamagedFile, decompress, read_lines
 
 LIMIT = 1000
 
@@ -69,6 +69,26 @@ def test_bytes_after_a_member_that_are_not_gzip_are_damage_after_its_lines(tmp_p
     lines, message = lines_of(tmp_path / "x", gzip.compress(b"a\nb\n") + tail)
     assert lines == [b"a", b"b"]
     assert message
+
+
+class Endless:
+    """A stream of a member with content, and then the same bytes without end."""
+
+    def __init__(self, rest: bytes) -> None:
+        self._rest = rest
+        self._first = gzip.compress(b"a\n")
+
+    def read(self, count: int) -> bytes:
+        piece, self._first = self._first[:count], self._first[count:]
+        return piece or self._rest * (count // len(self._rest))
+
+
+@pytest.mark.parametrize("rest", [bytes(1 << 16), gzip.compress(b"") * 1000], ids=["zeros", "members without content"])
+def test_a_stream_whose_rest_has_no_content_ends(rest: bytes) -> None:
+    pieces = decompress(Endless(rest))  # type: ignore[arg-type]
+    assert next(pieces) == b"a\n"
+    with pytest.raises(DamagedFile, match="64 MiB without content"):
+        next(pieces)
 
 
 def test_a_wrong_checksum_is_damage(tmp_path: Path) -> None:

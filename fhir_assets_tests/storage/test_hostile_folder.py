@@ -77,5 +77,9 @@ def test_large_content_of_little_needs_little(content: str, reader: LimitedProce
 
 
 def test_a_sparse_file_of_terabytes_is_read_up_to_the_limit(reader: LimitedProcess, database: str) -> None:
-    files = [("a.ndjson", "sparse", "good"), ("b.csv", "sparse", "good")]
+    files = [
+        ("a.ndjson", "sparse", "good"),
+        ("b.csv", "sparse", "good"),
+        ("c.ndjson.gz", "sparse", "bomb in a bomb"),
+    ]
     assert reader.run("landing", files=files, changes=[], database=database) == "ok"

@@ -153,7 +153,7 @@ class FhirClient:
             origin = None
         if origin is None or urlsplit(url).scheme not in ("http", "https"):
             raise NotFhir(
-                f"{self.base_url} sends a link that is no URL of http or https: the server's paging is broken"
+                f"{self.base_url} sends a link that is not a URL of http or https: the server's paging is broken"
             )
         if origin != self.origin:
             raise NotFhir(f"{self.describe_links(url)}; links to another address are not followed")
