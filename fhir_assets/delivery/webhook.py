@@ -1,9 +1,9 @@
 """Sends alerts to a webhook: one message about opened and closed incidents, without patient data."""
 
-import json
 from collections.abc import Mapping, Sequence
 from urllib.parse import quote, urlsplit
 
+import orjson
 import requests
 from urllib3.exceptions import HTTPError
 
@@ -91,7 +91,7 @@ def _contradicts(body: bytes) -> bool:
     if start.startswith(b"<") or b"message delivery failed" in start:
         return True
     try:
-        answer = json.loads(body)
+        answer = orjson.loads(body)  # Unlike json, it raises ValueError for brackets without end.
     except ValueError:
         return False
     return isinstance(answer, dict) and (answer.get("ok") is False or bool(answer.get("error")))

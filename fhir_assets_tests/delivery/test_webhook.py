@@ -36,7 +36,7 @@ def test_a_refused_message_is_not_sent_again() -> None:
         assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("body", [b"", b"ok", b"1", b"{}", b'{"ok":true}', b'"accepted"'])
+@pytest.mark.parametrize("body", [b"", b"ok", b"1", b"{}", b'{"ok":true}', b'"accepted"', b"[" * 100_000])
 def test_what_webhooks_answer_is_a_success(body: bytes) -> None:
     with ScriptedServer([Reply(body)]) as server:
         assert deliver(server.url)
