@@ -60,6 +60,7 @@ def _check(server: HostileServer, outcome: str) -> None:
         assert b"authorization" not in request.lower()
 
 
+@pytest.mark.timeout(600 + 2 * EXAMPLES)
 @pytest.mark.parametrize("road", ["search", "bulk", "target", "webhook"])
 def test_a_hostile_server_gets_nothing_and_does_not_last(
     road: str, server: HostileServer, client: LimitedProcess, database: str

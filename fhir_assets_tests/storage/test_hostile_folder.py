@@ -61,6 +61,7 @@ def reader() -> Iterator[LimitedProcess]:
     process.stop()
 
 
+@pytest.mark.timeout(600 + 2 * EXAMPLES)
 def test_a_hostile_folder_is_read_to_its_end_and_nothing_else(reader: LimitedProcess, database: str) -> None:
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), phases=_PHASES)
     @given(_files, _changes)

@@ -60,6 +60,7 @@ def client() -> Iterator[LimitedProcess]:
     process.stop()
 
 
+@pytest.mark.timeout(600 + 2 * EXAMPLES)
 @pytest.mark.parametrize("road", ["landing", "store", "write", "download"])
 def test_a_hostile_bucket_gets_nothing_and_does_not_last(road: str, server: HostileS3, client: LimitedProcess) -> None:
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), phases=_PHASES)
