@@ -8,6 +8,8 @@ PARTS = (
     ("definitions", "Loading the definitions, each time in a process of its own"),
     ("commands", "Commands: CPU time, as multiples of `import dagster`"),
     ("end_to_end", "NDJSON to loaded tables through a Dagster run, compared with dlt"),
+    ("cold_loads", "18,000 resources by processes that start cold, compared with dlt"),
+    ("cold_loads 180000 --rounds 1", "180,000 resources by processes that start cold, compared with dlt"),
     ("scale", "Cost of a million resources by layer: time, CPU, memory and bytes"),
     ("workers", "Worker processes: two compared with one"),
     ("windows", "A load of a thousand nearly empty windows, and of an empty window"),
