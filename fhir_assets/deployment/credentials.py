@@ -11,7 +11,6 @@ from fhir_assets.deployment.labels import CONNECTOR_LABELS, DELIVERY_LABELS, SOU
 from fhir_assets.deployment.limits import build_client_limits
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.auth.credentials import Credentials, build_credentials
-from fhir_assets.fhir.auth.smart import BackendServices, parse_private_key
 from fhir_assets.fhir.labels import ServerLabels
 from fhir_assets.settings import Settings
 
@@ -69,6 +68,9 @@ def build_account_credentials(
         raise ConfigurationError(
             f"{prefix}_CLIENT_ID needs either {prefix}_PRIVATE_KEY (or _FILE) or {prefix}_CLIENT_SECRET"
         )
+    # Imported here: it loads a library of JSON Web Tokens, which takes a tenth of a second.
+    from fhir_assets.fhir.auth.smart import BackendServices, parse_private_key
+
     return BackendServices(
         url,
         client_id,

@@ -1,11 +1,11 @@
 """The ViewDefinitions of a deployment: the shipped ones and those of FHIR_VIEWS."""
 
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.fhir.references import Bases, normalize_bases
-from fhir_assets.fhir.views import View, ViewSet, check_nesting, load_views
+from fhir_assets.fhir.views import FileVersion, View, ViewSet, check_nesting, list_versions, load_views
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.postgres.db.schema_state import sql_folder
 from fhir_assets.warehouse.postgres.tables.layout import build_layout
@@ -14,14 +14,21 @@ from fhir_assets.warehouse.postgres.tables.layout import build_layout
 def build_views(settings: Settings) -> ViewSet:
     """Load the ViewDefinitions of ``sql/views`` and of FHIR_VIEWS, in this order.
 
-    A view that cannot have a table in Postgres, because of its names or tags, or whose paths are nested too deeply is
-    reported as broken. Raises
-    ConfigurationError if the folder of FHIR_VIEWS does not exist. Absolute references get keys if they begin with
-    FHIR_BASE_URL or FHIR_LINK_BASE, through any ingestion channel; references to other servers get none.
+    A view that cannot have a table in Postgres, because of its names or tags, or whose paths are nested
+    too deeply is reported as broken. Raises ConfigurationError if the folder of FHIR_VIEWS does not exist. Absolute
+    references get keys if they begin with FHIR_BASE_URL or FHIR_LINK_BASE, through any ingestion channel; references to
+    other servers get none.
     """
-    validate = partial(validate_view, encrypted=settings.encrypts)
-    folders = find_view_folders(settings)
-    return load_views(folders, find_reference_bases(settings), trusted=folders[:1], validate=validate)
+    folders = tuple(find_view_folders(settings))
+    return _build_views(folders, find_reference_bases(settings), settings.encrypts, list_versions(folders))
+
+
+@lru_cache(maxsize=4)
+def _build_views(
+    folders: tuple[Path, ...], bases: Bases, encrypted: bool, versions: tuple[FileVersion, ...]
+) -> ViewSet:
+    """Load the views of the folders, whose files have these ``versions``: runs and commands do so several times."""
+    return load_views(folders, bases, trusted=folders[:1], validate=partial(validate_view, encrypted=encrypted))
 
 
 def validate_view(view: View, *, encrypted: bool) -> None:

@@ -9,8 +9,10 @@ from fhir_assets.fhir.views.plan import Column
 from fhir_assets.fhir.views.row_identity import ReferenceColumn, find_reference_columns
 from fhir_assets.fhir.views.view_files import (
     BrokenView,
+    FileVersion,
     ViewSet,
     find_problems,
+    list_versions,
     load_views,
     read_definition,
     read_view,
@@ -20,6 +22,7 @@ __all__ = [
     "BrokenView",
     "Column",
     "CompiledViews",
+    "FileVersion",
     "Problem",
     "ReferenceColumn",
     "RowError",
@@ -29,6 +32,7 @@ __all__ = [
     "check_view",
     "find_problems",
     "find_reference_columns",
+    "list_versions",
     "load_views",
     "parse_view",
     "read_definition",

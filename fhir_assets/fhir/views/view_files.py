@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -109,6 +110,22 @@ def _parse(path: Path, content: bytes) -> View | dict[str, Any]:
     """
     definition = _decode(path, content)
     return definition if EXTENDS in definition else parse_view(definition, path)
+
+
+FileVersion = tuple[str, tuple[int, int, int] | None]
+"""The path of a file, and its inode, modification time in nanoseconds and size; None if it cannot be read."""
+
+
+def list_versions(folders: Sequence[Path]) -> tuple[FileVersion, ...]:
+    """Return the versions of the files that ``load_views`` reads. They differ if a file was changed or replaced."""
+    return tuple((str(path), _get_version(path)) for folder in folders for path in sorted(folder.glob("*.json")))
+
+
+def _get_version(path: Path) -> tuple[int, int, int] | None:
+    with suppress(OSError):
+        found = path.stat()
+        return found.st_ino, found.st_mtime_ns, found.st_size
+    return None
 
 
 def load_views(
