@@ -24,7 +24,7 @@ from fhir_assets.api.access import Role, create_token
 from fhir_assets.cli.local_ports import find_free_port
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.ingestion import Ingestion
+from fhir_assets.ingestion.runs import Ingestion
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.db.connections import Connection

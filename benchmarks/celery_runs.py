@@ -9,7 +9,7 @@ import dagster as dg
 
 from fhir_assets.cli.local_ports import find_free_port
 from fhir_assets.definitions import build_definitions
-from fhir_assets.ingestion import Ingestion
+from fhir_assets.ingestion.runs import Ingestion
 from fhir_assets.orchestration.dagster_internals import LaunchRunContext
 from fhir_assets.orchestration.instance import config
 from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD
@@ -37,8 +37,8 @@ def send_first_load(settings: Settings) -> Callable[[], bool]:
     definitions = build_definitions(settings)
     instance = config.open_instance(settings)
     ingestion = Ingestion(settings, definitions, instance)
-    due = ingestion.find_due()
-    ingestion.begin_checkpoints(due)
+    due = ingestion.due_loads.find()
+    ingestion.due_loads.begin_checkpoints(due)
     repository = ReconstructableRepository.for_module("fhir_assets.definitions", "defs")
     origin = repository.get_reconstructable_job(INCREMENTAL_LOAD).get_python_origin()
     for windows in due:

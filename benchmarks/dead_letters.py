@@ -17,7 +17,8 @@ from time import perf_counter
 
 from benchmarks.machine import scratch
 from fhir_assets.definitions import build_definitions
-from fhir_assets.ingestion import Ingestion, select_failed
+from fhir_assets.ingestion.outcome import select_failed
+from fhir_assets.ingestion.runs import Ingestion
 from fhir_assets.orchestration.instance import config
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.settings import Settings, SourceKind, load_settings
@@ -147,8 +148,8 @@ def _load(settings: Settings) -> float:
     migrations.upgrade(embedded.ensure(settings.home))
     instance = config.open_instance(settings)
     ingestion = Ingestion(settings, build_definitions(settings), instance)
-    due = ingestion.find_due()
-    ingestion.begin_checkpoints(due)
+    due = ingestion.due_loads.find()
+    ingestion.due_loads.begin_checkpoints(due)
     started = perf_counter()
     outcomes = [ingestion.load(windows, refresh=Refresh.MISSING, triggered_by="benchmark") for windows in due]
     seconds = perf_counter() - started

@@ -14,7 +14,8 @@ import yaml
 
 from benchmarks.machine import cpu_seconds
 from fhir_assets.definitions import build_definitions
-from fhir_assets.ingestion import Ingestion, Listener, select_failed
+from fhir_assets.ingestion.outcome import select_failed
+from fhir_assets.ingestion.runs import Ingestion, Listener
 from fhir_assets.orchestration.instance import config
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.settings import Settings, SourceKind, load_settings
@@ -86,8 +87,8 @@ def load(home: Path, source: Path, *, listener: Listener | None = None, **settin
         parts: defaultdict[str, float] = defaultdict(float)
         before = cpu_seconds(home)
         started = perf_counter()
-        due = ingestion.find_due()
-        ingestion.begin_checkpoints(due)
+        due = ingestion.due_loads.find()
+        ingestion.due_loads.begin_checkpoints(due)
         parts["due windows"] = perf_counter() - started
         outcomes = [
             ingestion.load(windows, refresh=Refresh.MISSING, triggered_by="benchmark", listener=listener)

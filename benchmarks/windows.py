@@ -16,7 +16,8 @@ from benchmarks.deployment import Storage, deployed
 from benchmarks.loader import START, observation
 from benchmarks.machine import scratch
 from benchmarks.meter import Cost, Meter
-from fhir_assets.ingestion import Ingestion, select_failed
+from fhir_assets.ingestion.outcome import select_failed
+from fhir_assets.ingestion.runs import Ingestion
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.sandbox.process import SandboxProcess
 from fhir_assets.settings import SourceKind
@@ -62,12 +63,13 @@ def _measure(home: Path, server: SandboxProcess, count: int, storage: Storage) -
     with deployed(home, storage, **settings) as (ingestion, _):
         meter = Meter(home, excluded=server.pid)
         end = START + (count - 1) * _DAY
-        total = sum((_cost(ingestion, meter, windows) for windows in ingestion.find_due(first=START, last=end)), Cost())
+        find = ingestion.due_loads.find
+        total = sum(
+            (_cost(ingestion, meter, windows) for windows in ingestion.due_loads.find(first=START, last=end)), Cost()
+        )
         print(_format_cost(f"all {count:,}", total))
         later = [end + number * _DAY for number in range(1, _ROUNDS + 1)]
-        empty = [
-            _cost(ingestion, meter, windows) for day in later for windows in ingestion.find_due(first=day, last=day)
-        ]
+        empty = [_cost(ingestion, meter, windows) for day in later for windows in find(first=day, last=day)]
         best = min(empty, key=lambda cost: cost.seconds)
         print(_format_cost("an empty window", best))
         return total, best.seconds

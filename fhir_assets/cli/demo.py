@@ -12,13 +12,14 @@ import typer
 
 from fhir_assets.atomic_files import replace_content
 from fhir_assets.cli.dev import serve_ui
-from fhir_assets.cli.ingest import load_due, open_ingestion
+from fhir_assets.cli.ingest import load_due
 from fhir_assets.cli.load_reports import print_summary, report_failures, summarize_runs
 from fhir_assets.cli.output import console, hide_library_output, print_table, warn_of_clear_data
 from fhir_assets.deployment.sources import build_binding, describe_server
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.ingestion import select_failed
+from fhir_assets.ingestion.outcome import select_failed
+from fhir_assets.ingestion.runs import open_ingestion
 from fhir_assets.pipeline.sources.transition import SourceTransition
 from fhir_assets.sandbox.population import Population, write_population
 from fhir_assets.sandbox.process import SandboxProcess
@@ -131,7 +132,7 @@ def _load(addresses: Path) -> None:
     console.print(f"Sandbox FHIR server: {settings.fhir_base_url}")
     Warehouse(settings).migrate()
     _carry_over_to_sandbox(settings, addresses)
-    outcomes = load_due(open_ingestion(settings), settings, triggered_by="demo")
+    outcomes = load_due(settings, triggered_by="demo")
     with Warehouse(settings).connect() as conn:
         stored = totals.count_by_type(conn)
     if loaded := summarize_runs(settings, outcomes):

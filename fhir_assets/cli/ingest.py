@@ -1,21 +1,14 @@
 """`fhir-assets ingest`: load windows without the Dagster UI."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import dagster as dg
-import psycopg
-import sqlalchemy.exc
 import typer
-from dagster_postgres.utils import DagsterPostgresException
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fhir_assets.cli.lake import LakeReport, report_lake, write_lake
 from fhir_assets.cli.load_reports import (
-    format_windows,
     print_summary,
     report_broken_views,
     report_failures,
@@ -23,20 +16,21 @@ from fhir_assets.cli.load_reports import (
     report_unreconciled_windows,
     summarize_runs,
 )
-from fhir_assets.cli.output import console, errors, hide_library_output, print_json
-from fhir_assets.definitions import build_definitions
+from fhir_assets.cli.output import console, errors, hide_library_output, print_json, print_progress
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.errors import ConfigurationError, DatabaseUnavailable, FhirAssetsError, StoreError
-from fhir_assets.foreign_errors import translate_error
-from fhir_assets.ingestion import Ingestion, Listener, Outcome, choose_exit_code, select_failed
-from fhir_assets.orchestration.checks.known_patients import describe_unknown_denials
-from fhir_assets.orchestration.instance import config
+from fhir_assets.errors import ConfigurationError, FhirAssetsError, StoreError
+from fhir_assets.ingestion import dagster_state
+from fhir_assets.ingestion.due_loads import DueLoads
+from fhir_assets.ingestion.outcome import Outcome, choose_exit_code, select_failed
+from fhir_assets.pipeline.consent.unknown_denials import describe_unknown_denials
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.settings import Settings, load_settings
 from fhir_assets.warehouse.ops import consents, held_windows
-from fhir_assets.windows import WindowRange
+
+if TYPE_CHECKING:
+    from fhir_assets.ingestion.runs import Ingestion
 
 
 def ingest(
@@ -61,13 +55,12 @@ def ingest(
     settings.require_source()
     if types:
         os.environ["FHIR_RESOURCE_TYPES"] = types
-    ingestion = open_ingestion(settings)
     outcomes = load_due(
-        ingestion, settings, first=_assume_utc(first), last=_assume_utc(last), full_refresh=full_refresh, quiet=json
+        settings, first=_assume_utc(first), last=_assume_utc(last), full_refresh=full_refresh, quiet=json
     )
     rows = summarize_runs(settings, outcomes)
     failures = select_failed(outcomes)
-    unreconciled = find_unreconciled_windows(ingestion)
+    unreconciled = _find_unreconciled_windows(settings)
     held = _find_held_windows(settings)
     lake, lake_failure = _update_lake(settings)
     lake_error = str(lake_failure or "")
@@ -120,13 +113,7 @@ def _update_lake(settings: Settings) -> tuple[LakeReport | None, FhirAssetsError
         return None, error
 
 
-def open_ingestion(settings: Settings) -> Ingestion:
-    """Return the definitions of the deployment with its Dagster instance. Building them takes most of a second."""
-    return Ingestion(settings, build_definitions(settings), config.open_instance(settings))
-
-
 def load_due(
-    ingestion: Ingestion,
     settings: Settings,
     *,
     first: datetime | None = None,
@@ -140,85 +127,40 @@ def load_due(
     ``first`` and ``last`` select the windows of a date range instead. Raises DatabaseUnavailable if the database
     becomes unavailable during a run.
     """
-    ingestion.create_tables()
-    due = ingestion.find_due(first=first, last=last, all_windows=full_refresh, on_progress=_print_progress)
-    ingestion.begin_checkpoints(due)
+    loads = DueLoads(settings)
+    loads.create_tables()
+    if dagster_state.may_have_dead_runs(settings, Warehouse(settings)):
+        _open_ingestion(settings).fail_dead_runs()
+    due = loads.find(first=first, last=last, all_windows=full_refresh, on_progress=print_progress)
+    loads.begin_checkpoints(due)
     explicit = first is not None or last is not None
     refresh = Refresh.FULL if full_refresh else Refresh.WINDOW if explicit else Refresh.MISSING
     types = list(settings.fhir_resource_types)
     if refresh is Refresh.MISSING:
-        types = ingestion.extend(due)
+        types = loads.extend(due)
         due = due if types else replace(due, ranges=())
-    if due and not quiet and (missing := ingestion.find_types_not_offered()):
-        console.print(f"Skipped, because the source does not have them: {', '.join(missing)}")
     if not due:
-        ingestion.apply_consent(build_views(settings).views, actor=triggered_by)
-    steps = ingestion.count_steps()
-    outcomes = []
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=errors,
-        disable=quiet or not errors.is_terminal,
-    ) as progress:
-        task = progress.add_task("Loading", total=max(1, len(due)) * steps, visible=bool(due))
+        loads.apply_consent(actor=triggered_by)
+        return []
+    if not quiet and (missing := loads.find_types_not_offered()):
+        console.print(f"Skipped, because the source does not have them: {', '.join(missing)}")
+    from fhir_assets.cli.load_runs import execute_loads  # It imports Dagster, which a command without a run omits.
 
-        def listen(event: dg.EventLogEntry) -> None:
-            kind = event.dagster_event_type
-            if kind is dg.DagsterEventType.STEP_START and event.step_key:
-                progress.update(task, description=event.step_key.replace("__", " "))
-            elif kind in (dg.DagsterEventType.STEP_SUCCESS, dg.DagsterEventType.STEP_FAILURE):
-                progress.advance(task)
-            elif event.asset_observation and event.asset_observation.description:
-                # The raw step reports the progress of a bulk export as observations.
-                _print_progress(event.asset_observation.description)
-
-        for windows in due:
-            if not quiet:
-                console.print(f"Windows {format_windows(windows)}")
-            with hide_library_output():
-                outcome = _load(ingestion, windows, types, refresh, triggered_by, listen)
-            if outcome is None:
-                raise DatabaseUnavailable(
-                    f"The database became unavailable while the windows {format_windows(windows)} were loaded; "
-                    "unfinished work was discarded. Check that Postgres runs, then run the same command again"
-                )
-            outcomes.append(outcome)
-        progress.update(task, description="Loaded", completed=max(1, len(due)) * steps)
-    return outcomes
+    return execute_loads(_open_ingestion(settings), due, types, refresh, triggered_by=triggered_by, quiet=quiet)
 
 
-def _print_progress(text: str) -> None:
-    """Print the progress of a bulk export to stderr, above the progress bar; stdout contains only the summary."""
-    errors.print(text, markup=False, soft_wrap=True)
+def _open_ingestion(settings: Settings) -> "Ingestion":
+    from fhir_assets.ingestion.runs import open_ingestion  # It imports Dagster.
+
+    return open_ingestion(settings)
 
 
-def _load(
-    ingestion: Ingestion,
-    windows: WindowRange,
-    types: Sequence[str],
-    refresh: Refresh,
-    triggered_by: str,
-    listener: Listener,
-) -> Outcome | None:
-    """Load the types of the windows in one run. Return None if Dagster's storage or the tables became unavailable."""
-    try:
-        return ingestion.load(
-            windows, refresh=refresh, triggered_by=triggered_by, listener=listener, resource_types=types
-        )
-    except (psycopg.OperationalError, sqlalchemy.exc.OperationalError, DagsterPostgresException) as error:
-        known = translate_error(error)
-        if known is not None and not isinstance(known, DatabaseUnavailable):
-            raise known from None
-        return None
-
-
-def find_unreconciled_windows(ingestion: Ingestion) -> list[dict[str, object]]:
+def _find_unreconciled_windows(settings: Settings) -> list[dict[str, object]]:
     """Return the windows that do not reconcile: resource type, partition key and what does not match."""
+    if not dagster_state.has_unreconciled_windows(settings):
+        return []
     with hide_library_output():
-        unreconciled = ingestion.find_unreconciled_windows()
+        unreconciled = _open_ingestion(settings).find_unreconciled_windows()
     return [{"type": name, "window": counts.partition_key, "faults": counts.faults} for name, counts in unreconciled]
 
 

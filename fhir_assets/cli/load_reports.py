@@ -14,7 +14,7 @@ from fhir_assets.warehouse.ops import runs
 from fhir_assets.windows import WindowRange
 
 if TYPE_CHECKING:
-    from fhir_assets.ingestion import Outcome
+    from fhir_assets.ingestion.outcome import Outcome
 
 _SUMMARY_COLUMNS = (
     *("type", "fetched", "older", "valid", "dead", "withheld", "superseded", "loaded"),

@@ -12,7 +12,8 @@ from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import PermanentError
 from fhir_assets.fhir.views import find_reference_columns
-from fhir_assets.ingestion import Ingestion, choose_exit_code, select_failed
+from fhir_assets.ingestion.outcome import choose_exit_code, select_failed
+from fhir_assets.ingestion.runs import Ingestion
 from fhir_assets.orchestration.instance import config
 from fhir_assets.settings import load_settings
 from fhir_assets.warehouse.postgres.queries import references

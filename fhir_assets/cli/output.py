@@ -124,3 +124,8 @@ def _plain(value: object) -> object:
     if isinstance(value, bytes | memoryview):
         return bytes(value).decode("utf-8", "replace")
     raise TypeError(type(value).__name__)
+
+
+def print_progress(text: str) -> None:
+    """Print the progress of a bulk export to stderr, above a progress bar; stdout contains only the summary."""
+    errors.print(text, markup=False, soft_wrap=True)

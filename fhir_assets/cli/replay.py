@@ -33,7 +33,8 @@ from fhir_assets.deployment.validation import current_rulesets
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.ingestion import Ingestion, Outcome, choose_exit_code, select_failed
+from fhir_assets.ingestion.outcome import Outcome, choose_exit_code, select_failed
+from fhir_assets.ingestion.runs import Ingestion
 from fhir_assets.orchestration import replayable_windows
 from fhir_assets.orchestration.instance import config
 from fhir_assets.pipeline.correct.visit_rows import RowReplay, RowReplayStep

@@ -13,7 +13,8 @@ from fhir_assets.deployment.sources import build_binding
 from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError
-from fhir_assets.ingestion import Ingestion, select_failed
+from fhir_assets.ingestion.outcome import select_failed
+from fhir_assets.ingestion.runs import Ingestion
 from fhir_assets.orchestration.instance import config
 from fhir_assets.pipeline.sources.binding import REMEDY
 from fhir_assets.pipeline.sources.transition import SourceTransition, TransitionResult

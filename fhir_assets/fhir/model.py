@@ -88,6 +88,7 @@ class Model:
     def __init__(self, types: Mapping[str, Type]) -> None:
         self.types = types
 
+    @cache  # noqa: B019  # There are one or two models, which live as long as the process.
     def ancestors(self, name: str) -> tuple[str, ...]:
         """Return the type, its base, and so on up to ``Element`` or ``Resource``."""
         chain: list[str] = []

@@ -1,4 +1,7 @@
-"""The names of the checks that cover whole tables, see ``checks/table.py``."""
+"""The names of the checks: those of windows, see ``checks/window.py``, and of whole tables, see ``checks/table.py``."""
+
+RECONCILES = "reconciles"
+DEAD_LETTER_RATE = "dead_letter_rate"
 
 FRESH = "fresh"
 SCHEMA_MATCHES = "schema_matches"
@@ -15,4 +18,4 @@ TABLE_CHECKS = frozenset(
         *(NO_FAILED_PARTITIONS, NO_PLAINTEXT_PHI, PATIENTS_KNOWN),
     }
 )
-"""All checks of this module. The other checks are part of the step that materializes their asset."""
+"""The checks of whole tables. Those of windows are part of the step that materializes their asset."""

@@ -12,7 +12,7 @@ import pytest
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.record import Deletion
-from fhir_assets.ingestion import Ingestion
+from fhir_assets.ingestion.runs import Ingestion
 from fhir_assets.orchestration.instance.config import find_dagster_yaml
 from fhir_assets.privacy.audit import Entry
 from fhir_assets.privacy.keys import new_key

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fhir_assets.cli.main import app
-from fhir_assets.ingestion import Outcome
+from fhir_assets.ingestion.outcome import Outcome
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.settings import SourceKind
 from fhir_assets.storage.store import Store

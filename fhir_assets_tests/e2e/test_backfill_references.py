@@ -55,7 +55,7 @@ def run_backfill(deployment: Deployment, name: str) -> dg.ExecuteInProcessResult
     graph = definitions.resolve_asset_graph()
     assets = select_backfill(graph, [name], deployment.settings.fhir_resource_types)
     job = definitions.resolve_job_def(BACKFILL).get_subset(asset_selection=set(assets))
-    windows = deployment.ingestion().find_due(first=DAY - timedelta(hours=1), last=DAY).ranges[0]
+    windows = deployment.ingestion().due_loads.find(first=DAY - timedelta(hours=1), last=DAY).ranges[0]
     return job.execute_in_process(instance=deployment.instance, tags=range_tags(windows), raise_on_error=False)
 
 

@@ -18,7 +18,7 @@ import pytest
 import requests
 from joserfc.jwk import ECKey, RSAKey
 
-from fhir_assets.cli.ingest import load_due, open_ingestion
+from fhir_assets.cli.ingest import load_due
 from fhir_assets.errors import FhirAssetsError
 from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.population import Population, write_population
@@ -309,7 +309,7 @@ def test_the_progress_of_an_export_is_shown_in_step_events_and_on_the_terminal(
     with SandboxServer([patient("p0", START)]) as server:
         deployment = bulk(deploy, server, fhir_last_updated_gte="2024-01-01")
         monkeypatch.setenv("DAGSTER_HOME", str(deployment.settings.home / "dagster"))
-        (outcome,) = load_due(open_ingestion(deployment.settings), deployment.settings, first=START, last=START)
+        (outcome,) = load_due(deployment.settings, first=START, last=START)
     assert outcome.success
     records = deployment.instance.get_records_for_run(
         outcome.run_id, of_type=dg.DagsterEventType.ASSET_OBSERVATION

@@ -80,8 +80,8 @@ def test_an_export_that_was_not_loaded_is_used_by_the_next_load(
     with BulkServer(("Patient", [patient("dated", START), UNDATED])) as server:
         deployment = bulk(deploy, server)
         ingestion = deployment.ingestion()
-        [windows] = due = ingestion.find_due()
-        ingestion.begin_checkpoints(due)
+        [windows] = due = ingestion.due_loads.find()
+        ingestion.due_loads.begin_checkpoints(due)
         with monkeypatch.context() as patch:
             patch.setattr("fhir_assets.pipeline.fetch.step.PartWriter.finish", _fail)
             assert not ingestion.load(windows, refresh=Refresh.MISSING, triggered_by="test").success

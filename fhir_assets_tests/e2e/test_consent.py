@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pyarrow.parquet import read_table
 
-from fhir_assets.ingestion import Outcome
+from fhir_assets.ingestion.outcome import Outcome
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.privacy.keys import new_key
 from fhir_assets.sandbox.process import SandboxServer

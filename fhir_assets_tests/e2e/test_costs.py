@@ -27,7 +27,7 @@ def test_an_empty_window_opens_few_connections_whatever_the_number_of_types(
         fhir_last_updated_gte="2023-12-01",
     )
     ingestion = deployment.ingestion()
-    (windows,) = ingestion.find_due(first=DAY.replace(day=2), last=DAY.replace(day=2))
+    (windows,) = ingestion.due_loads.find(first=DAY.replace(day=2), last=DAY.replace(day=2))
     CONNECTION_CACHE.clear()
     opened = 0
     connect = psycopg.Connection.connect.__func__  # type: ignore[attr-defined]

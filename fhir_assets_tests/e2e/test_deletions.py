@@ -167,7 +167,7 @@ def test_tables_rebuilt_from_the_store_contain_no_deleted_resources(
     reads = frozenset({RequestKind.SEARCH, RequestKind.PAGE, RequestKind.HISTORY})
     server.set_faults(Fault(kind=FaultKind.ERROR, status=403, on=reads))
     ingestion = after.ingestion()
-    yesterday = ingestion.find_due(first=TODAY - timedelta(days=1), last=TODAY - timedelta(days=1))
+    yesterday = ingestion.due_loads.find(first=TODAY - timedelta(days=1), last=TODAY - timedelta(days=1))
     for windows in yesterday:
         outcome = ingestion.load(windows, refresh=Refresh.MISSING, triggered_by="test")
         assert outcome.success

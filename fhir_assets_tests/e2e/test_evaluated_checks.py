@@ -85,8 +85,8 @@ def check_changed_tables(deployment: Deployment) -> set[tuple[str, str]]:
 def load_new(deployment: Deployment) -> None:
     """Load what is new, in a run of the types that have something new, as a tick does."""
     ingestion = deployment.ingestion()
-    due = ingestion.find_due()
-    types = ingestion.extend(due)
+    due = ingestion.due_loads.find()
+    types = ingestion.due_loads.extend(due)
     for windows in due if types else ():
         assert ingestion.load(windows, refresh=Refresh.MISSING, triggered_by="test", resource_types=types).success
 

@@ -85,7 +85,7 @@ def test_partition_statuses_history_and_metadata_are_true_after_each_kind_of_run
         history = client.read_history(TABLE, "dead_letter_rate", BAD_DAY)
 
         # A tick that brings nothing.
-        assert deployment.ingestion().extend(deployment.ingestion().find_due()) == []
+        assert deployment.ingestion().due_loads.extend(deployment.ingestion().due_loads.find()) == []
         assert read_windows(client) == loaded
         assert client.read_results(TABLE) == results
         assert client.read_history(TABLE, "dead_letter_rate", BAD_DAY) == history

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fhir_assets.ingestion import Outcome
+from fhir_assets.ingestion.outcome import Outcome
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets_tests.support import hapi as hapi_server
 from fhir_assets_tests.support.deployment import Deploy, Deployment

@@ -1,7 +1,9 @@
 """Ticks of the schedule at which the source has nothing new, or something new for some of the resource types."""
 
+import os
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -18,6 +20,7 @@ from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.content import add, encounter, instant, patient
 from fhir_assets_tests.support.dagster_internals import ScheduleExecutionData
 from fhir_assets_tests.support.deployment import Deploy, Deployment
+from fhir_assets_tests.support.imported_modules import list_imported_modules
 from fhir_assets_tests.support.scripted_server import Reply
 from fhir_assets_tests.support.search_server import SearchServer, outcome, resource
 
@@ -342,3 +345,8 @@ def test_ingest_without_news_needs_no_run_unless_a_window_does_not_reconcile(
     result = CliRunner().invoke(app, ["ingest"])
     assert result.exit_code == 1
     assert "does not reconcile" in result.output
+
+
+def test_ingest_without_news_does_not_import_dagster(deployment: Deployment, tmp_path: Path) -> None:
+    environment = {**os.environ, **deployment.environment()}
+    assert list_imported_modules(environment, tmp_path, "ingest") & {"dagster", "sqlalchemy"} == set()

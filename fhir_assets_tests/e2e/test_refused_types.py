@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fhir_assets.errors import NotFhir, ServerRefused
-from fhir_assets.ingestion import Outcome
+from fhir_assets.ingestion.outcome import Outcome
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.pipeline.type_failures import TypeFailures
 from fhir_assets.warehouse.ops import checkpoints, runs

@@ -8,7 +8,7 @@ from psycopg import sql
 from pydantic import SecretStr
 
 from fhir_assets.deployment.views import build_views
-from fhir_assets.ingestion import select_failed
+from fhir_assets.ingestion.outcome import select_failed
 from fhir_assets.privacy.encryption import NO_ENCRYPTION
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import connect

@@ -10,7 +10,7 @@ import pytest
 
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.consent import build_consent_gate
-from fhir_assets.ingestion import Outcome
+from fhir_assets.ingestion.outcome import Outcome
 from fhir_assets.orchestration.jobs import INCREMENTAL_LOAD
 from fhir_assets.orchestration.received_windows import select_all_layers
 from fhir_assets.pipeline.refresh import Refresh
@@ -163,8 +163,8 @@ def test_a_post_writes_no_folder_and_the_next_run_includes_it(deployment: Deploy
     assert list_folders(deployment) == []
     now = datetime.now(UTC)
     ingestion = deployment.ingestion()
-    due = ingestion.find_due(first=now, last=now)
-    assert ingestion.extend(due) == ["Patient"], "the type is not idle while its window waits for an export"
+    due = ingestion.due_loads.find(first=now, last=now)
+    assert ingestion.due_loads.extend(due) == ["Patient"], "the type is not idle while its window waits for an export"
     outcome = ingestion.load(due.ranges[0], refresh=Refresh.MISSING, triggered_by="test")
     assert outcome.success
     assert list_ids(find_folder(deployment, outcome.run_id) / "Patient.raw.ndjson") == ["posted"]

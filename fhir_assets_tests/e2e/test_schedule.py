@@ -129,7 +129,7 @@ def test_a_run_holds_its_lock_until_it_ends(deployment: Deployment) -> None:
                 seen.append(liveness.find_alive(conn, [event.run_id]) == {event.run_id})
 
     ingestion = deployment.ingestion()
-    (windows,) = ingestion.find_due(first=NOW, last=NOW)
+    (windows,) = ingestion.due_loads.find(first=NOW, last=NOW)
     outcome = ingestion.load(windows, refresh=Refresh.MISSING, triggered_by="test", listener=listen)
     assert seen == [True] * 3
     with connect(deployment.url) as conn:

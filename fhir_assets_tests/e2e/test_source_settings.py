@@ -153,8 +153,8 @@ def test_other_windows_miss_nothing_after_a_load_that_broke_off(
         start = days[-2].date().isoformat()
         deployment = deploy_patients(server, fhir_partition=first, fhir_last_updated_gte=start)
         ingestion = deployment.ingestion()
-        due = ingestion.find_due()
-        ingestion.begin_checkpoints(due)
+        due = ingestion.due_loads.find()
+        ingestion.due_loads.begin_checkpoints(due)
         scheme = deployment.settings.window_scheme
         until = scheme.window_at(THIS_MONTH - timedelta(days=25))
         for outcome in deployment.ingest(first=days[-2], last=until.end - timedelta(seconds=1)):

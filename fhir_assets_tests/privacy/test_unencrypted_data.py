@@ -19,7 +19,7 @@ WARNING = "WARNING: patient data is stored in the clear: PHI_ENCRYPTION_KEYS is 
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FHIR_ASSETS_HOME", str(tmp_path))
     monkeypatch.setattr("fhir_assets.cli.dev.serve_ui", lambda *arguments, **options: None)
-    monkeypatch.setattr("fhir_assets.cli.demo.load_due", lambda ingestion, settings, triggered_by: [])
+    monkeypatch.setattr("fhir_assets.cli.demo.load_due", lambda settings, triggered_by: [])
 
 
 @pytest.mark.parametrize("command", [["dev"], ["demo", "--no-ui", "--patients", "1"]])

@@ -17,7 +17,8 @@ from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.sources import build_binding
 from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.ingestion import Ingestion, Outcome
+from fhir_assets.ingestion.outcome import Outcome
+from fhir_assets.ingestion.runs import Ingestion
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.pipeline.sources.transition import SourceTransition, TransitionResult
 from fhir_assets.settings import Settings, load_settings
@@ -88,8 +89,8 @@ class Deployment:
     ) -> list[Outcome]:
         """Load the due windows, as `fhir-assets ingest` does."""
         ingestion = self.ingestion()
-        due = ingestion.find_due(first=first, last=last, all_windows=refresh is Refresh.FULL)
-        ingestion.begin_checkpoints(due)
+        due = ingestion.due_loads.find(first=first, last=last, all_windows=refresh is Refresh.FULL)
+        ingestion.due_loads.begin_checkpoints(due)
         return [ingestion.load(windows, refresh=refresh, triggered_by="test") for windows in due]
 
     def query(self, statement: str, *params: object) -> list[Row]:

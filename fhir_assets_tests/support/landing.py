@@ -8,7 +8,7 @@ import boto3
 import dagster as dg
 
 from fhir_assets.definitions import build_definitions
-from fhir_assets.ingestion import Ingestion
+from fhir_assets.ingestion.runs import Ingestion
 from fhir_assets.orchestration.jobs import LOAD_LANDING
 from fhir_assets.settings import Settings
 from fhir_assets_tests.support.deployment import Deployment

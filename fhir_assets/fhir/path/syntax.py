@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import lru_cache
 
 from fhir_assets.errors import FhirPathError
 
@@ -316,8 +317,12 @@ class _Parser:
         return Literal(token.at, "decimal" if "." in token.text else "integer", value)
 
 
+@lru_cache(maxsize=4096)
 def parse(expression: str) -> Syntax:
-    """Parse an expression. Raises FhirPathError with the position of the error and the expected token."""
+    """Parse an expression. Raises FhirPathError with the position of the error and the expected token.
+
+    The result is cached: the views of the types share most of their paths.
+    """
     return _Parser(expression).parse()
 
 

@@ -10,8 +10,9 @@ from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import BrokenView, View
 from fhir_assets.orchestration.asset_attributes import build_asset_attributes, build_documentation
+from fhir_assets.orchestration.check_names import DEAD_LETTER_RATE
 from fhir_assets.orchestration.checks.after_load import log_checks_after_load
-from fhir_assets.orchestration.checks.window import DEAD_LETTER_RATE, WindowChecks, window_check_specs
+from fhir_assets.orchestration.checks.window import WindowChecks, window_check_specs
 from fhir_assets.orchestration.failures import record_step, sanitized_errors
 from fhir_assets.orchestration.io_managers.postgres import LoadedView
 from fhir_assets.orchestration.loads import load_windows

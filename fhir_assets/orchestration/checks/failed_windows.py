@@ -10,7 +10,8 @@ import dagster as dg
 
 from fhir_assets.catalog import BY_KEY
 from fhir_assets.fhir.views import View
-from fhir_assets.orchestration.checks.window import DEAD_LETTER_RATE, RECONCILES, WindowChecks
+from fhir_assets.orchestration.check_names import DEAD_LETTER_RATE, RECONCILES
+from fhir_assets.orchestration.checks.window import WindowChecks
 from fhir_assets.pipeline.reconcile.verdicts import evaluate_windows
 from fhir_assets.pipeline.reconcile.window_counts import find_main_view
 from fhir_assets.settings import Settings

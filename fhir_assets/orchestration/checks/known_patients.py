@@ -6,6 +6,7 @@ from typing import Any
 import dagster as dg
 
 from fhir_assets.orchestration.checks.metadata import rows_table
+from fhir_assets.pipeline.consent.unknown_denials import describe_unknown_denials
 from fhir_assets.privacy.consent import ConsentGate
 from fhir_assets.warehouse.ops import consents, withheld_changes
 from fhir_assets.warehouse.postgres.db.connections import Connection
@@ -56,13 +57,4 @@ def evaluate_known_patients(conn: Connection, consent_gate: ConsentGate, resourc
             "unknown_denials": denials,
             "by_form": rows_table(("form", "resources:int"), unresolved),
         },
-    )
-
-
-def describe_unknown_denials(count: int) -> str:
-    """Describe the effect of Consents that deny and whose patient is not known, and what to do about them."""
-    return (
-        f"{count} Consents deny, and their patient is not known: resources that arrived in the same file or request, "
-        "and those with the same identifier, are withheld. Load the Patient with this identifier, or correct "
-        "Consent.patient at the source; `fhir-assets consents list` shows the decisions"
     )

@@ -7,7 +7,8 @@ import dagster as dg
 
 from fhir_assets.catalog import BY_KEY
 from fhir_assets.fhir.views import View
-from fhir_assets.orchestration.checks.window import RECONCILES, evaluate_reconciliation
+from fhir_assets.orchestration.check_names import RECONCILES
+from fhir_assets.orchestration.checks.window import evaluate_reconciliation
 from fhir_assets.pipeline.reconcile.verdicts import evaluate_windows
 from fhir_assets.pipeline.reconcile.window_counts import WindowCounts, find_main_view
 from fhir_assets.storage.store import Store

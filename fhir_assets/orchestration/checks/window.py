@@ -11,6 +11,7 @@ from uuid import uuid4
 import dagster as dg
 
 from fhir_assets.catalog import BY_NAME, ResourceType
+from fhir_assets.orchestration.check_names import DEAD_LETTER_RATE, RECONCILES
 from fhir_assets.orchestration.checks.metadata import rows_table
 from fhir_assets.orchestration.dagster_internals import (
     AssetCheckEvaluationTargetMaterializationData,
@@ -25,8 +26,6 @@ from fhir_assets.warehouse.postgres.queries.quality import RuleCount
 Targets = Mapping[str, AssetCheckEvaluationTargetMaterializationData]
 """Materializations by partition key."""
 
-RECONCILES = "reconciles"
-DEAD_LETTER_RATE = "dead_letter_rate"
 
 MAX_SHOWN_WINDOWS = 20
 """The maximum number of windows that the metadata of a check lists; the check's counts cover all windows."""

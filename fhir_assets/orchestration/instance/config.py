@@ -2,9 +2,8 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import dagster as dg
 import yaml
 
 from fhir_assets.atomic_files import replace_content
@@ -12,6 +11,9 @@ from fhir_assets.errors import ConfigurationError
 from fhir_assets.file_modes import create_folders, create_home, narrow_folder
 from fhir_assets.settings import Executor, Settings
 from fhir_assets.warehouse.postgres.db import connections, embedded
+
+if TYPE_CHECKING:
+    import dagster as dg
 
 _CELERY: dict[str, Any] = {
     "run_launcher": {
@@ -93,31 +95,38 @@ def _write_dagster_yaml(path: Path, content: bytes) -> None:
         replace_content(path, content)
 
 
-def open_instance(settings: Settings) -> dg.DagsterInstance:
+def open_instance(settings: Settings) -> "dg.DagsterInstance":
     """Open the Dagster instance and set its environment variables in this process.
 
     Raises DatabaseUnavailable if its storage cannot be reached, and ConfigurationError as ``require_dagster_database``.
     """
     os.environ.update(build_environment(settings))
     require_dagster_database(os.environ["DAGSTER_POSTGRES_URL"])
-    return dg.DagsterInstance.get()
+    from dagster import DagsterInstance  # Commands that execute no run do not import Dagster.
+
+    return DagsterInstance.get()
 
 
 def require_dagster_database(url: str) -> None:
-    """Check that Dagster's own database can be used.
+    """Check that Dagster's own database can be used. Raises as ``connect_to_dagster_database`` does."""
+    connect_to_dagster_database(url).close()
+    CHECKED_DAGSTER_DATABASES.add(url)
+
+
+def connect_to_dagster_database(url: str) -> connections.Connection:
+    """Connect to Dagster's own database, to read what Dagster's Python classes would take a second to be imported for.
 
     Raises DatabaseUnavailable if it cannot be reached, and ConfigurationError if it refuses the connection, is too old
     or has another encoding than UTF8.
     """
     try:
-        connections.connect(url).close()
+        return connections.connect(url)
     except ConfigurationError as error:
         told = str(error).replace("DB_URL", "DAGSTER_POSTGRES_URL")
         raise ConfigurationError(
             "Dagster's own database (DAGSTER_POSTGRES_URL, or `dagster` on the server of DB_URL) cannot be used. "
             f"{told}"
         ) from None
-    CHECKED_DAGSTER_DATABASES.add(url)
 
 
 def find_dagster_url(settings: Settings) -> str:

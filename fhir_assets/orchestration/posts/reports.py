@@ -20,8 +20,9 @@ from fhir_assets.catalog import BY_NAME, ResourceType
 from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
+from fhir_assets.orchestration.check_names import DEAD_LETTER_RATE, RECONCILES
 from fhir_assets.orchestration.checks.after_load import evaluate_after_load
-from fhir_assets.orchestration.checks.window import DEAD_LETTER_RATE, RECONCILES, WindowChecks
+from fhir_assets.orchestration.checks.window import WindowChecks
 from fhir_assets.orchestration.failures import describe_error
 from fhir_assets.orchestration.posts.loads import PostLoad, WindowKey
 from fhir_assets.orchestration.window_metadata import PARTITION_ROW_COUNT

@@ -42,6 +42,15 @@ def read_activity(conn: Connection) -> Activity:
         return Activity({}, [], {})
 
 
+def has_unfinished_runs(conn: Connection) -> bool:
+    """Return whether a run waits or goes on, or seems to: its process may have ended without a word."""
+    try:
+        return bool(_count_unfinished_runs(conn))
+    except psycopg.errors.UndefinedTable:
+        conn.rollback()
+        return False
+
+
 def _read_heartbeats(conn: Connection) -> dict[str, datetime]:
     rows = conn.execute(
         """

@@ -5,15 +5,27 @@ The table is that of the pinned Dagster 1.13.
 
 import json
 
+import psycopg
+
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 
 def find_failed_partitions(conn: Connection, check: str) -> list[tuple[tuple[str, ...], str]]:
     """Return the asset key and the partition of each latest evaluation of ``check`` that failed, in order.
 
-    Evaluations without a partition, which summarize the partitions of a run, are left out.
+    Evaluations without a partition, which summarize the partitions of a run, are left out. There are none before
+    Dagster has created its tables.
     """
-    rows = conn.execute(
+    try:
+        rows = _find_failed_partitions(conn, check)
+    except psycopg.errors.UndefinedTable:
+        conn.rollback()
+        return []
+    return [(tuple(json.loads(key)), partition) for key, partition in rows]
+
+
+def _find_failed_partitions(conn: Connection, check: str) -> list[tuple[str, str]]:
+    return conn.execute(
         """
         SELECT DISTINCT e.asset_key, e.partition
         FROM asset_check_executions e
@@ -32,5 +44,4 @@ def find_failed_partitions(conn: Connection, check: str) -> list[tuple[tuple[str
         ORDER BY e.asset_key, e.partition
         """,
         {"check": check},
-    )
-    return [(tuple(json.loads(key)), partition) for key, partition in rows]
+    ).fetchall()

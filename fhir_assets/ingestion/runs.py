@@ -4,30 +4,25 @@ Each run loads a range of consecutive windows. Dagster's instance records it lik
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
-from math import inf
 from uuid import uuid4
 
 import dagster as dg
-import psycopg
 
-from fhir_assets.deployment.consent import build_consent_gate
-from fhir_assets.deployment.extension import extend_idle_types
-from fhir_assets.deployment.source import open_source
-from fhir_assets.deployment.sources import build_binding
+from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.errors import ConfigurationError, ViewError
-from fhir_assets.fhir.source import Source
-from fhir_assets.fhir.views import View
+from fhir_assets.ingestion.due_loads import DueLoads
+from fhir_assets.ingestion.outcome import Outcome, choose_exit_code
 from fhir_assets.orchestration import replayable_windows
 from fhir_assets.orchestration.checks.unreconciled_windows import find_unreconciled_windows
 from fhir_assets.orchestration.command_runs import execute_command_run
 from fhir_assets.orchestration.dead_runs import fail_dead_runs
 from fhir_assets.orchestration.failures import EXIT_CODE
+from fhir_assets.orchestration.instance import config
 from fhir_assets.orchestration.jobs import (
     CHECK_TABLES,
     FETCH_MISSING_REFERENCES,
@@ -44,43 +39,24 @@ from fhir_assets.orchestration.received_windows import (
 )
 from fhir_assets.orchestration.run_requests import range_tags
 from fhir_assets.orchestration.tags import REFRESH_TAG, REPLAY_TAG
-from fhir_assets.pipeline.consent.step import ConsentStep
 from fhir_assets.pipeline.due_windows import (
-    DueWindows,
-    begin_checkpoints,
-    find_due_windows,
-    find_extent,
     group_consecutive_windows,
-    split_into_runs,
 )
 from fhir_assets.pipeline.reconcile.window_counts import WindowCounts
 from fhir_assets.pipeline.refresh import Refresh
-from fhir_assets.pipeline.type_failures import TypeFailures
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.ops import received, replays
 from fhir_assets.warehouse.ops.dead_letters import Selection
-from fhir_assets.warehouse.postgres.tables import view_tables
-from fhir_assets.windows import Interval, WindowRange
+from fhir_assets.windows import WindowRange
 
 Listener = Callable[[dg.EventLogEntry], None]
 """Called with each event of a run."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """The result of one run."""
-
-    run_id: str
-    windows: WindowRange
-    success: bool
-    exit_code: int = 0
-    """0 if the run succeeded; 78 or 75 if settings, or a later attempt, resolve all of its failures; otherwise 1."""
-
-
 class Ingestion:
-    """Finds windows that are due, received or to be replayed, and executes the jobs that load them.
+    """Executes the jobs that load windows: due windows, received resources, dead letters to be replayed.
 
-    ``find_due``, ``find_received``, ``fetch_missing_references`` and ``replay`` first mark dead runs as failed.
+    ``find_received``, ``fetch_missing_references`` and ``replay`` first mark dead runs as failed.
     """
 
     def __init__(self, settings: Settings, definitions: dg.Definitions, instance: dg.DagsterInstance) -> None:
@@ -88,98 +64,16 @@ class Ingestion:
         self._definitions = definitions
         self._instance = instance
         self._warehouse = Warehouse(settings)
-        self._binding = build_binding(settings, self._warehouse)
+        self.due_loads = DueLoads(settings)
 
-    def find_due(
-        self,
-        *,
-        first: datetime | None = None,
-        last: datetime | None = None,
-        all_windows: bool = False,
-        on_progress: Callable[[str], None] = lambda text: None,
-    ) -> DueWindows:
-        """Return the windows to load, in ranges for one run each.
-
-        Without arguments these are the windows from the checkpoints to now. With ``first`` or ``last`` they are the
-        windows from ``first`` (default: the source's oldest resource) to ``last`` (default: now). With ``all_windows``
-        they begin at the source's oldest resource. ``on_progress`` receives the progress of a bulk export, which may be
-        requested to find the oldest resource. Raises the source's errors, DatabaseUnavailable, and ConfigurationError
-        if the loaded state belongs to other settings.
-        """
-        self._binding.require(fetches=True)
-        now = datetime.now(UTC)
-        scheme = self._settings.window_scheme
-        source = open_source(self._settings, warehouse=self._warehouse, on_progress=on_progress)
+    def fail_dead_runs(self) -> None:
+        """Mark dead runs as failed, see ``orchestration.dead_runs``."""
         with self._warehouse.connect() as conn:
             fail_dead_runs(self._instance, conn)
-            if first is None and last is None and not all_windows:
-                return find_due_windows(
-                    conn, source, self._settings.fhir_resource_types, scheme, now=now, overlap=self._settings.overlap
-                )
-        extent = self._find_extent(source) if first is None or last is None else None
-        if first is None:
-            first = now if extent is None else extent.start or scheme.start
-        last = last or (extent.end if extent and source.compute_state() is not None else now)
-        return DueWindows(tuple(split_into_runs(scheme, scheme.between(first, min(last, now)))))
-
-    def _find_extent(self, source: Source) -> Interval | None:
-        """Return the extent of the offered types, without those that the source refuses: their steps will fail."""
-        offered = source.list_types()
-        types = [name for name in self._settings.fhir_resource_types if offered is None or name in offered]
-        failures = TypeFailures()
-        extent = find_extent(source, types, failures)
-        if len(failures) == len(types):
-            failures.raise_collected()
-        return extent
-
-    def create_tables(self) -> None:
-        """Create the tables of the views that do not exist, so that they exist even if the source cannot be read.
-
-        A view whose table cannot be created is reported by the step that loads it.
-        """
-        types = self._settings.fhir_resource_types
-        views = [view for view in build_views(self._settings).views if view.resource_type in types]
-        with (
-            self._warehouse.connect() as conn,
-            suppress(ViewError, ConfigurationError, psycopg.Error),
-            conn.transaction(),
-        ):
-            view_tables.ensure_tables(conn, views)
-            view_tables.refresh_marts(conn)
-
-    def begin_checkpoints(self, due: DueWindows) -> None:
-        """Begin the checkpoints of the resource types that are loaded for the first time."""
-        with self._warehouse.connect() as conn:
-            begin_checkpoints(conn, due)
-
-    def find_types_not_offered(self) -> list[str]:
-        """Return the resource types of the settings that the source does not offer; loads skip them."""
-        offered = open_source(self._settings, warehouse=self._warehouse).list_types()
-        return [] if offered is None else [t for t in self._settings.fhir_resource_types if t not in offered]
 
     def count_steps(self) -> int:
         """Return the number of steps in a run of ``incremental_load``."""
         return len(self._definitions.resolve_job_def(INCREMENTAL_LOAD).all_node_defs)
-
-    def extend(self, due: DueWindows) -> list[str]:
-        """Extend the due windows to which the source has added nothing, without a run. Return the other resource types.
-
-        Windows that do not fit into one run are not extended.
-        """
-        settings = self._settings
-        if len(due) != 1 or due.new_types:
-            return list(settings.fhir_resource_types) if due else []
-        return extend_idle_types(
-            settings,
-            open_source(settings, warehouse=self._warehouse),
-            build_store(settings),
-            self._warehouse,
-            build_views(settings),
-            due.ranges[0],
-            now=datetime.now(UTC),
-            seconds=inf,
-            verified=True,
-        )
 
     def load(
         self,
@@ -297,13 +191,6 @@ class Ingestion:
             )
         return self._has_succeeded(run_id)
 
-    def apply_consent(self, views: Sequence[View], *, actor: str) -> None:
-        """Withhold or release resources in the tables according to the current consents, without a run."""
-        step = ConsentStep(
-            self._warehouse.connect, views, build_consent_gate(self._settings), run_id=actor, actor=actor
-        )
-        step.run(datetime.now(UTC))
-
     def _run(
         self,
         job: str,
@@ -360,11 +247,6 @@ def _list_exit_codes(events: Sequence[dg.DagsterEvent]) -> list[int]:
     return [code.value or 1 if isinstance(code, dg.IntMetadataValue) else 1 for code in codes]
 
 
-def choose_exit_code(codes: Sequence[int]) -> int:
-    """Return the exit code of several failures: theirs if all agree, 1 if not or if there is none."""
-    return codes[0] if len(set(codes)) == 1 else 1
-
-
-def select_failed(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Return the outcomes of runs that failed."""
-    return [outcome for outcome in outcomes if not outcome.success]
+def open_ingestion(settings: Settings) -> Ingestion:
+    """Return the definitions of the deployment with its Dagster instance. Building them takes most of a second."""
+    return Ingestion(settings, build_definitions(settings), config.open_instance(settings))
