@@ -89,6 +89,7 @@ class Deployment:
     ) -> list[Outcome]:
         """Load the due windows, as `fhir-assets ingest` does."""
         ingestion = self.ingestion()
+        ingestion.fail_dead_runs()
         due = ingestion.due_loads.find(first=first, last=last, all_windows=refresh is Refresh.FULL)
         ingestion.due_loads.begin_checkpoints(due)
         return [ingestion.load(windows, refresh=refresh, triggered_by="test") for windows in due]
