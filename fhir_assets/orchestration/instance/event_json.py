@@ -6,6 +6,7 @@ empty windows.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from math import isfinite
 from typing import Any
 
@@ -26,6 +27,19 @@ def pack_events(events: Iterable[dg.EventLogEntry]) -> list[str]:
     """Return the JSON of each event. Dagster deserializes it to the same event as ``serialize_value(event)``."""
     pack = _Packer()
     return [_pack_event(event, pack) for event in events]
+
+
+@lru_cache(maxsize=65_536, typed=True)
+def pack_entry(label: str, value: int | str) -> str:
+    """Return the JSON of one entry of a metadata dict, as in the JSON of its event."""
+    return pack_metadata({label: value})
+
+
+def pack_metadata(metadata: Mapping[str, Any]) -> str:
+    """Return the JSON of the entries of a metadata dict, without the brackets. Raises as ``orjson.dumps`` does."""
+    normalized = dg.AssetMaterialization("asset", metadata=metadata).metadata
+    pack = _Packer()
+    return orjson.dumps([pack._entry(label, entry) for label, entry in normalized.items()])[1:-1].decode()
 
 
 def _pack_event(event: dg.EventLogEntry, pack: "_Packer") -> str:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import chain, groupby
+from typing import Any
 
 import dagster as dg
 from orjson import dumps
@@ -16,10 +18,25 @@ from fhir_assets.orchestration.dagster_internals import (
     AssetObservationData,
     StepMaterializationData,
 )
-from fhir_assets.orchestration.instance.event_json import pack_events
+from fhir_assets.orchestration.instance.event_json import pack_entry, pack_events, pack_metadata
 
 _PLACEHOLDER = "the partition key of this row"
 _PLACEHOLDER_TEXT = dumps(_PLACEHOLDER).decode()
+_NO_METADATA = '"metadata_entries":[]'
+
+
+@dataclass(frozen=True, slots=True)
+class WindowMaterializations:
+    """The materializations of an asset for many partitions: the event of the last, and the metadata of each."""
+
+    event: dg.EventLogEntry
+    metadata_by_partition: Mapping[str, Mapping[str, Any]]
+
+    def split(self) -> list[dg.EventLogEntry]:
+        """Return one event for each partition."""
+        return [
+            _with_materialization(self.event, key, metadata) for key, metadata in self.metadata_by_partition.items()
+        ]
 
 
 @dataclass(slots=True)
@@ -59,11 +76,64 @@ class Row:
         return {}
 
 
-def build_rows(events: Sequence[dg.EventLogEntry]) -> list[Row]:
+def build_rows(entries: Sequence[dg.EventLogEntry | WindowMaterializations]) -> list[Row]:
     """Return the rows of events, without ids, in order.
 
     An event that plans the materialization of many partitions becomes one row for each partition.
     """
+    rows: list[Row] = []
+    for expanded, group in groupby(entries, key=lambda entry: isinstance(entry, WindowMaterializations)):
+        if expanded:
+            for entry in group:
+                assert isinstance(entry, WindowMaterializations)
+                rows += _build_materialization_rows(entry)
+        else:
+            rows += _build_rows([entry for entry in group if not isinstance(entry, WindowMaterializations)])
+    return rows
+
+
+def _build_materialization_rows(entry: WindowMaterializations) -> list[Row]:
+    """Return the rows of the materializations, which differ in partition and metadata only."""
+    (text,) = pack_events([_with_materialization(entry.event, _PLACEHOLDER, {})])
+    row = _build_row(entry.event, text)
+    parts = [part.split(_NO_METADATA) for part in text.split(_PLACEHOLDER_TEXT)]
+    if sorted(map(len, parts)) != [1, 2]:
+        return _build_rows(entry.split())
+    first, *middle, last = chain.from_iterable(parts)
+    is_partition_first = len(parts[0]) == 1
+    try:
+        packed = {
+            key: f'"metadata_entries":[{_pack_metadata(metadata)}]'
+            for key, metadata in entry.metadata_by_partition.items()
+        }
+    except (TypeError, ValueError):
+        return _build_rows(entry.split())  # Values that only Python's json module writes.
+    rows = []
+    for key, metadata in packed.items():
+        values = (dumps(key).decode(), metadata)
+        before, after = values if is_partition_first else values[::-1]
+        rows.append(replace(row, text=f"{first}{before}{middle[0]}{after}{last}", partition=key))
+    return rows
+
+
+def _pack_metadata(metadata: Mapping[str, Any]) -> str:
+    return ",".join(
+        pack_entry(label, value) if type(value) in (int, str) else pack_metadata({label: value})
+        for label, value in metadata.items()
+    )
+
+
+def _with_materialization(event: dg.EventLogEntry, partition: str, metadata: Mapping[str, Any]) -> dg.EventLogEntry:
+    """Return an event of a materialization with another partition and metadata."""
+    dagster_event = event.get_dagster_event()
+    before = dagster_event.step_materialization_data.materialization
+    changed = dg.AssetMaterialization(
+        before.asset_key, before.description, metadata=metadata, partition=partition, tags=before.tags
+    )
+    return event._replace(dagster_event=dagster_event._replace(event_specific_data=StepMaterializationData(changed)))
+
+
+def _build_rows(events: Sequence[dg.EventLogEntry]) -> list[Row]:
     rows: list[Row] = []
     planned = [_planned_partitions(event) for event in events]
     templates = [
@@ -79,8 +149,10 @@ def build_rows(events: Sequence[dg.EventLogEntry]) -> list[Row]:
     return rows
 
 
-def split_partitions(event: dg.EventLogEntry) -> list[dg.EventLogEntry]:
-    """Return one event for each partition that an event plans to materialize, or only the event if it plans none."""
+def split_partitions(event: dg.EventLogEntry | WindowMaterializations) -> list[dg.EventLogEntry]:
+    """Return one event for each partition that an event plans to materialize or materializes; else only the event."""
+    if isinstance(event, WindowMaterializations):
+        return event.split()
     keys = _planned_partitions(event)
     return [with_partition(event, key) for key in keys] if keys else [event]
 

@@ -5,12 +5,12 @@ dozen round trips. A load of an empty window has a thousand events; writing them
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import chain
 from threading import RLock, local
 from time import monotonic
-from typing import Self
+from typing import Any, Self
 
 import dagster as dg
 import sqlalchemy
@@ -26,6 +26,7 @@ from fhir_assets.orchestration.dagster_internals import (
     EventLogConnection,
     EventLogCursor,
     PostgresStorageConfig,
+    StepMaterializationData,
     load_event_log_tables,
 )
 from fhir_assets.orchestration.instance.config import (
@@ -33,7 +34,13 @@ from fhir_assets.orchestration.instance.config import (
     find_dagster_url,
     require_dagster_database,
 )
-from fhir_assets.orchestration.instance.event_rows import Row, build_rows, key_text, split_partitions
+from fhir_assets.orchestration.instance.event_rows import (
+    Row,
+    WindowMaterializations,
+    build_rows,
+    key_text,
+    split_partitions,
+)
 from fhir_assets.orchestration.instance.run_page import omit_passed, read_events
 from fhir_assets.orchestration.instance.runless_evaluations import build_runless_evaluation
 from fhir_assets.settings import load_settings
@@ -130,6 +137,9 @@ _UPDATE_CHECKS = sqlalchemy.text("""
 _UNREACHABLE = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, DagsterPostgresException)
 """Errors that mean that the database cannot be reached: the held events stay in memory."""
 
+Entry = dg.EventLogEntry | WindowMaterializations
+"""An event, or one that is stored as many."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -150,7 +160,8 @@ class BatchedEventLog(PostgresEventLogStorage):
     def __init__(self, *arguments: object, **options: object) -> None:
         self._known_tables: set[str] = set()
         self._known_columns: set[str] = set()
-        self._held: list[dg.EventLogEntry] = []
+        self._held: list[Entry] = []
+        self._expanded: dict[tuple[str, str], Mapping[str, Mapping[str, Any]]] = {}
         self._held_since = 0.0
         self._open_steps: set[tuple[str, str]] = set()
         self._write_lock = RLock()
@@ -178,6 +189,13 @@ class BatchedEventLog(PostgresEventLogStorage):
         """
         return True
 
+    def expand_materialization(
+        self, run_id: str, asset_key: dg.AssetKey, metadata_by_partition: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """Store the next materialization of an asset in a run once for each partition, with the metadata of each."""
+        with self._write_lock:
+            self._expanded[run_id, key_text(asset_key)] = metadata_by_partition
+
     def store_event(self, event: dg.EventLogEntry) -> None:
         """Write an event immediately, or hold it until its step ends."""
         event_type = event.dagster_event_type
@@ -189,12 +207,21 @@ class BatchedEventLog(PostgresEventLogStorage):
             elif step not in self._open_steps:
                 if event_type in _RUN_ENDS:
                     self._open_steps = {open_step for open_step in self._open_steps if open_step[0] != event.run_id}
-                self._write([event])
+                self._write([self._expand(event)])
             elif event_type in _STEP_ENDS:
                 self._open_steps.discard(step)
                 self._write([event])
             else:
-                self._hold([event])
+                self._hold([self._expand(event)])
+
+    def _expand(self, event: dg.EventLogEntry) -> "Entry":
+        """Return the event, or the materializations of many partitions if it stands for them."""
+        data = event.dagster_event.event_specific_data if event.dagster_event and self._expanded else None
+        if isinstance(data, StepMaterializationData):
+            asset = key_text(data.materialization.asset_key)
+            if metadata_by_partition := self._expanded.pop((event.run_id, asset), None):
+                return WindowMaterializations(event, metadata_by_partition)
+        return event
 
     def store_event_batch(self, events: Sequence[dg.EventLogEntry]) -> None:
         """Write or hold the events of a batch, as ``store_event`` does for each event."""
@@ -246,14 +273,14 @@ class BatchedEventLog(PostgresEventLogStorage):
             self.flush()
         super().dispose()
 
-    def _hold(self, events: Sequence[dg.EventLogEntry]) -> None:
+    def _hold(self, events: "Sequence[Entry]") -> None:
         if not self._held:
             self._held_since = monotonic()
         self._held += events
         if len(self._held) >= MAX_HELD_EVENTS or monotonic() - self._held_since > MAX_HELD_SECONDS:
             self._write([])
 
-    def _write(self, events: Sequence[dg.EventLogEntry]) -> None:
+    def _write(self, events: "Sequence[Entry]") -> None:
         """Write the held events, then ``events``."""
         held, self._held = self._held, []
         try:
@@ -275,7 +302,7 @@ class BatchedEventLog(PostgresEventLogStorage):
                 extra={"error": type(error).__name__},
             )
 
-    def _write_one_by_one(self, events: Sequence[dg.EventLogEntry]) -> None:
+    def _write_one_by_one(self, events: "Sequence[Entry]") -> None:
         """Write each event in a transaction of its own, so that an event that fails does not affect the others.
 
         Raises the error of the first event that failed.
@@ -289,7 +316,7 @@ class BatchedEventLog(PostgresEventLogStorage):
         if first_error:
             raise first_error
 
-    def _write_batch(self, events: Sequence[dg.EventLogEntry]) -> None:
+    def _write_batch(self, events: "Sequence[Entry]") -> None:
         rows = build_rows(events)
         with self._transaction() as conn:
             ids = conn.execute(_INSERT, {name: [getattr(row, name) for row in rows] for name in _INSERTED}).scalars()
@@ -414,7 +441,7 @@ class BatchedEventLog(PostgresEventLogStorage):
         return super()._connect()
 
 
-def _split_partitions(events: Sequence[dg.EventLogEntry]) -> list[dg.EventLogEntry]:
+def _split_partitions(events: Sequence[Entry]) -> list[dg.EventLogEntry]:
     return list(chain.from_iterable(map(split_partitions, events)))
 
 

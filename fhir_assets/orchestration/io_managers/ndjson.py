@@ -9,6 +9,7 @@ import dagster as dg
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import StoreError
 from fhir_assets.orchestration.failures import sanitized_errors
+from fhir_assets.orchestration.window_materializations import log_window_materializations
 from fhir_assets.orchestration.window_metadata import PARTITION_ROW_COUNT, ROW_COUNT, add_window_metadata
 from fhir_assets.pipeline.partition_commit import PartitionUpdate, commit_update
 from fhir_assets.pipeline.partition_rows import count_rows
@@ -32,8 +33,12 @@ class NdjsonIOManager(dg.IOManager):
         """
         with sanitized_errors():
             manifests = commit_update(self._warehouse.connect, self._store, obj)
-            if not manifests:
-                return
+        if manifests:
+            self._add_metadata(context, manifests)
+        log_window_materializations(context)
+
+    def _add_metadata(self, context: dg.OutputContext, manifests: Sequence[Manifest]) -> None:
+        with sanitized_errors():
             newest = manifests[-1]
             rows = self._count_rows(newest)
         if len(context.asset_partition_keys) == 1:

@@ -11,6 +11,7 @@ from psycopg.rows import TupleRow
 
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
+from fhir_assets.orchestration.window_materializations import log_window_materializations
 from fhir_assets.orchestration.window_metadata import ROW_COUNT, add_window_metadata
 from fhir_assets.warehouse.postgres.db.connections import cipher_of
 from fhir_assets.warehouse.postgres.tables import row_streams
@@ -58,6 +59,7 @@ class PostgresIOManager(dg.IOManager):
         keys = context.asset_partition_keys
         metadata = {"run_rows_written": obj.written, ROW_COUNT: obj.rows}
         add_window_metadata(context.step_context, context.asset_key, {key: {} for key in keys} | {keys[-1]: metadata})
+        log_window_materializations(context)
 
     def load_input(self, context: dg.InputContext) -> TableSlice:
         """Return the table of the upstream asset, restricted to the partitions of the run."""

@@ -8,6 +8,8 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from fhir_assets.orchestration.window_materializations import log_window_materializations
+from fhir_assets.orchestration.window_metadata import add_window_metadata
 from fhir_assets.warehouse.postgres.db.connections import connect, normalise_url
 
 pytestmark = [
@@ -60,11 +62,47 @@ def build_assets() -> list[dg.AssetsDefinition]:
         yield dg.AssetCheckResult(asset_key=["layer", "one"], check_name="by_day", passed=False)
         yield dg.AssetCheckResult(asset_key=["layer", "two"], check_name="whole", passed=True)
 
-    @dg.asset(partitions_def=DAYS, backfill_policy=dg.BackfillPolicy.single_run(), deps=[["layer", "two"]])
+    @dg.multi_asset(
+        outs={
+            name: dg.AssetOut(key=["written", name], io_manager_key="windows", code_version="7", is_required=False)
+            for name in ("first", "second", "left_out")
+        },
+        deps=[["layer", "one"]],
+        partitions_def=DAYS,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        can_subset=True,
+    )
+    def written() -> Any:
+        yield dg.Output(5, output_name="first")
+        yield dg.Output(6, output_name="second")
+
+    @dg.asset(partitions_def=DAYS, backfill_policy=dg.BackfillPolicy.single_run(), deps=[["written", "second"]])
     def failing() -> None:
         raise dg.Failure("no reason", allow_retries=False)
 
-    return [both, failing]
+    return [both, written, failing]
+
+
+class WindowIOManager(dg.IOManager):
+    """Adds metadata to each window, as the IO managers of the project do."""
+
+    def handle_output(self, context: dg.OutputContext, obj: int) -> None:
+        keys = context.asset_partition_keys
+        windows: dict[str, dict[str, Any]] = {
+            key: {"rows": number, "name": f"{key} \\ ü"} for number, key in enumerate(keys)
+        }
+        windows[keys[-1]] |= {
+            "path": dg.MetadataValue.path('a "quoted" path'),
+            "seen": True,
+            "table": {"a": [1, "x"]},
+            "share": float("nan") if obj == 6 else 0.5,
+        }
+        context.add_output_metadata({"common": obj})
+        add_window_metadata(context.step_context, context.asset_key, windows)
+        log_window_materializations(context)
+
+    def load_input(self, context: dg.InputContext) -> None:
+        raise NotImplementedError
 
 
 def run(database: str, folder: Path, storage: dict[str, Any]) -> None:
@@ -73,7 +111,13 @@ def run(database: str, folder: Path, storage: dict[str, Any]) -> None:
     url = {"postgres_url": normalise_url(database, "psycopg2")}
     config = {"custom": {**storage["custom"], "config": url}} if "custom" in storage else {"postgres": url}
     with dg.DagsterInstance.local_temp(str(folder), overrides={"storage": config}) as instance:
-        result = dg.materialize(build_assets(), instance=instance, tags=RANGE, raise_on_error=False)
+        result = dg.materialize(
+            build_assets(),
+            instance=instance,
+            tags=RANGE,
+            raise_on_error=False,
+            resources={"windows": WindowIOManager()},
+        )
         assert not result.success
 
 
