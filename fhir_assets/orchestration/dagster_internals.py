@@ -86,6 +86,8 @@ from dagster._core.execution.api import execute_run_iterator as execute_run_iter
 # them: `context.add_asset_metadata` for each window, whose time grows with the square of the number of windows.
 from dagster._core.execution.context.metadata_logging import AssetMetadataHandle as AssetMetadataHandle
 from dagster._core.execution.context.metadata_logging import OutputMetadataAccumulator as OutputMetadataAccumulator
+
+# See AssetExecutionType.
 from dagster._core.execution.plan.execute_step import _get_output_asset_events
 
 # The data of STEP_FAILURE. run_ends.py ends the steps of a killed run with them. Without them: the UI shows these steps
@@ -132,6 +134,8 @@ from dagster._core.storage.event_log.base import EventLogConnection as EventLogC
 # A compute log manager that discards stdout and stderr of steps. Base class of instance/compute_logs.py. Without it:
 # stdout and stderr of steps, which may quote a resource, stay on disk.
 from dagster._core.storage.noop_compute_log_manager import NoOpComputeLogManager as NoOpComputeLogManager
+
+# See AssetExecutionType.
 from dagster._core.storage.tags import EXTERNALLY_MANAGED_ASSETS_TAG as EXTERNALLY_MANAGED_ASSETS_TAG
 
 # The module, class and config of a class that dagster.yaml names. Dagster passes it to `from_config_value` of the
