@@ -209,6 +209,7 @@ PRIVATE_DAGSTER = {
     "dagster._core.storage.event_log.schema.AssetKeyTable",
     "dagster._core.storage.noop_compute_log_manager.NoOpComputeLogManager",
     "dagster._core.storage.tags.EXTERNALLY_MANAGED_ASSETS_TAG",
+    "dagster._daemon.types.DaemonHeartbeat",
     "dagster._grpc.types.ExecuteRunArgs",
     "dagster._serdes.ConfigurableClassData",
     "dagster._serdes.unpack_value",

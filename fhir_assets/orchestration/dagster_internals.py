@@ -138,6 +138,10 @@ from dagster._core.storage.noop_compute_log_manager import NoOpComputeLogManager
 # See AssetExecutionType.
 from dagster._core.storage.tags import EXTERNALLY_MANAGED_ASSETS_TAG as EXTERNALLY_MANAGED_ASSETS_TAG
 
+# Type of the heartbeat of a daemon, which instance/reasons.py receives. Used in annotations only. Without it: annotate
+# with Any.
+from dagster._daemon.types import DaemonHeartbeat as DaemonHeartbeat
+
 # The module, class and config of a class that dagster.yaml names. Dagster passes it to `from_config_value` of the
 # classes in instance/. Without it: annotate with Any.
 from dagster._serdes import ConfigurableClassData as ConfigurableClassData

@@ -1,5 +1,7 @@
 """The Dagster instance of the project's ``dagster.yaml``: a run or step whose process ended has a reason in the UI.
 
+A daemon whose clock is set back ends, see ``clock_watch``.
+
 Dagster's code server, daemon and launchers fail a run of a process that ended through ``report_run_failed``, without a
 reason or with a guess, and leave its steps running.
 """
@@ -7,12 +9,14 @@ reason or with a guess, and leave its steps running.
 import dagster as dg
 
 from fhir_assets.orchestration.dagster_internals import (
+    DaemonHeartbeat,
     DagsterEventBatchMetadata,
     InstanceRef,
     JobFailureData,
     RunFailureReason,
     StepFailureData,
 )
+from fhir_assets.orchestration.instance.clock_watch import ClockGuard
 from fhir_assets.orchestration.run_ends import (
     build_step_failure,
     explain_crashed_step,
@@ -20,6 +24,7 @@ from fhir_assets.orchestration.run_ends import (
     fail_open_steps,
 )
 
+_CLOCK_GUARD = ClockGuard()
 _CRASHED_CHILD = "ChildProcessCrashException"
 
 
@@ -49,6 +54,11 @@ class ReasonedInstance(dg.DagsterInstance):
         """Mark a run as cancelled, and before it the steps that were under way as failed."""
         fail_open_steps(self, dagster_run, message or "The run was marked as cancelled while this step was under way.")
         return super().report_run_canceled(dagster_run, message)
+
+    def add_daemon_heartbeat(self, daemon_heartbeat: DaemonHeartbeat) -> None:
+        """Store a heartbeat of Dagster's daemon; the process of the daemon ends if its clock is set back."""
+        _CLOCK_GUARD.start()
+        super().add_daemon_heartbeat(daemon_heartbeat)
 
     def handle_new_event(
         self, event: dg.EventLogEntry, *, batch_metadata: DagsterEventBatchMetadata | None = None
