@@ -157,7 +157,7 @@ def _open_ingestion(settings: Settings) -> "Ingestion":
 
 def _find_unreconciled_windows(settings: Settings) -> list[dict[str, object]]:
     """Return the windows that do not reconcile: resource type, partition key and what does not match."""
-    if not dagster_state.has_unreconciled_windows(settings):
+    if not dagster_state.may_have_unreconciled_windows(settings):
         return []
     with hide_library_output():
         unreconciled = _open_ingestion(settings).find_unreconciled_windows()

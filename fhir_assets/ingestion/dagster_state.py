@@ -1,5 +1,11 @@
-"""What Dagster's own database says, read without Dagster, to find out whether a command needs Dagster at all."""
+"""What Dagster's own database says, read without Dagster, to find out whether a command needs Dagster at all.
 
+Where Dagster's tables are not found, the answer is yes: the tables may not exist yet, or have another schema.
+"""
+
+import psycopg
+
+from fhir_assets.catalog import BY_KEY
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.orchestration.check_names import RECONCILES
 from fhir_assets.orchestration.instance import config
@@ -17,10 +23,18 @@ def may_have_dead_runs(settings: Settings, warehouse: Warehouse) -> bool:
         if liveness.find_dead(conn):
             return True
     with config.connect_to_dagster_database(config.find_dagster_url(settings)) as conn:
-        return activity.has_unfinished_runs(conn)
+        try:
+            return activity.has_unfinished_runs(conn)
+        except psycopg.errors.UndefinedTable:
+            return True
 
 
-def has_unreconciled_windows(settings: Settings) -> bool:
+def may_have_unreconciled_windows(settings: Settings) -> bool:
     """Return whether the last reconciliation of a window failed. Raises as ``may_have_dead_runs`` does."""
     with config.connect_to_dagster_database(config.find_dagster_url(settings)) as conn:
-        return bool(check_results.find_failed_partitions(conn, RECONCILES))
+        try:
+            failed = check_results.find_failed_partitions(conn, RECONCILES)
+        except psycopg.errors.UndefinedTable:
+            return True
+    types = {resource_type.name for path, _ in failed if (resource_type := BY_KEY.get(path[-1]))}
+    return not types.isdisjoint(settings.fhir_resource_types)

@@ -29,22 +29,23 @@ class ExpandingEventLog(Protocol):
 def log_window_materializations(context: dg.OutputContext) -> None:
     """Log the materializations of an output, if the run has several windows and the event log can expand them.
 
-    An IO manager calls it at the end of ``handle_output``, for every output of the step and after it has added the
-    metadata. Otherwise Dagster logs the materializations after ``handle_output``.
+    An IO manager calls it at the end of ``handle_output`` of each output, after it has added the metadata. Otherwise,
+    and if the assets of the step have different IO managers, Dagster logs the materializations after ``handle_output``.
     """
     step, keys = context.step_context, context.asset_partition_keys
     log = step.instance.event_log_storage
-    if len(keys) < 2 or not isinstance(log, ExpandingEventLog):
+    if len(keys) < 2 or not isinstance(log, ExpandingEventLog) or len(_list_io_managers(step)) > 1:
         return
     asset_key = context.asset_key
-    common = {**context.get_logged_metadata(), **(step.get_asset_metadata(asset_key) or {})}
+    of_output = {**(context.output_metadata or {}), **context.get_logged_metadata()}
+    common = {**of_output, **(step.get_asset_metadata(asset_key) or {})}
     metadata = {key: {**common, **(step.get_asset_metadata(asset_key, partition_key=key) or {})} for key in keys}
     (event,) = build_output_events(
         asset_key,
         keys[-1:],
         dg.Output(None, output_name=context.name),
         step.op_def.output_def_named(context.name),
-        context.get_logged_metadata(),
+        of_output,
         step,
         AssetExecutionType.MATERIALIZATION,
     )
@@ -52,6 +53,12 @@ def log_window_materializations(context: dg.OutputContext) -> None:
     assert isinstance(event, dg.AssetMaterialization)
     dg.DagsterEvent.asset_materialization(step, event)
     _leave_out_further_events(step)
+
+
+def _list_io_managers(step: Any) -> set[str]:
+    """Return the keys of the IO managers of the assets of a step."""
+    assets = step.job_def.asset_layer.get_assets_def_for_node(step.node_handle)
+    return {step.op_def.output_def_named(name).io_manager_key for name in assets.node_keys_by_output_name}
 
 
 def _leave_out_further_events(step: Any) -> None:

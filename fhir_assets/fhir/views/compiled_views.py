@@ -114,7 +114,7 @@ def _build_depth_error(views: Sequence[View], origin: object) -> ViewError:
 
 def check_nesting(view: View) -> None:
     """Raise ViewError if a view is nested deeper than Python can compile. Compiles only views that may be."""
-    if max(map(_measure_nesting, view.definition.get("select", ())), default=0) > _SURELY_COMPILED:
+    if _measure_nesting(view.definition) > _SURELY_COMPILED:
         CompiledViews([view])
 
 
@@ -122,19 +122,40 @@ _SURELY_COMPILED = 18
 """The number of names, parentheses and signs, one path within another, of which no 20 loops can be made."""
 
 _STEPS = re.compile(r"\w+|[(+-]")
-_TEXTS = re.compile(r"'(?:[^'\\]|\\.)*'")
+_NO_STEPS = re.compile(r"//[^\n]*|/\*.*?\*/|'(?:[^'\\]|\\.)*'", re.DOTALL)
+"""Comments and texts."""
 
 
-def _measure_nesting(select: Mapping[str, Any]) -> int:
+def _measure_nesting(definition: Mapping[str, Any]) -> int:
     """Return the number of names, parentheses and signs in the longest chain of paths, one within another."""
-    inner = [*select.get("select", ()), *select.get("unionAll", ())]
-    over = str(select.get("forEach") or select.get("forEachOrNull") or "")
-    columns = (_count_steps(column["path"]) for column in select.get("column", ()))
-    return _count_steps(over) + 1 + max([*columns, *map(_measure_nesting, inner)], default=0)
+    conditions = definition.get("where", ())
+    _, deepest = _measure_product(definition.get("select", ()))
+    return max([len(conditions) + deepest, *(_count_steps(node["path"]) for node in conditions)])
+
+
+def _measure_product(selects: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """Return how deep what follows some selects is nested, and how deep they are: each is within those before it."""
+    opened = deepest = 0
+    for select in selects:
+        inner, within = _measure_select(select)
+        deepest = max(deepest, opened + within)
+        opened += inner
+    return opened, deepest
+
+
+def _measure_select(select: Mapping[str, Any]) -> tuple[int, int]:
+    paths = [select.get("forEach"), select.get("forEachOrNull"), *select.get("repeat", ())]
+    over = max((_count_steps(path) + 1 for path in paths if path), default=0)
+    columns = max((_count_steps(column["path"]) for column in select.get("column", ())), default=0)
+    opened, within = _measure_product(select.get("select", ()))
+    branches = [_measure_select(branch) for branch in select.get("unionAll", ())]
+    union = max((inner + 1 for inner, _ in branches), default=0)
+    deepest = max([columns, within, *(opened + 1 + depth for _, depth in branches)])
+    return over + opened + union, over + deepest
 
 
 def _count_steps(path: str) -> int:
-    return len(_STEPS.findall(_TEXTS.sub("", path)))
+    return len(_STEPS.findall(_NO_STEPS.sub(" ", path)))
 
 
 class _Writer:

@@ -15,7 +15,8 @@ from threading import Event, Lock, Thread
 STEP_SECONDS = 60.0
 """The clock may be set back by less: the loops then wait that much longer."""
 
-CHECK_SECONDS = 5.0
+CHECK_SECONDS = 0.5
+"""A clock that is set back and right again within this time may not be noticed."""
 
 _log = logging.getLogger(__name__)
 

@@ -308,11 +308,17 @@ class BatchedEventLog(PostgresEventLogStorage):
         Raises the error of the first event that failed.
         """
         first_error: Exception | None = None
-        for event in _split_partitions(events):
+        for entry in events:
             try:
-                super().store_event(event)
-            except Exception as error:
+                single = split_partitions(entry)
+            except Exception as error:  # Metadata that Dagster refuses.
                 first_error = first_error or error
+                continue
+            for event in single:
+                try:
+                    super().store_event(event)
+                except Exception as error:
+                    first_error = first_error or error
         if first_error:
             raise first_error
 

@@ -43,12 +43,11 @@ def read_activity(conn: Connection) -> Activity:
 
 
 def has_unfinished_runs(conn: Connection) -> bool:
-    """Return whether a run waits or goes on, or seems to: its process may have ended without a word."""
-    try:
-        return bool(_count_unfinished_runs(conn))
-    except psycopg.errors.UndefinedTable:
-        conn.rollback()
-        return False
+    """Return whether a run waits or goes on, or seems to: its process may have ended without a word.
+
+    Raises psycopg.errors.UndefinedTable if Dagster's tables are not where this connection looks for them.
+    """
+    return bool(_count_unfinished_runs(conn))
 
 
 def _read_heartbeats(conn: Connection) -> dict[str, datetime]:

@@ -5,27 +5,16 @@ The table is that of the pinned Dagster 1.13.
 
 import json
 
-import psycopg
-
 from fhir_assets.warehouse.postgres.db.connections import Connection
 
 
 def find_failed_partitions(conn: Connection, check: str) -> list[tuple[tuple[str, ...], str]]:
     """Return the asset key and the partition of each latest evaluation of ``check`` that failed, in order.
 
-    Evaluations without a partition, which summarize the partitions of a run, are left out. There are none before
-    Dagster has created its tables.
+    Evaluations without a partition, which summarize the partitions of a run, are left out. Raises
+    psycopg.errors.UndefinedTable if Dagster's tables are not where this connection looks for them.
     """
-    try:
-        rows = _find_failed_partitions(conn, check)
-    except psycopg.errors.UndefinedTable:
-        conn.rollback()
-        return []
-    return [(tuple(json.loads(key)), partition) for key, partition in rows]
-
-
-def _find_failed_partitions(conn: Connection, check: str) -> list[tuple[str, str]]:
-    return conn.execute(
+    rows = conn.execute(
         """
         SELECT DISTINCT e.asset_key, e.partition
         FROM asset_check_executions e
@@ -44,4 +33,5 @@ def _find_failed_partitions(conn: Connection, check: str) -> list[tuple[str, str
         ORDER BY e.asset_key, e.partition
         """,
         {"check": check},
-    ).fetchall()
+    )
+    return [(tuple(json.loads(key)), partition) for key, partition in rows]

@@ -203,6 +203,44 @@ def test_what_python_cannot_compile_is_an_error_with_view_and_column(definition:
         check_nesting(view)
 
 
+ITEMS = ".".join(["item"] * 23)
+ANSWERS = {"resource": "QuestionnaireResponse", "name": "answers"}
+ID = {"name": "x", "path": "id"}
+
+
+def siblings(**fields: Any) -> list[dict[str, Any]]:
+    return [{**fields, "column": [{"name": f"c{number}", "path": "family"}]} for number in range(21)]
+
+
+@pytest.mark.parametrize(
+    "definition",
+    [
+        {**ANSWERS, "select": [{"column": [{"name": "x", "path": f"/* it's */ {ITEMS}.linkId.first() /* it's */"}]}]},
+        {**ANSWERS, "select": [{"column": [{"name": "x", "path": f"// it's\n{ITEMS}.linkId.first() // it's"}]}]},
+        {**ANSWERS, "select": [{"repeat": [ITEMS], "column": [{"name": "x", "path": "linkId"}]}]},
+        {**ANSWERS, "select": [{"column": [ID]}], "where": [{"path": f"{ITEMS}.exists()"}]},
+        {**ANSWERS, "select": [{"column": [ID]}], "where": [{"path": "id.exists()"}] * 120},
+        {"resource": "Patient", "select": siblings(forEach="name")},
+        {"resource": "Patient", "select": siblings(forEachOrNull="name")},
+    ],
+    ids=[
+        "a comment with a quote",
+        "a line with a quote",
+        "repeat",
+        "where",
+        "many where",
+        "siblings",
+        "siblings or null",
+    ],
+)
+def test_every_part_of_a_view_counts_for_its_nesting(definition: dict[str, Any]) -> None:
+    view = parse_view(definition)
+    with pytest.raises(ViewError, match="nested too"):
+        CompiledViews([view])
+    with pytest.raises(ViewError, match="nested too"):
+        check_nesting(view)
+
+
 def test_a_definition_that_is_not_an_object_is_an_error() -> None:
     with pytest.raises(ViewError, match="is not a JSON object"):
         parse_view([])  # type: ignore[arg-type]

@@ -73,14 +73,36 @@ def build_assets() -> list[dg.AssetsDefinition]:
         can_subset=True,
     )
     def written() -> Any:
-        yield dg.Output(5, output_name="first")
+        yield dg.Output(5, output_name="first", metadata={"given": "by the step"})
         yield dg.Output(6, output_name="second")
+
+    @dg.multi_asset(
+        outs={
+            "ours": dg.AssetOut(key=["mixed", "ours"], io_manager_key="windows"),
+            "other": dg.AssetOut(key=["mixed", "other"], io_manager_key="nothing"),
+        },
+        partitions_def=DAYS,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+    )
+    def mixed() -> Any:
+        yield dg.Output(7, output_name="ours")
+        yield dg.Output(8, output_name="other")
 
     @dg.asset(partitions_def=DAYS, backfill_policy=dg.BackfillPolicy.single_run(), deps=[["written", "second"]])
     def failing() -> None:
         raise dg.Failure("no reason", allow_retries=False)
 
-    return [both, written, failing]
+    return [both, written, mixed, failing]
+
+
+class NoIOManager(dg.IOManager):
+    """Writes nothing, and leaves the materializations to Dagster."""
+
+    def handle_output(self, context: dg.OutputContext, obj: int) -> None:
+        pass
+
+    def load_input(self, context: dg.InputContext) -> None:
+        raise NotImplementedError
 
 
 class WindowIOManager(dg.IOManager):
@@ -116,7 +138,7 @@ def run(database: str, folder: Path, storage: dict[str, Any]) -> None:
             instance=instance,
             tags=RANGE,
             raise_on_error=False,
-            resources={"windows": WindowIOManager()},
+            resources={"windows": WindowIOManager(), "nothing": NoIOManager()},
         )
         assert not result.success
 

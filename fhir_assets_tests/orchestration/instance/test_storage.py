@@ -212,6 +212,25 @@ def test_an_event_that_cannot_be_stored_does_not_affect_the_other_events(
     assert {"before", "after"} <= set(messages)
 
 
+def test_materializations_that_cannot_be_expanded_do_not_affect_the_other_events(
+    instance: dg.DagsterInstance, reader: dg.DagsterInstance
+) -> None:
+    log = instance.event_log_storage
+    assert isinstance(log, BatchedEventLog)
+
+    @dg.asset
+    def one(context: dg.AssetExecutionContext) -> None:
+        context.log.info("before")
+        refused = {"a": {"rows": object()}, "b": {}}
+        log.expand_materialization(context.run.run_id, dg.AssetKey("elsewhere"), refused)
+        context.log_event(dg.AssetMaterialization("elsewhere", partition="b"))
+        context.log.info("after")
+
+    result = dg.materialize([one], instance=instance, raise_on_error=False)
+    messages = [event.user_message for event in reader.all_logs(result.run_id)]
+    assert {"before", "after"} <= set(messages)
+
+
 def test_events_wait_while_the_database_cannot_be_reached(
     instance: dg.DagsterInstance, reader: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
