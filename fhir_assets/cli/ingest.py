@@ -129,8 +129,10 @@ def load_due(
     """
     loads = DueLoads(settings)
     loads.create_tables()
+    ingestion = None
     if dagster_state.may_have_dead_runs(settings, Warehouse(settings)):
-        _open_ingestion(settings).fail_dead_runs()
+        ingestion = _open_ingestion(settings)
+        ingestion.fail_dead_runs()
     due = loads.find(first=first, last=last, all_windows=full_refresh, on_progress=print_progress)
     loads.begin_checkpoints(due)
     explicit = first is not None or last is not None
@@ -146,7 +148,8 @@ def load_due(
         console.print(f"Skipped, because the source does not have them: {', '.join(missing)}")
     from fhir_assets.cli.load_runs import execute_loads  # It imports Dagster, which a command without a run omits.
 
-    return execute_loads(_open_ingestion(settings), due, types, refresh, triggered_by=triggered_by, quiet=quiet)
+    ingestion = ingestion or _open_ingestion(settings)
+    return execute_loads(ingestion, due, types, refresh, triggered_by=triggered_by, quiet=quiet)
 
 
 def _open_ingestion(settings: Settings) -> "Ingestion":
