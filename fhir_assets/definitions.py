@@ -48,7 +48,6 @@ from fhir_assets.orchestration.op_jobs import (
     build_request_replay,
 )
 from fhir_assets.orchestration.partitions import build_partitions
-from fhir_assets.orchestration.progress import ProgressRelay
 from fhir_assets.orchestration.resources import build_resources
 from fhir_assets.orchestration.schedules import build_check_tables_schedule, build_incremental_load_schedule
 from fhir_assets.orchestration.sensors.alerts import build_alerts_sensor
@@ -58,6 +57,8 @@ from fhir_assets.orchestration.sensors.replays import build_replay_sensor
 from fhir_assets.orchestration.sensors.run_failures import build_run_failure_sensor
 from fhir_assets.orchestration.sensors.table_checks import build_table_checks_sensor
 from fhir_assets.settings import Settings, SourceKind, load_settings
+from fhir_assets.steps.layers import LocalSteps
+from fhir_assets.steps.progress import ProgressRelay
 
 
 def build_definitions(
@@ -91,6 +92,7 @@ def _build(
     source_of_runs = source or cache(
         lambda: open_source(settings, store=store, warehouse=warehouse, on_progress=progress, persistent=True)
     )
+    steps = LocalSteps(settings, store, warehouse, views.views, source_of_runs, progress)
     partitions = build_partitions(settings.window_scheme)
     checks = build_table_checks(settings, views.views, open_any, warehouse)
     delivered = build_delivered_assets(settings, partitions, views.views)
@@ -109,7 +111,6 @@ def _build(
                 settings,
                 partitions,
                 one_pass=settings.fhir_source is not SourceKind.SEARCH,
-                progress=progress,
                 store_url=store.blobs.url,
             ),
             *build_validated_assets(settings, partitions, store_url=store.blobs.url),
@@ -165,7 +166,7 @@ def _build(
         resources={
             "ndjson": NdjsonIOManager(store, warehouse),
             "postgres": PostgresIOManager(warehouse, views.views),
-            **build_resources(settings, store=store, warehouse=warehouse, open_source=source_of_runs),
+            **build_resources(store=store, warehouse=warehouse, steps=steps, open_source=source_of_runs),
         },
     )
     return dg.Definitions.merge(layers, build_landing(settings, warehouse), build_health_patient(settings, warehouse))

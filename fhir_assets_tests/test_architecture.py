@@ -55,13 +55,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline": GROUND | {"fhir", "privacy", "storage", "warehouse"},
     "delivery": GROUND | {"fhir", "privacy", "storage", "warehouse", "metrics", "pipeline", "settings", "deployment"},
     "deployment": GROUND | {"settings", "fhir", "privacy", "storage", "warehouse", "pipeline"},
+    "steps": GROUND | {"settings", "fhir", "storage", "warehouse", "pipeline", "deployment"},
     "sandbox": GROUND | {"fhir"},
     "orchestration": GROUND
-    | {"settings", "logs", "fhir", "privacy", "storage", "warehouse", "metrics", "pipeline", "delivery", "deployment"},
+    | {"settings", "logs", "fhir", "privacy", "storage", "warehouse", "metrics", "pipeline", "delivery", "deployment"}
+    | {"steps"},
     "instance": {"orchestration"},
     "definitions": GROUND
-    | {"settings", "logs", "fhir", "storage", "warehouse", "pipeline", "deployment", "orchestration"},
-    "ingestion": GROUND | {"settings", "fhir", "warehouse", "pipeline", "deployment", "orchestration", "definitions"},
+    | {"settings", "logs", "fhir", "storage", "warehouse", "pipeline", "deployment", "steps", "orchestration"},
+    "ingestion": GROUND
+    | {"settings", "logs", "fhir", "storage", "warehouse", "pipeline", "deployment", "steps", "orchestration"}
+    | {"definitions"},
     "api": GROUND
     | {"settings", "logs", "fhir", "privacy", "storage", "warehouse", "metrics", "pipeline", "deployment"}
     | {"orchestration", "definitions"},

@@ -17,7 +17,7 @@ from fhir_assets.control_characters import escape_control_characters
 from fhir_assets.errors import ConfigurationError
 from fhir_assets.logs import JsonFormatter
 from fhir_assets.notices import Notices
-from fhir_assets.orchestration.progress import ProgressRelay
+from fhir_assets.steps.progress import ProgressRelay
 from fhir_assets.storage.landing_zone import FolderZone
 from fhir_assets.warehouse.ops import landing_files
 from fhir_assets.warehouse.postgres.db.connections import Session

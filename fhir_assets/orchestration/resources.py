@@ -1,4 +1,4 @@
-"""The Dagster resources that steps use: ``source``, ``binding``, ``store``, ``warehouse``, ``workers``, ``validator``.
+"""The Dagster resources that steps use: ``source``, ``store``, ``warehouse``, ``steps``, ``workers``, ``validator``.
 
 IO managers are in ``io_managers/``.
 """
@@ -7,23 +7,20 @@ from collections.abc import Callable, Iterator, Mapping
 
 import dagster as dg
 
-from fhir_assets.deployment.sources import build_binding
-from fhir_assets.deployment.validation import build_validator
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.source import Source
 from fhir_assets.orchestration.run_processes import record_process
-from fhir_assets.pipeline.workers.pool import WorkerPool
-from fhir_assets.settings import Settings
+from fhir_assets.steps.layers import LocalSteps
 from fhir_assets.storage.store import Store
 
 
 def build_resources(
-    settings: Settings, *, store: Store, warehouse: Warehouse, open_source: Callable[[], Source]
+    *, store: Store, warehouse: Warehouse, steps: LocalSteps, open_source: Callable[[], Source]
 ) -> Mapping[str, object]:
     """Return the resources by key. ``open_source`` is called when a run initializes the resource ``source``.
 
     The resource ``warehouse`` holds the advisory lock of the run, which shows other processes that the run is alive,
-    and records which process executes the run.
+    and records which process executes the run. ``steps`` are executed while it holds the lock.
     """
 
     @dg.resource
@@ -37,11 +34,15 @@ def build_resources(
                 record_process(context.instance, context.run)
             yield held
 
+    @dg.resource(required_resource_keys={"warehouse"})
+    def steps_resource() -> LocalSteps:
+        return steps
+
     return {
         "source": source_resource,
-        "binding": build_binding(settings, warehouse, store),
         "store": store,
         "warehouse": warehouse_resource,
-        "workers": WorkerPool(settings.workers),
-        "validator": build_validator(settings),
+        "steps": steps_resource,
+        "workers": steps.workers,
+        "validator": steps.validator,
     }

@@ -12,14 +12,14 @@ import pytest
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.metrics.status import read_status
-from fhir_assets.orchestration import loads as type_loads
-from fhir_assets.orchestration.loads import load_windows
 from fhir_assets.orchestration.posts import loads
 from fhir_assets.orchestration.posts.loader import PostLoader
 from fhir_assets.pipeline.reconcile.verdicts import evaluate_windows
 from fhir_assets.pipeline.reconcile.window_counts import find_main_view
 from fhir_assets.pipeline.validate.step import ValidateStep
 from fhir_assets.sandbox.process import SandboxServer
+from fhir_assets.steps import loads as type_loads
+from fhir_assets.steps.loads import load_windows
 from fhir_assets.warehouse.ops import held_windows, landing_files, received
 from fhir_assets_tests.support.api import Api, api_in_threads
 from fhir_assets_tests.support.consent_forms import build_consent, build_settings

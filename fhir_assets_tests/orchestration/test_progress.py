@@ -2,7 +2,7 @@
 
 import threading
 
-from fhir_assets.orchestration.progress import ProgressRelay
+from fhir_assets.steps.progress import ProgressRelay
 
 
 def test_a_text_reaches_the_receiver_of_the_block() -> None:

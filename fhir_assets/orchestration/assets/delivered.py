@@ -17,13 +17,13 @@ from fhir_assets.deployment.targets import build_delivery_client
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.assets.outbound import emit_outbound_results
-from fhir_assets.orchestration.consent import apply_consent
 from fhir_assets.orchestration.failures import record_step
 from fhir_assets.orchestration.jobs import MISSING_REFERENCES
-from fhir_assets.orchestration.run_context import RunContext
+from fhir_assets.orchestration.run_context import read_run_context
 from fhir_assets.pipeline.reconcile.verdicts import select_outbound_windows
 from fhir_assets.pipeline.reconcile.window_counts import find_main_view
 from fhir_assets.settings import Settings
+from fhir_assets.steps.consent import apply_consent
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import dead_letters, held_windows
 
@@ -70,7 +70,7 @@ def build_delivered_assets(
     def delivered(
         context: dg.AssetExecutionContext, store: dg.ResourceParam[Store], warehouse: dg.ResourceParam[Warehouse]
     ) -> Iterator[dg.MaterializeResult[None] | dg.AssetCheckResult]:
-        run = RunContext.from_context(context, settings.window_scheme)
+        run = read_run_context(context, settings.window_scheme)
         selected = {BY_KEY[key.path[-1]].name: key for key in sorted(context.selected_asset_keys)}
         started = perf_counter()
         client = build_delivery_client(settings, workers=settings.fhir_max_connections, stop=Event())

@@ -18,13 +18,14 @@ from fhir_assets.deployment.store import build_blobs
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.assets.outbound import emit_outbound_results
-from fhir_assets.orchestration.consent import apply_consent
 from fhir_assets.orchestration.failures import record_step, sanitized_errors
 from fhir_assets.orchestration.jobs import MISSING_REFERENCES
-from fhir_assets.orchestration.run_context import RunContext
+from fhir_assets.orchestration.run_context import read_run_context
 from fhir_assets.pipeline.reconcile.verdicts import OutboundWindows, select_outbound_windows
 from fhir_assets.pipeline.reconcile.window_counts import find_main_view
 from fhir_assets.settings import Settings
+from fhir_assets.steps.consent import apply_consent
+from fhir_assets.steps.run_context import RunContext
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.exports.export import Export, ExportedFile, build_run_folder
 from fhir_assets.warehouse.ops import held_windows, runs
@@ -61,7 +62,7 @@ def _build_export_asset(
     def exports(
         context: dg.AssetExecutionContext, store: dg.ResourceParam[Store], warehouse: dg.ResourceParam[Warehouse]
     ) -> Iterator[dg.MaterializeResult[None] | dg.AssetCheckResult]:
-        run = RunContext.from_context(context, settings.window_scheme)
+        run = read_run_context(context, settings.window_scheme)
         with sanitized_errors(), warehouse.connect() as conn:
             loaded = runs.find_loaded_windows(conn, run.run_id, name, run.partition_keys)
             waiting = held_windows.find_held(conn, destination, name)

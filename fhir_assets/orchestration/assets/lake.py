@@ -11,11 +11,11 @@ from fhir_assets.deployment.store import build_blobs
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.assets.outbound import emit_outbound_results
-from fhir_assets.orchestration.consent import apply_consent
 from fhir_assets.orchestration.failures import sanitized_errors
-from fhir_assets.orchestration.run_context import RunContext
+from fhir_assets.orchestration.run_context import read_run_context
 from fhir_assets.pipeline.lake.step import LakeStep
 from fhir_assets.settings import Settings
+from fhir_assets.steps.consent import apply_consent
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.postgres.tables.view_tables import build_layout
 
@@ -61,7 +61,7 @@ def _build_lake_asset(
     def lake_asset(
         context: dg.AssetExecutionContext, store: dg.ResourceParam[Store], warehouse: dg.ResourceParam[Warehouse]
     ) -> Iterator[dg.MaterializeResult[None] | dg.AssetCheckResult]:
-        run = RunContext.from_context(context, settings.window_scheme)
+        run = read_run_context(context, settings.window_scheme)
         target = build_blobs(settings, settings.fhir_lake_url)
         step = LakeStep(warehouse.connect, store, target, all_views, run_id=run.run_id, actor=run.actor)
         with sanitized_errors():

@@ -17,22 +17,24 @@ from fhir_assets.errors import ServerUnavailable
 from fhir_assets.fhir.source import Source
 from fhir_assets.fhir.validation.validator import Validator
 from fhir_assets.fhir.views import View
-from fhir_assets.orchestration.failures import record_step, sanitized_errors
+from fhir_assets.orchestration.failures import sanitized_errors
 from fhir_assets.orchestration.jobs import MISSING_REFERENCES
-from fhir_assets.orchestration.loads import (
-    hold_for_delivery,
-    load_windows,
-    name_delivery_destination,
-    validate_windows,
-)
 from fhir_assets.orchestration.posts.loads import PostLoad
 from fhir_assets.orchestration.posts.reports import PostReports
-from fhir_assets.orchestration.run_context import RunContext
+from fhir_assets.orchestration.run_context import read_run_context
 from fhir_assets.orchestration.tags import FHIR_SERVER_POOL
 from fhir_assets.pipeline.missing_references.step import MissingReferencesStep, ReadsById
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.settings import Settings
+from fhir_assets.steps.loads import (
+    hold_for_delivery,
+    load_windows,
+    name_delivery_destination,
+    validate_windows,
+)
+from fhir_assets.steps.records import record_step
+from fhir_assets.steps.run_context import RunContext
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import runs
 from fhir_assets.warehouse.ops.received import ReceivedWindow
@@ -70,7 +72,7 @@ def build_missing_references(
     def missing_references(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
         source: Source = context.resources.source
         warehouse: Warehouse = context.resources.warehouse
-        run = RunContext.from_context(context, settings.window_scheme)
+        run = read_run_context(context, settings.window_scheme)
         with sanitized_errors():
             destination = name_delivery_destination(settings)
             # The delivery of this run follows. If this step fails, the next delivery includes the windows.
@@ -145,7 +147,7 @@ class _Loads:
     """The destination of deliveries in ``ops.held_windows``, or empty."""
 
     def run(self, received: Windows, reports: PostReports) -> list[str]:
-        """Load the windows, those of Consents first. Return the types. Raises ``dagster.Failure``."""
+        """Load the windows, those of Consents first. Return the types. Raises StepFailed."""
         names = sorted(received, key=lambda name: (name != "Consent", LOAD_ORDER[name]))
         for name in names:
             reports.add(self._load(name, received[name]))

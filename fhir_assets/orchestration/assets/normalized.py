@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from time import perf_counter
 
 import dagster as dg
 
@@ -13,19 +12,15 @@ from fhir_assets.orchestration.asset_attributes import build_asset_attributes, b
 from fhir_assets.orchestration.check_names import DEAD_LETTER_RATE
 from fhir_assets.orchestration.checks.after_load import log_checks_after_load
 from fhir_assets.orchestration.checks.window import WindowChecks, window_check_specs
-from fhir_assets.orchestration.failures import record_step, sanitized_errors
+from fhir_assets.orchestration.failures import sanitized_errors
 from fhir_assets.orchestration.io_managers.postgres import LoadedView
-from fhir_assets.orchestration.loads import load_windows
-from fhir_assets.orchestration.run_context import RunContext, step_tags
+from fhir_assets.orchestration.run_context import read_run_context, step_tags
 from fhir_assets.orchestration.step_log import describe_counts, describe_rules, log_line
 from fhir_assets.orchestration.window_metadata import PARTITION_ROW_COUNT, add_window_metadata
-from fhir_assets.pipeline.load.result import LoadResult
-from fhir_assets.pipeline.lost_manifests import require_manifests
 from fhir_assets.pipeline.reconcile.verdicts import evaluate_windows
 from fhir_assets.pipeline.reconcile.window_counts import find_main_view, list_windows
-from fhir_assets.pipeline.sources.binding import SourceBinding
-from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.settings import Settings
+from fhir_assets.steps.layers import LayerSteps, LoadedType
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import runs
 from fhir_assets.warehouse.postgres.tables.layout import holds_phi
@@ -81,8 +76,7 @@ def _build_normalized_step(
         context: dg.AssetExecutionContext,
         store: dg.ResourceParam[Store],
         warehouse: dg.ResourceParam[Warehouse],
-        workers: dg.ResourceParam[WorkerPool],
-        binding: dg.ResourceParam[SourceBinding],
+        steps: dg.ResourceParam[LayerSteps],
     ) -> Iterator[dg.Output[LoadedView] | dg.AssetCheckResult]:
         checks = WindowChecks(resource_type, settings)
         check_names = sorted(key.name for key in context.selected_asset_check_keys)
@@ -92,45 +86,39 @@ def _build_normalized_step(
                 counts = evaluate_windows(conn, store, name, list_windows(store, name), main_view=main_view)
                 yield from checks.evaluate(context, conn, counts, check_names)
             return
-        run = RunContext.from_context(context, settings.window_scheme)
+        run = read_run_context(context, settings.window_scheme)
         names = context.op_execution_context.selected_output_names
         selected = [view for view in views if view.name in names]
-        started = perf_counter()
         resolved_windows: list[str] = []
         if selected:
-            with record_step(run, warehouse, [name], check=binding.require):
-                validated = store.manifests("validated", resource_type.key, run.partition_keys)
-                with warehouse.connect() as conn:
-                    require_manifests(conn, store, run.run_id, "validated", name, run.partition_keys, validated)
-                loaded = load_windows(
-                    settings, store, warehouse, workers, run, name, selected=selected, all_views=all_views
-                )
+            with sanitized_errors():
+                done = steps.load(run, name, [view.name for view in selected])
+                loaded = done.result
                 resolved_windows = sorted(loaded.resolved_windows.difference(run.partition_keys))[:MAX_OTHER_WINDOWS]
-                seconds = perf_counter() - started
-                metadata = _metadata(loaded, seconds)
-                _log_load(context, name, loaded, seconds)
+                _log_load(context, name, done)
+                metadata = _metadata(done)
                 with warehouse.connect() as conn:
                     rows, written = count_rows(conn, selected), loaded.count_rows_by_view()
                     window_rows = count_rows_by_window(
                         conn, selected, name, run.partition_keys, loaded.find_new_windows()
                     )
                     window_counts = runs.find_counts(conn, run.run_id, name, run.partition_keys)
-                for view in selected:
-                    metadata_by_window = {
-                        key: {
-                            PARTITION_ROW_COUNT: window_rows[view.name][key],
-                            **window_counts.get(key, {}),
-                            **metadata,
-                        }
-                        for key in run.partition_keys
+            for view in selected:
+                metadata_by_window = {
+                    key: {
+                        PARTITION_ROW_COUNT: window_rows[view.name][key],
+                        **window_counts.get(key, {}),
+                        **metadata,
                     }
-                    add_window_metadata(
-                        context.op_execution_context.get_step_execution_context(),
-                        dg.AssetKey(["normalized", view.name]),
-                        metadata_by_window,
-                    )
-                    table = LoadedView(view.name, written[view.name], rows[view.name])
-                    yield dg.Output(table, output_name=view.name)
+                    for key in run.partition_keys
+                }
+                add_window_metadata(
+                    context.op_execution_context.get_step_execution_context(),
+                    dg.AssetKey(["normalized", view.name]),
+                    metadata_by_window,
+                )
+                table = LoadedView(view.name, written[view.name], rows[view.name])
+                yield dg.Output(table, output_name=view.name)
         if any(view.name == resource_type.key for view in selected):
             with sanitized_errors(), warehouse.connect() as conn:
                 log_checks_after_load(context, conn, settings, resource_type, views)
@@ -156,7 +144,8 @@ def build_broken_view(broken: BrokenView) -> dg.AssetSpec:
     )
 
 
-def _log_load(context: dg.AssetExecutionContext, resource_type: str, loaded: LoadResult, seconds: float) -> None:
+def _log_load(context: dg.AssetExecutionContext, resource_type: str, done: LoadedType) -> None:
+    loaded = done.result
     counts = {
         "inserted": loaded.inserted,
         "updated": loaded.updated,
@@ -166,13 +155,14 @@ def _log_load(context: dg.AssetExecutionContext, resource_type: str, loaded: Loa
         "rows": loaded.rows.total(),
     }
     if any(counts.values()):
-        log_line(context, describe_counts(resource_type, counts, seconds))
+        log_line(context, describe_counts(resource_type, counts, done.seconds))
     if loaded.dead_by_rule:
         log_line(context, f"{resource_type}: dead letters by rule: {describe_rules(loaded.dead_by_rule)}")
 
 
-def _metadata(loaded: LoadResult, seconds: float) -> dict[str, dg.MetadataValue]:
+def _metadata(done: LoadedType) -> dict[str, dg.MetadataValue]:
     """Return the metadata of the run, which is the same for all of its windows."""
+    loaded, seconds = done.result, done.seconds
     return {
         "run_resources": dg.IntMetadataValue(loaded.resources),
         "run_inserted": dg.IntMetadataValue(loaded.inserted),

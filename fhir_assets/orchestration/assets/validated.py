@@ -4,30 +4,19 @@ A resource that fails becomes a dead letter.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from time import perf_counter
+from collections.abc import Iterable, Iterator, Mapping
 
 import dagster as dg
 
 from fhir_assets.catalog import BY_NAME, ResourceType
-from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.errors import ServerRefused
-from fhir_assets.fhir.validation import Validator
 from fhir_assets.orchestration.asset_attributes import build_asset_attributes, build_documentation, build_place
-from fhir_assets.orchestration.failures import record_step
-from fhir_assets.orchestration.loads import build_validate_step
-from fhir_assets.orchestration.run_context import RunContext, step_tags
+from fhir_assets.orchestration.failures import sanitized_errors
+from fhir_assets.orchestration.run_context import read_run_context, step_tags
 from fhir_assets.orchestration.step_log import describe_counts, describe_rules, log_line
 from fhir_assets.orchestration.window_metadata import add_window_metadata
-from fhir_assets.pipeline.lost_manifests import require_manifests
-from fhir_assets.pipeline.replay.validate_step import ReplayValidateStep, find_outdated_partitions
-from fhir_assets.pipeline.sources.binding import SourceBinding
-from fhir_assets.pipeline.validate.step import ValidatedUpdate, ValidateStep
-from fhir_assets.pipeline.workers.pool import WorkerPool
+from fhir_assets.pipeline.validate.step import ValidatedUpdate
 from fhir_assets.settings import Settings
-from fhir_assets.storage.manifest import Manifest
-from fhir_assets.storage.store import Store
-from fhir_assets.warehouse.ops import runs
+from fhir_assets.steps.layers import LayerSteps, ValidatedType
 
 
 def build_validated_assets(
@@ -47,7 +36,7 @@ def _build_validated_asset(
     @dg.asset(
         name=resource_type.key,
         key_prefix="validated",
-        ins={"raw": dg.AssetIn(key=["raw", resource_type.key], input_manager_key="ndjson")},
+        deps=[["raw", resource_type.key]],
         io_manager_key="ndjson",
         partitions_def=partitions,
         backfill_policy=dg.BackfillPolicy.multi_run(settings.fhir_windows_per_run),
@@ -59,97 +48,34 @@ def _build_validated_asset(
         ),
     )
     def validated(
-        context: dg.AssetExecutionContext,
-        raw: Sequence[Manifest],
-        store: dg.ResourceParam[Store],
-        validator: dg.ResourceParam[Validator],
-        warehouse: dg.ResourceParam[Warehouse],
-        workers: dg.ResourceParam[WorkerPool],
-        binding: dg.ResourceParam[SourceBinding],
-    ) -> Iterator[dg.Output[ValidatedUpdate]]:
-        run = RunContext.from_context(context, settings.window_scheme)
-        started = perf_counter()
-        with warehouse.connect() as conn:
-            refusal = runs.find_failure(conn, run.run_id, name)
-        with record_step(run, warehouse, [name], check=binding.require):
-            if refusal:
-                raise ServerRefused(refusal)
-            with warehouse.connect() as conn:
-                require_manifests(conn, store, run.run_id, "raw", name, run.partition_keys, raw)
-            step = build_validate_step(store, warehouse, workers, validator, run)
-            if run.replay:
-                update, counts = _replay(run, store, validator, warehouse, step, name, raw)
-            else:
-                update = step.run(name, run.partition_keys)
-                counts = _counts(update)
-            with warehouse.connect() as conn:
-                runs.record_counts(conn, run.run_id, name, counts)
-            _log_validation(context, name, counts, perf_counter() - started, _sum_dead(update))
-            metadata = _metadata(update, perf_counter() - started)
-            window_counts = {
-                manifest.partition_key: {"valid": manifest.rows, "dead": sum(manifest.validated.dead.values())}
-                for manifest in update.manifests
-                if manifest.validated
-            }
-            add_window_metadata(
-                context.op_execution_context.get_step_execution_context(),
-                context.asset_key,
-                {key: {**window_counts.get(key, {}), **metadata} for key in run.partition_keys},
-            )
-            yield dg.Output(update)
+        context: dg.AssetExecutionContext, steps: dg.ResourceParam[LayerSteps]
+    ) -> Iterator[dg.Output[ValidatedType]]:
+        run = read_run_context(context, settings.window_scheme)
+        with sanitized_errors():
+            checked = steps.validate(run, name)
+        _log_validation(context, name, checked)
+        metadata = _metadata(checked.update, checked.seconds)
+        window_counts = {
+            manifest.partition_key: {"valid": manifest.rows, "dead": sum(manifest.validated.dead.values())}
+            for manifest in checked.update.manifests
+            if manifest.validated
+        }
+        add_window_metadata(
+            context.op_execution_context.get_step_execution_context(),
+            context.asset_key,
+            {key: {**window_counts.get(key, {}), **metadata} for key in run.partition_keys},
+        )
+        yield dg.Output(checked)
 
     return validated
 
 
-def _replay(
-    run: RunContext,
-    store: Store,
-    validator: Validator,
-    warehouse: Warehouse,
-    step: ValidateStep,
-    name: str,
-    raw: Sequence[Manifest],
-) -> tuple[ValidatedUpdate, dict[str, dict[str, int | None]]]:
-    """Validate dead letters again.
-
-    Partitions whose counts do not match raw or their dead letters are validated completely.
-    """
-    replay = ReplayValidateStep(
-        store,
-        validator,
-        warehouse.connect,
-        run_id=run.run_id,
-        now=run.now,
-        also_open=run.replay == "open",
-    )
-    with warehouse.connect() as conn:
-        outdated = find_outdated_partitions(conn, store, name, raw)
-    update = step.run(name, outdated, revalidated=outdated)
-    replayed = replay.run(name, sorted({manifest.partition_key for manifest in raw}.difference(outdated)))
-    counts = _counts(update)
-    for manifest in replayed.update.manifests:
-        key = manifest.partition_key
-        counts[key] = {"valid": replayed.resolved[key], "dead": replayed.failed[key]}
-    manifests = update.manifests + replayed.update.manifests
-    base_manifests = {**update.base_manifests, **replayed.update.base_manifests}
-    return ValidatedUpdate(name, manifests, base_manifests, resolution=update.resolution), counts
-
-
-def _counts(update: ValidatedUpdate) -> dict[str, dict[str, int | None]]:
-    return {key: {"valid": counts.valid, "dead": counts.dead} for key, counts in update.counts.items()}
-
-
-def _log_validation(
-    context: dg.AssetExecutionContext,
-    resource_type: str,
-    counts: Mapping[str, Mapping[str, int | None]],
-    seconds: float,
-    dead_by_rule: Mapping[str, int],
-) -> None:
-    totals = {key: sum(count[key] or 0 for count in counts.values()) for key in ("valid", "dead")}
+def _log_validation(context: dg.AssetExecutionContext, resource_type: str, checked: ValidatedType) -> None:
+    dead_by_rule = _sum_dead(checked.update)
+    totals = {key: sum(count[key] or 0 for count in checked.counts.values()) for key in ("valid", "dead")}
     if any(totals.values()):
         shown = {"valid": totals["valid"], "dead letters": totals["dead"]}
-        log_line(context, describe_counts(resource_type, shown, seconds))
+        log_line(context, describe_counts(resource_type, shown, checked.seconds))
     if totals["dead"] and dead_by_rule:
         log_line(context, f"{resource_type}: dead letters of these windows by rule: {describe_rules(dead_by_rule)}")
 

@@ -1,4 +1,7 @@
-"""The IO manager ``ndjson``: commits partitions of raw and validated, and passes their manifests to the next step."""
+"""The IO manager ``ndjson``: describes partitions of raw and validated, and gives their manifests to downstream steps.
+
+It writes no partition: a step commits its partitions before it outputs them, see ``steps.layers``.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -11,8 +14,8 @@ from fhir_assets.errors import StoreError
 from fhir_assets.orchestration.failures import sanitized_errors
 from fhir_assets.orchestration.window_materializations import log_window_materializations
 from fhir_assets.orchestration.window_metadata import PARTITION_ROW_COUNT, ROW_COUNT, add_window_metadata
-from fhir_assets.pipeline.partition_commit import PartitionUpdate, commit_update
 from fhir_assets.pipeline.partition_rows import count_rows
+from fhir_assets.steps.layers import FetchedType, ValidatedType
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.storage.store import Store, partition_folder
 
@@ -20,21 +23,19 @@ _log = logging.getLogger(__name__)
 
 
 class NdjsonIOManager(dg.IOManager):
-    """Commit the output of a step; give the next step the manifests of the run's partitions, in order."""
+    """Describes the partitions that a step outputs; gives downstream steps the manifests of the run's partitions."""
 
     def __init__(self, store: Store, warehouse: Warehouse) -> None:
         self._store = store
         self._warehouse = warehouse
 
-    def handle_output(self, context: dg.OutputContext, obj: PartitionUpdate) -> None:
-        """Commit each manifest of the update atomically, merged with the commits of other runs.
+    def handle_output(self, context: dg.OutputContext, obj: FetchedType | ValidatedType) -> None:
+        """Add the sizes and places of the partitions to the materializations of their windows.
 
         The materialization of the run's newest window has the row count of all partitions.
         """
-        with sanitized_errors():
-            manifests = commit_update(self._warehouse.connect, self._store, obj)
-        if manifests:
-            self._add_metadata(context, manifests)
+        if obj.manifests:
+            self._add_metadata(context, obj.manifests)
         log_window_materializations(context)
 
     def _add_metadata(self, context: dg.OutputContext, manifests: Sequence[Manifest]) -> None:

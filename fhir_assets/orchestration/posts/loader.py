@@ -11,10 +11,10 @@ import psycopg
 
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import DatabaseUnavailable
-from fhir_assets.orchestration.failures import describe_error
 from fhir_assets.orchestration.posts.loads import PostLoads
 from fhir_assets.orchestration.posts.reports import PostReports
 from fhir_assets.retries import RetryPolicy
+from fhir_assets.steps.records import describe_error
 from fhir_assets.warehouse.ops import post_loader
 from fhir_assets.warehouse.postgres.db import connections
 from fhir_assets.warehouse.postgres.db.connections import Connection

@@ -16,7 +16,6 @@ from math import inf
 from time import monotonic
 from uuid import uuid4
 
-import dagster as dg
 import psycopg
 
 from fhir_assets.catalog import LOAD_ORDER
@@ -27,17 +26,17 @@ from fhir_assets.deployment.validation import build_validator
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.errors import ConfigurationError, ViewError
 from fhir_assets.fhir.views import View
-from fhir_assets.orchestration.failures import record_step
-from fhir_assets.orchestration.loads import (
+from fhir_assets.pipeline.refresh import Refresh
+from fhir_assets.pipeline.workers.pool import WorkerPool
+from fhir_assets.settings import Settings
+from fhir_assets.steps.loads import (
     hold_for_delivery,
     load_windows,
     name_delivery_destination,
     validate_windows,
 )
-from fhir_assets.orchestration.run_context import RunContext
-from fhir_assets.pipeline.refresh import Refresh
-from fhir_assets.pipeline.workers.pool import WorkerPool
-from fhir_assets.settings import Settings
+from fhir_assets.steps.records import StepFailed, record_step
+from fhir_assets.steps.run_context import RunContext
 from fhir_assets.warehouse.ops import checkpoints, received, runs
 from fhir_assets.warehouse.ops.received import PostedWindow
 from fhir_assets.warehouse.postgres.tables import view_tables
@@ -207,8 +206,8 @@ class PostLoads:
         try:
             with warehouse.hold_run(run.run_id), record_step(run, warehouse, [name], check=self._binding.require):
                 resolved_windows = self._validate_and_load(run, name)
-        except dg.Failure as failure:
-            self._record_failure(name, keys, failure.description or "see the log")
+        except StepFailed as failure:
+            self._record_failure(name, keys, failure.reason)
             return None
         with warehouse.connect() as conn:
             counts = runs.find_counts(conn, run.run_id, name, keys)

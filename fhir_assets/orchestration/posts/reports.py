@@ -23,12 +23,12 @@ from fhir_assets.fhir.views import View
 from fhir_assets.orchestration.check_names import DEAD_LETTER_RATE, RECONCILES
 from fhir_assets.orchestration.checks.after_load import evaluate_after_load
 from fhir_assets.orchestration.checks.window import WindowChecks
-from fhir_assets.orchestration.failures import describe_error
 from fhir_assets.orchestration.posts.loads import PostLoad, WindowKey
 from fhir_assets.orchestration.window_metadata import PARTITION_ROW_COUNT
 from fhir_assets.pipeline.reconcile.verdicts import evaluate_windows
 from fhir_assets.pipeline.reconcile.window_counts import find_main_view
 from fhir_assets.settings import Settings
+from fhir_assets.steps.records import describe_error
 from fhir_assets.storage.manifest import Manifest
 from fhir_assets.warehouse.ops import received
 from fhir_assets.warehouse.postgres.tables.view_tables import count_rows_by_window

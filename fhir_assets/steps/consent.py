@@ -6,9 +6,9 @@ from datetime import UTC, datetime
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.views import View
-from fhir_assets.orchestration.run_context import RunContext
 from fhir_assets.pipeline.consent.step import ConsentResult, ConsentStep
 from fhir_assets.settings import Settings
+from fhir_assets.steps.run_context import RunContext
 
 
 def apply_consent(

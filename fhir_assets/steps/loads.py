@@ -12,8 +12,6 @@ from fhir_assets.deployment.targets import build_delivery_client
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.fhir.validation.validator import Validator
 from fhir_assets.fhir.views import View
-from fhir_assets.orchestration.consent import apply_consent
-from fhir_assets.orchestration.run_context import RunContext
 from fhir_assets.pipeline.load.conditional_references import ConditionalReferenceStep
 from fhir_assets.pipeline.load.result import LoadResult
 from fhir_assets.pipeline.load.step import LoadStep
@@ -22,6 +20,8 @@ from fhir_assets.pipeline.replay.load_step import ReplayLoadStep
 from fhir_assets.pipeline.validate.step import ValidateStep
 from fhir_assets.pipeline.workers.pool import WorkerPool
 from fhir_assets.settings import Settings
+from fhir_assets.steps.consent import apply_consent
+from fhir_assets.steps.run_context import RunContext
 from fhir_assets.storage.store import Store
 from fhir_assets.warehouse.ops import held_windows, runs
 
