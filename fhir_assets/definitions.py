@@ -56,8 +56,9 @@ from fhir_assets.orchestration.sensors.received import build_load_received_senso
 from fhir_assets.orchestration.sensors.replays import build_replay_sensor
 from fhir_assets.orchestration.sensors.run_failures import build_run_failure_sensor
 from fhir_assets.orchestration.sensors.table_checks import build_table_checks_sensor
+from fhir_assets.process_ends import ProcessIdentity
 from fhir_assets.settings import Settings, SourceKind, load_settings
-from fhir_assets.steps.layers import LocalSteps
+from fhir_assets.steps.layers import LayerSteps, LocalSteps
 from fhir_assets.steps.progress import ProgressRelay
 
 
@@ -67,21 +68,31 @@ def build_definitions(
     views: ViewSet | None = None,
     warehouse: Warehouse | None = None,
     source: Callable[[], Source] | None = None,
+    steps: LayerSteps | None = None,
+    process: ProcessIdentity | None = None,
 ) -> dg.Definitions:
     """Return the definitions of a deployment.
 
     Tests can replace parts: ``views`` replaces the ViewDefinitions of the settings, ``warehouse`` the database, and
-    ``source`` the function that opens the source. Raises ConfigurationError if a setting is not valid.
+    ``source`` the function that opens the source. ``steps`` are the steps of the layers if another ``process`` executes
+    them. Raises ConfigurationError if a setting is not valid.
     """
     with warnings.catch_warnings():
         # Dagster is pinned, so its beta and preview features do not change unnoticed.
         warnings.simplefilter("ignore", dg.BetaWarning)
         warnings.simplefilter("ignore", dg.PreviewWarning)
-        return _build(settings, views or build_views(settings), warehouse or Warehouse(settings), source)
+        return _build(
+            settings, views or build_views(settings), warehouse or Warehouse(settings), source, steps, process
+        )
 
 
 def _build(
-    settings: Settings, views: ViewSet, warehouse: Warehouse, source: Callable[[], Source] | None
+    settings: Settings,
+    views: ViewSet,
+    warehouse: Warehouse,
+    source: Callable[[], Source] | None,
+    steps: LayerSteps | None,
+    process: ProcessIdentity | None,
 ) -> dg.Definitions:
     store = build_store(settings)
     progress = ProgressRelay()
@@ -92,7 +103,7 @@ def _build(
     source_of_runs = source or cache(
         lambda: open_source(settings, store=store, warehouse=warehouse, on_progress=progress, persistent=True)
     )
-    steps = LocalSteps(settings, store, warehouse, views.views, source_of_runs, progress)
+    steps = steps or LocalSteps(settings, store, warehouse, views.views, source_of_runs, progress)
     partitions = build_partitions(settings.window_scheme)
     checks = build_table_checks(settings, views.views, open_any, warehouse)
     delivered = build_delivered_assets(settings, partitions, views.views)
@@ -166,7 +177,9 @@ def _build(
         resources={
             "ndjson": NdjsonIOManager(store, warehouse),
             "postgres": PostgresIOManager(warehouse, views.views),
-            **build_resources(store=store, warehouse=warehouse, steps=steps, open_source=source_of_runs),
+            **build_resources(
+                settings, store=store, warehouse=warehouse, steps=steps, open_source=source_of_runs, process=process
+            ),
         },
     )
     return dg.Definitions.merge(layers, build_landing(settings, warehouse), build_health_patient(settings, warehouse))

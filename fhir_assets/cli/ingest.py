@@ -16,6 +16,7 @@ from fhir_assets.cli.load_reports import (
     report_unreconciled_windows,
     summarize_runs,
 )
+from fhir_assets.cli.load_runs import execute_loads, prepare_loads
 from fhir_assets.cli.output import console, errors, hide_library_output, print_json, print_progress
 from fhir_assets.deployment.consent import build_consent_gate
 from fhir_assets.deployment.views import build_views
@@ -127,29 +128,27 @@ def load_due(
     ``first`` and ``last`` select the windows of a date range instead. Raises DatabaseUnavailable if the database
     becomes unavailable during a run.
     """
-    loads = DueLoads(settings)
-    loads.create_tables()
-    ingestion = None
-    if dagster_state.may_have_dead_runs(settings, Warehouse(settings)):
-        ingestion = _open_ingestion(settings)
-        ingestion.fail_dead_runs()
-    due = loads.find(first=first, last=last, all_windows=full_refresh, on_progress=print_progress)
-    loads.begin_checkpoints(due)
-    explicit = first is not None or last is not None
-    refresh = Refresh.FULL if full_refresh else Refresh.WINDOW if explicit else Refresh.MISSING
-    types = list(settings.fhir_resource_types)
-    if refresh is Refresh.MISSING:
-        types = loads.extend(due)
-        due = due if types else replace(due, ranges=())
-    if not due:
-        loads.apply_consent(actor=triggered_by)
-        return []
-    if not quiet and (missing := loads.find_types_not_offered()):
-        console.print(f"Skipped, because the source does not have them: {', '.join(missing)}")
-    from fhir_assets.cli.load_runs import execute_loads  # It imports Dagster, which a command without a run omits.
-
-    ingestion = ingestion or _open_ingestion(settings)
-    return execute_loads(ingestion, due, types, refresh, triggered_by=triggered_by, quiet=quiet)
+    with prepare_loads(settings) as open_loads:
+        loads = DueLoads(settings)
+        loads.create_tables()
+        ingestion = None
+        if dagster_state.may_have_dead_runs(settings, Warehouse(settings)):
+            ingestion = _open_ingestion(settings)
+            ingestion.fail_dead_runs()
+        due = loads.find(first=first, last=last, all_windows=full_refresh, on_progress=print_progress)
+        loads.begin_checkpoints(due)
+        explicit = first is not None or last is not None
+        refresh = Refresh.FULL if full_refresh else Refresh.WINDOW if explicit else Refresh.MISSING
+        types = list(settings.fhir_resource_types)
+        if refresh is Refresh.MISSING:
+            types = loads.extend(due)
+            due = due if types else replace(due, ranges=())
+        if not due:
+            loads.apply_consent(actor=triggered_by)
+            return []
+        if not quiet and (missing := loads.find_types_not_offered()):
+            console.print(f"Skipped, because the source does not have them: {', '.join(missing)}")
+        return execute_loads(ingestion or open_loads(), due, types, refresh, triggered_by=triggered_by, quiet=quiet)
 
 
 def _open_ingestion(settings: Settings) -> "Ingestion":

@@ -1,26 +1,70 @@
 """The runs of `fhir-assets ingest`, with a progress bar on a terminal."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-import dagster as dg
-import psycopg
-import sqlalchemy.exc
-from dagster_postgres.utils import DagsterPostgresException
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from fhir_assets.cli.load_reports import format_windows
 from fhir_assets.cli.output import console, errors, hide_library_output, print_progress
+from fhir_assets.deployment.views import build_views
 from fhir_assets.errors import DatabaseUnavailable
-from fhir_assets.foreign_errors import translate_error
-from fhir_assets.ingestion.outcome import Outcome
-from fhir_assets.ingestion.runs import Ingestion, Listener
+from fhir_assets.ingestion.outcome import Loads, Outcome
+from fhir_assets.ingestion.recorded_loads import RecordedLoads
+from fhir_assets.ingestion.recorder_process import RecorderProcess
 from fhir_assets.pipeline.due_windows import DueWindows
 from fhir_assets.pipeline.refresh import Refresh
-from fhir_assets.windows import WindowRange
+from fhir_assets.settings import Settings
+
+_DAGSTER = "dagster"
+
+
+@contextmanager
+def prepare_loads(settings: Settings) -> Iterator[Callable[[], Loads]]:
+    """Yield a function that returns what executes loads. Call this before the process opens a connection.
+
+    A process that has imported Dagster by the time of the call records its loads itself.
+    """
+    build_views(settings)  # The recorder needs the views too, and inherits them.
+    recorder = None if _DAGSTER in sys.modules else RecorderProcess()
+
+    def open_loads() -> Loads:
+        if recorder is not None and _DAGSTER not in sys.modules:
+            return RecordedLoads(settings, recorder)
+        from fhir_assets.ingestion.runs import open_ingestion
+
+        return open_ingestion(settings)
+
+    try:
+        yield open_loads
+    except BaseException:
+        if recorder is not None:
+            recorder.close(wait=False)
+        raise
+    if recorder is not None:
+        recorder.close(wait=True)
+
+
+class _ProgressBar:
+    """Shows the progress of loads on a progress bar."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress = progress
+        self._task = task
+
+    def begin_step(self, name: str) -> None:
+        self._progress.update(self._task, description=name.replace("__", " "))
+
+    def end_step(self) -> None:
+        self._progress.advance(self._task)
+
+    def show(self, text: str) -> None:
+        print_progress(text)
 
 
 def execute_loads(
-    ingestion: Ingestion,
+    loads: Loads,
     due: DueWindows,
     types: Sequence[str],
     refresh: Refresh,
@@ -32,7 +76,7 @@ def execute_loads(
 
     Raises DatabaseUnavailable if the database becomes unavailable during a run.
     """
-    steps = ingestion.count_steps()
+    steps = loads.count_steps()
     outcomes = []
     with Progress(
         TextColumn("{task.description}"),
@@ -43,47 +87,20 @@ def execute_loads(
         disable=quiet or not errors.is_terminal,
     ) as progress:
         task = progress.add_task("Loading", total=len(due) * steps)
-
-        def listen(event: dg.EventLogEntry) -> None:
-            kind = event.dagster_event_type
-            if kind is dg.DagsterEventType.STEP_START and event.step_key:
-                progress.update(task, description=event.step_key.replace("__", " "))
-            elif kind in (dg.DagsterEventType.STEP_SUCCESS, dg.DagsterEventType.STEP_FAILURE):
-                progress.advance(task)
-            elif event.asset_observation and event.asset_observation.description:
-                # The raw step reports the progress of a bulk export as observations.
-                print_progress(event.asset_observation.description)
-
+        bar = _ProgressBar(progress, task)
         for windows in due:
             if not quiet:
                 console.print(f"Windows {format_windows(windows)}")
-            with hide_library_output():
-                outcome = _load(ingestion, windows, types, refresh, triggered_by, listen)
-            if outcome is None:
+            try:
+                with hide_library_output():
+                    outcome = loads.load_due(
+                        windows, refresh=refresh, triggered_by=triggered_by, resource_types=types, listener=bar
+                    )
+            except DatabaseUnavailable:
                 raise DatabaseUnavailable(
                     f"The database became unavailable while the windows {format_windows(windows)} were loaded; "
                     "unfinished work was discarded. Check that Postgres runs, then run the same command again"
-                )
+                ) from None
             outcomes.append(outcome)
         progress.update(task, description="Loaded", completed=len(due) * steps)
     return outcomes
-
-
-def _load(
-    ingestion: Ingestion,
-    windows: WindowRange,
-    types: Sequence[str],
-    refresh: Refresh,
-    triggered_by: str,
-    listener: Listener,
-) -> Outcome | None:
-    """Load the types of the windows in one run. Return None if Dagster's storage or the tables became unavailable."""
-    try:
-        return ingestion.load(
-            windows, refresh=refresh, triggered_by=triggered_by, listener=listener, resource_types=types
-        )
-    except (psycopg.OperationalError, sqlalchemy.exc.OperationalError, DagsterPostgresException) as error:
-        known = translate_error(error)
-        if known is not None and not isinstance(known, DatabaseUnavailable):
-            raise known from None
-        return None

@@ -1,6 +1,6 @@
 """What Dagster's own database says, read without Dagster, to find out whether a command needs Dagster at all.
 
-Where Dagster's tables are not found, the answer is yes: the tables may not exist yet, or have another schema.
+A database without Dagster's tables has no run. If they are in another schema, the answer is yes.
 """
 
 import psycopg
@@ -26,7 +26,8 @@ def may_have_dead_runs(settings: Settings, warehouse: Warehouse) -> bool:
         try:
             return activity.has_unfinished_runs(conn)
         except psycopg.errors.UndefinedTable:
-            return True
+            conn.rollback()
+            return activity.has_tables(conn)
 
 
 def may_have_unreconciled_windows(settings: Settings) -> bool:
@@ -35,6 +36,7 @@ def may_have_unreconciled_windows(settings: Settings) -> bool:
         try:
             failed = check_results.find_failed_partitions(conn, RECONCILES)
         except psycopg.errors.UndefinedTable:
-            return True
+            conn.rollback()
+            return activity.has_tables(conn)
     types = {resource_type.name for path, _ in failed if (resource_type := BY_KEY.get(path[-1]))}
     return not types.isdisjoint(settings.fhir_resource_types)

@@ -3,20 +3,26 @@
 Each run loads a range of consecutive windows. Dagster's instance records it like any other run.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from uuid import uuid4
 
 import dagster as dg
+import psycopg
+import sqlalchemy.exc
+from dagster_postgres.utils import DagsterPostgresException
 
 from fhir_assets.definitions import build_definitions
 from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.errors import DatabaseUnavailable
+from fhir_assets.foreign_errors import translate_error
 from fhir_assets.ingestion.due_loads import DueLoads
-from fhir_assets.ingestion.outcome import Outcome, choose_exit_code
+from fhir_assets.ingestion.outcome import LoadListener, Outcome, choose_exit_code
+from fhir_assets.ingestion.relay import LoadRequest
 from fhir_assets.orchestration import replayable_windows
 from fhir_assets.orchestration.checks.unreconciled_windows import find_unreconciled_windows
 from fhir_assets.orchestration.command_runs import execute_command_run
@@ -44,7 +50,9 @@ from fhir_assets.pipeline.due_windows import (
 )
 from fhir_assets.pipeline.reconcile.window_counts import WindowCounts
 from fhir_assets.pipeline.refresh import Refresh
+from fhir_assets.process_ends import ProcessIdentity
 from fhir_assets.settings import Settings
+from fhir_assets.steps.layers import LayerSteps
 from fhir_assets.warehouse.ops import received, replays
 from fhir_assets.warehouse.ops.dead_letters import Selection
 from fhir_assets.windows import WindowRange
@@ -88,10 +96,50 @@ class Ingestion:
 
         ``resource_types`` are the types to load; by default all.
         """
-        assets = None
-        if resource_types is not None and len(resource_types) < len(self._settings.fhir_resource_types):
-            assets = select_all_layers(self._definitions.resolve_asset_graph(), resource_types)
+        assets = self._select_types(resource_types)
         return self._run(INCREMENTAL_LOAD, windows, refresh, triggered_by, listener, assets)
+
+    def load_due(
+        self,
+        windows: WindowRange,
+        *,
+        refresh: Refresh,
+        triggered_by: str,
+        resource_types: Sequence[str],
+        listener: LoadListener,
+    ) -> Outcome:
+        """Load the types of the windows in one run. Raises DatabaseUnavailable if the database is lost."""
+
+        def listen(event: dg.EventLogEntry) -> None:
+            kind = event.dagster_event_type
+            if kind is dg.DagsterEventType.STEP_START and event.step_key:
+                listener.begin_step(event.step_key)
+            elif kind in (dg.DagsterEventType.STEP_SUCCESS, dg.DagsterEventType.STEP_FAILURE):
+                listener.end_step()
+            elif event.asset_observation and event.asset_observation.description:
+                # The raw step reports the progress of a bulk export as observations.
+                listener.show(event.asset_observation.description)
+
+        try:
+            return self.load(
+                windows, refresh=refresh, triggered_by=triggered_by, listener=listen, resource_types=resource_types
+            )
+        except (psycopg.OperationalError, sqlalchemy.exc.OperationalError, DagsterPostgresException) as error:
+            known = translate_error(error)
+            if known is not None:
+                raise known from None
+            raise DatabaseUnavailable("Dagster's storage became unavailable") from None
+
+    def record(self, request: LoadRequest) -> Outcome:
+        """Record the load of another process in a run, whose lock that process holds."""
+        return self._execute(
+            INCREMENTAL_LOAD,
+            request.run_id,
+            request.windows,
+            {REFRESH_TAG: request.refresh.value},
+            request.triggered_by,
+            self._select_types(request.resource_types),
+        )
 
     def find_received(self, *, origin: str | None = None) -> list[ReceivedWindows]:
         """Return the windows with received resources that are not loaded yet: all, or those of one ``origin``."""
@@ -205,23 +253,40 @@ class Ingestion:
         tags = {REFRESH_TAG: refresh.value}
         if claim is not None:
             tags[REPLAY_TAG] = "marked"
-        single = len(windows.windows) == 1
         run_id = str(uuid4())
         if listener:
             self._instance.add_event_listener(run_id, listener)
-        checks = [] if assets is None else select_own_checks(self._definitions.resolve_asset_graph(), assets)
         with self._warehouse.hold_run(run_id), self._claimed(run_id, claim):
-            events = execute_command_run(
-                self._instance,
-                self._definitions,
-                job,
-                run_id=run_id,
-                triggered_by=triggered_by,
-                tags=tags if single else {**tags, **range_tags(windows)},
-                partition_key=windows.windows[0].key if single else None,
-                assets=assets,
-                checks=checks,
-            )
+            return self._execute(job, run_id, windows, tags, triggered_by, assets)
+
+    def _select_types(self, resource_types: Sequence[str] | None) -> list[dg.AssetKey] | None:
+        """Return the assets of all layers of the types; None for all assets of the job."""
+        if resource_types is None or len(resource_types) == len(self._settings.fhir_resource_types):
+            return None
+        return select_all_layers(self._definitions.resolve_asset_graph(), resource_types)
+
+    def _execute(
+        self,
+        job: str,
+        run_id: str,
+        windows: WindowRange,
+        tags: Mapping[str, str],
+        triggered_by: str,
+        assets: list[dg.AssetKey] | None,
+    ) -> Outcome:
+        single = len(windows.windows) == 1
+        checks = [] if assets is None else select_own_checks(self._definitions.resolve_asset_graph(), assets)
+        events = execute_command_run(
+            self._instance,
+            self._definitions,
+            job,
+            run_id=run_id,
+            triggered_by=triggered_by,
+            tags=tags if single else {**tags, **range_tags(windows)},
+            partition_key=windows.windows[0].key if single else None,
+            assets=assets,
+            checks=checks,
+        )
         success = self._has_succeeded(run_id)
         return Outcome(run_id, windows, success, 0 if success else choose_exit_code(_list_exit_codes(events)))
 
@@ -247,6 +312,12 @@ def _list_exit_codes(events: Sequence[dg.DagsterEvent]) -> list[int]:
     return [code.value or 1 if isinstance(code, dg.IntMetadataValue) else 1 for code in codes]
 
 
-def open_ingestion(settings: Settings) -> Ingestion:
-    """Return the definitions of the deployment with its Dagster instance. Building them takes most of a second."""
-    return Ingestion(settings, build_definitions(settings), config.open_instance(settings))
+def open_ingestion(
+    settings: Settings, *, steps: LayerSteps | None = None, process: ProcessIdentity | None = None
+) -> Ingestion:
+    """Return the definitions of the deployment with its Dagster instance. Building them takes most of a second.
+
+    ``steps`` are the steps of the layers if another ``process`` executes them.
+    """
+    instance = config.open_instance(settings)
+    return Ingestion(settings, build_definitions(settings, steps=steps, process=process), instance)

@@ -75,11 +75,16 @@ def fail_dead_runs(instance: dg.DagsterInstance, conn: Connection) -> None:
         if run.run_id not in living and latest is not None and not latest.is_finished:
             reason = reasons.get(run.run_id) or explain_dead_run(instance, conn, run.run_id)
             conn.commit()
-            _log.warning("a run has ended", extra={"run": run.run_id, "reason": reason})
-            fail_open_steps(instance, run, reason)
-            instance.report_run_failed(run, reason)
-            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+            fail_run(instance, run, reason)
     resend_lost_runs(instance)
+
+
+def fail_run(instance: dg.DagsterInstance, run: dg.DagsterRun, reason: str) -> None:
+    """Mark a run as failed in Dagster, with the steps that it has begun, and free its slots in pools."""
+    _log.warning("a run has ended", extra={"run": run.run_id, "reason": reason})
+    fail_open_steps(instance, run, reason)
+    instance.report_run_failed(run, reason)
+    instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
 
 
 def explain_dead_run(instance: dg.DagsterInstance, conn: Connection, run_id: str) -> str:

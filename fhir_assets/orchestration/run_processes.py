@@ -6,7 +6,7 @@ from typing import Any
 import dagster as dg
 
 from fhir_assets.orchestration.dagster_internals import EngineEventData
-from fhir_assets.process_ends import MemoryKills, ProcessIdentity, read_identity
+from fhir_assets.process_ends import MemoryKills, ProcessIdentity
 
 _IDENTITY = "process"
 """The metadata of the event with the identity of the process."""
@@ -14,9 +14,8 @@ _IDENTITY = "process"
 _SEARCHED_EVENTS = 50
 
 
-def record_process(instance: dg.DagsterInstance, run: dg.DagsterRun) -> None:
+def record_process(instance: dg.DagsterInstance, run: dg.DagsterRun, identity: ProcessIdentity) -> None:
     """Add an event to a run that says which process executes it. Each process of a run adds one."""
-    identity = read_identity()
     data = EngineEventData(metadata={_IDENTITY: dg.MetadataValue.json(asdict(identity))})
     instance.report_engine_event(f"The steps are executed by {identity}.", run, data)
 

@@ -115,8 +115,8 @@ class LocalSteps:
         self._open_source = open_source
         self._progress = progress
         self._binding = build_binding(settings, warehouse, store)
-        self.validator = build_validator(settings)
-        self.workers = WorkerPool(settings.workers)
+        self._validator = build_validator(settings)
+        self._workers = WorkerPool(settings.workers)
 
     def fetch(self, run: RunContext, resource_types: Sequence[str], report: Report) -> Mapping[str, FetchedType]:
         """Fetch and commit the windows of the types. A type that the source does not offer is skipped."""
@@ -162,7 +162,7 @@ class LocalSteps:
             raw = store.manifests("raw", resource_type, run.partition_keys)
             with warehouse.connect() as conn:
                 require_manifests(conn, store, run.run_id, "raw", resource_type, run.partition_keys, raw)
-            step = build_validate_step(store, warehouse, self.workers, self.validator, run)
+            step = build_validate_step(store, warehouse, self._workers, self._validator, run)
             if run.replay:
                 update, counts = self._replay(run, step, resource_type, raw)
             else:
@@ -186,7 +186,7 @@ class LocalSteps:
                 self._settings,
                 store,
                 warehouse,
-                self.workers,
+                self._workers,
                 run,
                 resource_type,
                 selected=[view for view in self._views if view.name in names],
@@ -253,7 +253,7 @@ class LocalSteps:
         warehouse, store = self._warehouse, self._store
         replay = ReplayValidateStep(
             store,
-            self.validator,
+            self._validator,
             warehouse.connect,
             run_id=run.run_id,
             now=run.now,

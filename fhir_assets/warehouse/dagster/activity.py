@@ -50,6 +50,13 @@ def has_unfinished_runs(conn: Connection) -> bool:
     return bool(_count_unfinished_runs(conn))
 
 
+def has_tables(conn: Connection) -> bool:
+    """Return whether the database has Dagster's tables, in whatever schema. Without them Dagster has never run."""
+    row = conn.execute("SELECT EXISTS (SELECT FROM pg_class WHERE relname = 'event_logs' AND relkind = 'r')").fetchone()
+    assert row is not None
+    return bool(row[0])
+
+
 def _read_heartbeats(conn: Connection) -> dict[str, datetime]:
     rows = conn.execute(
         """
