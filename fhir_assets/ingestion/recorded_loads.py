@@ -9,6 +9,7 @@ from functools import cache
 from threading import current_thread, main_thread
 from uuid import uuid4
 
+from fhir_assets.catalog import BY_NAME
 from fhir_assets.deployment.source import open_source
 from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.views import build_views
@@ -46,7 +47,8 @@ class RecordedLoads:
     def count_steps(self) -> int:
         """Return the number of steps of a load."""
         types = self._settings.fhir_resource_types
-        return len(self._group_fetches(types)) + len(types) + sum(bool(self._list_views(name)) for name in types)
+        fetches = 1 if self._fetches_in_one_pass else len(types)
+        return fetches + len(types) + sum(bool(self._list_views(name)) for name in types)
 
     def load_due(
         self,
@@ -83,22 +85,26 @@ class RecordedLoads:
             raise
 
     def _execute(self, load: "_Load", resource_types: Sequence[str]) -> None:
-        """Execute the steps of a load. A type whose step fails is not processed further.
+        """Execute the steps of a load in the order in which Dagster records them.
 
-        Consents are loaded first, so that they apply to the resources of the other types.
+        A type whose step fails is not processed further. Consents are loaded first, so that they apply to the resources
+        of the other types.
         """
-        for group in self._group_fetches(sorted(resource_types, key=lambda name: name != "Consent")):
-            if load.fetch(group):
-                for name in group:
-                    views = self._list_views(name)
-                    if load.validate(name) and views:
-                        load.load(name, views)
+        ordered = sorted(resource_types, key=lambda name: BY_NAME[name].key)
+        fetched = set(ordered) if self._fetches_in_one_pass and load.fetch(ordered) else set()
+        for first in (True, False):
+            names = [name for name in ordered if (name == "Consent") is first]
+            if not self._fetches_in_one_pass:
+                fetched.update([name for name in names if load.fetch([name])])
+            validated = [name for name in names if name in fetched and load.validate(name)]
+            for name in validated:
+                if views := self._list_views(name):
+                    load.load(name, views)
 
-    def _group_fetches(self, resource_types: Sequence[str]) -> list[Sequence[str]]:
-        """Return the types that one step fetches: all, or each by itself if the source is searched by type."""
-        if self._settings.fhir_source is not SourceKind.SEARCH:
-            return [resource_types]
-        return [[name] for name in resource_types]
+    @property
+    def _fetches_in_one_pass(self) -> bool:
+        """Whether one step fetches all types. A source that is searched by type has a step for each."""
+        return self._settings.fhir_source is not SourceKind.SEARCH
 
     def _list_views(self, resource_type: str) -> list[str]:
         return [view.name for view in self._views if view.resource_type == resource_type]

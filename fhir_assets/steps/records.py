@@ -36,7 +36,8 @@ def record_step(
     ``check`` is called first, and its error fails the step before it does anything.
 
     Raises StepFailed for every exception. Its reason is the message of a ``FhirAssetsError``, but only the type and the
-    code line of any other exception, whose message may quote a resource. An interruption keeps its type.
+    code line of any other exception, whose message may quote a resource. An interruption stays one, whatever error of a
+    driver it has caused.
     """
     with sanitized_errors(), warehouse.connect() as conn:
         runs.start(conn, run.run_id, resource_types, run.partition_keys, triggered_by=run.triggered_by, at=run.now)
@@ -60,10 +61,11 @@ def record_step(
             runs.fail(conn, run.run_id, resource_types, run.partition_keys, error=reason, seconds=seconds)
         if isinstance(error, ServerUnavailable):
             run.request_retry()
+        if was_interrupted(error):
+            # Not a failure of the step alone: it also ends the run.
+            raise (KeyboardInterrupt if isinstance(error, Exception) else type(error))(reason) from None
         if isinstance(error, Exception):
             raise build_failure(error) from None
-        if was_interrupted(error):
-            raise type(error)(reason) from None  # Not a failure of the step alone: it also ends the run.
         raise
     with sanitized_errors(), warehouse.connect() as conn:
         seconds = (perf_counter() - started) / len(resource_types)
@@ -77,6 +79,8 @@ def sanitized_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if was_interrupted(error):  # A driver that Ctrl-C interrupts may fail while it cleans up.
+            raise KeyboardInterrupt from None
         raise build_failure(error) from None
 
 

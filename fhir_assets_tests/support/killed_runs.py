@@ -49,10 +49,13 @@ def command(
 
 
 def wait_for_step(deployment: Deployment, process: subprocess.Popen[Any]) -> str:
-    """Wait until a step of a run is recorded as running, and return the id of the run."""
+    """Wait until a step of a run is recorded as running, also in Dagster, and return the id of the run."""
     while True:
         with suppress(UndefinedTable, InvalidSchemaName):
-            if rows := deployment.query("SELECT run_id FROM ops.ingestion_runs WHERE status = 'RUNNING' LIMIT 1"):
+            if rows := deployment.query(
+                "SELECT run_id FROM ops.ingestion_runs JOIN event_logs USING (run_id)"
+                " WHERE status = 'RUNNING' AND dagster_event_type = 'STEP_START' LIMIT 1"
+            ):
                 return str(rows[0][0])
         assert process.poll() is None, process.stdout.read() if process.stdout else ""
         time.sleep(0.02)
