@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from fhir_assets.deployment.audit_marker import finish_marks
 from fhir_assets.errors import FhirAssetsError
+from fhir_assets.file_modes import restrict_umask
 from fhir_assets.foreign_errors import translate_error
 from fhir_assets.ingestion.outcome import Outcome
 from fhir_assets.ingestion.relay import LoadRequest, RelayedSteps
@@ -30,6 +31,7 @@ def serve(messages: BinaryIO, answers: BinaryIO) -> NoReturn:
     Ctrl-C is left to the parent, which says when to stop. The output of libraries is discarded, because their stack
     traces may quote a resource.
     """
+    restrict_umask()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(2, 1)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # until the process ends

@@ -120,26 +120,22 @@ class Ingestion:
                 # The raw step reports the progress of a bulk export as observations.
                 listener.show(event.asset_observation.description)
 
-        try:
+        with _translated_storage_errors():
             return self.load(
                 windows, refresh=refresh, triggered_by=triggered_by, listener=listen, resource_types=resource_types
             )
-        except (psycopg.OperationalError, sqlalchemy.exc.OperationalError, DagsterPostgresException) as error:
-            known = translate_error(error)
-            if known is not None:
-                raise known from None
-            raise DatabaseUnavailable("Dagster's storage became unavailable") from None
 
     def record(self, request: LoadRequest) -> Outcome:
-        """Record the load of another process in a run, whose lock that process holds."""
-        return self._execute(
-            INCREMENTAL_LOAD,
-            request.run_id,
-            request.windows,
-            {REFRESH_TAG: request.refresh.value},
-            request.triggered_by,
-            self._select_types(request.resource_types),
-        )
+        """Record the load of another process in a run, whose lock that process holds. Raises as ``load_due`` does."""
+        with _translated_storage_errors():
+            return self._execute(
+                INCREMENTAL_LOAD,
+                request.run_id,
+                request.windows,
+                {REFRESH_TAG: request.refresh.value},
+                request.triggered_by,
+                self._select_types(request.resource_types),
+            )
 
     def find_received(self, *, origin: str | None = None) -> list[ReceivedWindows]:
         """Return the windows with received resources that are not loaded yet: all, or those of one ``origin``."""
@@ -293,6 +289,15 @@ class Ingestion:
     def _has_succeeded(self, run_id: str) -> bool:
         run = self._instance.get_run_by_id(run_id)
         return run is not None and run.is_success
+
+
+@contextmanager
+def _translated_storage_errors() -> Iterator[None]:
+    """Raise the project's errors in place of those of Dagster's storage."""
+    try:
+        yield
+    except (psycopg.OperationalError, sqlalchemy.exc.OperationalError, DagsterPostgresException) as error:
+        raise (translate_error(error) or DatabaseUnavailable("Dagster's storage became unavailable")) from None
 
 
 def _describe_failure(events: Sequence[dg.DagsterEvent]) -> str:
