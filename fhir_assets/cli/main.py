@@ -1,5 +1,7 @@
 """Assembly of the commands. An error of the project becomes a message on stderr and an exit code."""
 
+import atexit
+import gc
 import logging
 import os
 import signal
@@ -53,6 +55,8 @@ def _finish_audit_marks() -> None:
 def main() -> None:
     """Run the command line. An error becomes a message on stderr and the exit code of its kind; see ``errors``."""
     restrict_umask()
+    # The interpreter frees what is left when it ends. Without this it first searches it for cycles, for 0.3 s.
+    atexit.register(gc.freeze)
     # A log record that cannot be written must not print a stack trace, which may quote patient data.
     logging.raiseExceptions = False
     try:

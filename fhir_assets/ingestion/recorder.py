@@ -16,6 +16,7 @@ from fhir_assets.file_modes import restrict_umask
 from fhir_assets.foreign_errors import translate_error
 from fhir_assets.ingestion.outcome import Outcome
 from fhir_assets.ingestion.relay import LoadRequest, RelayedSteps
+from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
 from fhir_assets.steps.records import describe_error
 
 Answer = Outcome | FhirAssetsError | str
@@ -37,10 +38,11 @@ def serve(messages: BinaryIO, answers: BinaryIO) -> NoReturn:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
     code = 1
     try:
-        recorder = _Recorder(messages)
-        while (request := _read(messages)) is not None:
-            pickle.dump(recorder.record(request), answers)
-            answers.flush()
+        with infrequent_gc():
+            recorder = _Recorder(messages)
+            while (request := _read(messages)) is not None:
+                pickle.dump(recorder.record(request), answers)
+                answers.flush()
         finish_marks()
         code = 0
     finally:
