@@ -148,6 +148,8 @@ def load_due(
             return []
         if not quiet and (missing := loads.find_types_not_offered()):
             console.print(f"Skipped, because the source does not have them: {', '.join(missing)}")
+        if ingestion is None and dagster_state.limits_fetches(settings):
+            ingestion = _open_ingestion(settings)  # Its steps wait for a slot of the pool.
         return execute_loads(ingestion or open_loads(), due, types, refresh, triggered_by=triggered_by, quiet=quiet)
 
 

@@ -9,6 +9,7 @@ from fhir_assets.catalog import BY_KEY
 from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.orchestration.check_names import RECONCILES
 from fhir_assets.orchestration.instance import config
+from fhir_assets.orchestration.tags import FHIR_SERVER_POOL
 from fhir_assets.settings import Settings
 from fhir_assets.warehouse.dagster import activity, check_results
 from fhir_assets.warehouse.ops import liveness
@@ -25,6 +26,16 @@ def may_have_dead_runs(settings: Settings, warehouse: Warehouse) -> bool:
     with config.connect_to_dagster_database(config.find_dagster_url(settings)) as conn:
         try:
             return activity.has_unfinished_runs(conn)
+        except psycopg.errors.UndefinedTable:
+            conn.rollback()
+            return activity.has_tables(conn)
+
+
+def limits_fetches(settings: Settings) -> bool:
+    """Return whether an operator has limited the steps that fetch, in the UI. Raises as ``may_have_dead_runs`` does."""
+    with config.connect_to_dagster_database(config.find_dagster_url(settings)) as conn:
+        try:
+            return activity.has_limit(conn, FHIR_SERVER_POOL)
         except psycopg.errors.UndefinedTable:
             conn.rollback()
             return activity.has_tables(conn)

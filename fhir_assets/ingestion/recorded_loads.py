@@ -14,8 +14,7 @@ from fhir_assets.deployment.source import open_source
 from fhir_assets.deployment.store import build_store
 from fhir_assets.deployment.views import build_views
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.errors import WorkerLost
-from fhir_assets.foreign_errors import was_interrupted
+from fhir_assets.foreign_errors import translate_error, was_interrupted
 from fhir_assets.ingestion.outcome import LoadListener, Outcome
 from fhir_assets.ingestion.recorder_process import RecorderProcess
 from fhir_assets.ingestion.relay import Layer, LoadRequest, Progress, StepEnd, StepResult
@@ -24,7 +23,7 @@ from fhir_assets.process_ends import read_identity
 from fhir_assets.settings import Settings, SourceKind
 from fhir_assets.steps.layers import LayerSteps, LocalSteps
 from fhir_assets.steps.progress import ProgressRelay
-from fhir_assets.steps.records import StepFailed, describe_interruption
+from fhir_assets.steps.records import StepFailed, describe_error, describe_interruption
 from fhir_assets.steps.run_context import RunContext
 from fhir_assets.windows import WindowRange
 
@@ -70,19 +69,16 @@ class RecordedLoads:
         request = LoadRequest(
             self._settings, run.run_id, windows, refresh, triggered_by, tuple(resource_types), read_identity()
         )
-        try:
-            with self._warehouse.hold_run(run.run_id), _sigterm_interrupts():
-                self._recorder.begin(request)
-                try:
-                    self._execute(_Load(self._steps, run, self._recorder, listener), resource_types)
-                    return self._recorder.finish()
-                except BaseException as error:
-                    if was_interrupted(error):
-                        self._recorder.interrupt(describe_interruption(run))
-                    raise
-        except WorkerLost as error:
-            _fail_run(self._settings, run.run_id, str(error))
-            raise
+        with self._warehouse.hold_run(run.run_id), _sigterm_interrupts():
+            self._recorder.begin(request)
+            try:
+                self._execute(_Load(self._steps, run, self._recorder, listener), resource_types)
+                return self._recorder.finish()
+            except BaseException as error:
+                reason = describe_interruption(run) if was_interrupted(error) else describe_error(error)
+                if not self._recorder.end_run(error, reason):
+                    _fail_run(self._settings, run.run_id, reason)
+                raise
 
     def _execute(self, load: "_Load", resource_types: Sequence[str]) -> None:
         """Execute the steps of a load in the order in which Dagster records them.
@@ -112,7 +108,10 @@ class RecordedLoads:
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """Executes the steps of one run and sends their results. The methods return whether the step has succeeded."""
+    """Executes the steps of one run and sends their results.
+
+    The methods return whether the step has succeeded. If the recorder has ended the run, they do nothing.
+    """
 
     steps: LayerSteps
     run: RunContext
@@ -135,7 +134,8 @@ class _Load:
     def _execute(
         self, layer: Layer, names: Sequence[str], step: Callable[[RunContext], Mapping[str, StepResult]]
     ) -> bool:
-        self.recorder.require()
+        if self.recorder.has_ended_run:
+            return False
         self.listener.begin_step(f"{layer} {names[0]}" if len(names) == 1 else layer)
         results: Mapping[str, StepResult | StepFailed]
         try:
@@ -168,10 +168,17 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 
 def _fail_run(settings: Settings, run_id: str, reason: str) -> None:
-    """Mark a run as failed whose recorder has ended, if it has recorded that the run began."""
+    """Mark a run as failed whose recorder has ended, if it has recorded that the run began.
+
+    If Dagster's storage cannot be reached, the next load does so.
+    """
     from fhir_assets.orchestration.dead_runs import fail_run  # It imports Dagster.
     from fhir_assets.orchestration.instance import config
 
-    instance = config.open_instance(settings)
-    if (run := instance.get_run_by_id(run_id)) is not None and not run.is_finished:
-        fail_run(instance, run, reason)
+    try:
+        instance = config.open_instance(settings)
+        if (run := instance.get_run_by_id(run_id)) is not None and not run.is_finished:
+            fail_run(instance, run, reason)
+    except Exception as error:
+        if translate_error(error) is None:
+            raise

@@ -7,6 +7,9 @@ import os
 import pickle
 import signal
 import sys
+from contextlib import suppress
+from queue import SimpleQueue
+from threading import Thread
 from time import sleep
 from typing import Any, BinaryIO, NoReturn
 
@@ -15,7 +18,7 @@ from fhir_assets.errors import FhirAssetsError
 from fhir_assets.file_modes import restrict_umask
 from fhir_assets.foreign_errors import translate_error
 from fhir_assets.ingestion.outcome import Outcome
-from fhir_assets.ingestion.relay import LoadRequest, RelayedSteps
+from fhir_assets.ingestion.relay import LoadRequest, Message, RelayedSteps
 from fhir_assets.pipeline.workers.gc_tuning import infrequent_gc
 from fhir_assets.steps.records import describe_error
 
@@ -40,7 +43,7 @@ def serve(messages: BinaryIO, answers: BinaryIO) -> NoReturn:
     try:
         with infrequent_gc():
             recorder = _Recorder(messages)
-            while (request := _read(messages)) is not None:
+            while (request := recorder.receive_request()) is not None:
                 pickle.dump(recorder.record(request), answers)
                 answers.flush()
         finish_marks()
@@ -49,23 +52,29 @@ def serve(messages: BinaryIO, answers: BinaryIO) -> NoReturn:
         os._exit(code)
 
 
-def _read(messages: BinaryIO) -> LoadRequest | None:
-    try:
-        request: LoadRequest = pickle.load(messages)
-    except EOFError:
-        return None
-    return request
-
-
 class _Recorder:
-    """Records loads. Dagster is imported for the first of them."""
+    """Records loads. Dagster is imported for the first of them.
+
+    A thread reads the messages, so that the end of the parent is noticed whatever Dagster waits for.
+    """
 
     def __init__(self, messages: BinaryIO) -> None:
-        self._steps = RelayedSteps(messages, end_run=self._end_dead_run)
+        self._messages: SimpleQueue[Message | None] = SimpleQueue()
+        self._is_recording = False
+        self._steps = RelayedSteps(self._receive)
         self._ingestion: Any = None
+        Thread(target=self._read, args=(messages,), name="recorder-messages", daemon=True).start()
+
+    def receive_request(self) -> LoadRequest | None:
+        """Wait for the next request; return None after the last one. What the last run did not take is skipped."""
+        while (message := self._messages.get()) is not None:
+            if isinstance(message, LoadRequest):
+                return message
+        return None
 
     def record(self, request: LoadRequest) -> Answer:
         """Record a load."""
+        self._is_recording = True
         self._steps.begin()
         try:
             from fhir_assets.ingestion.runs import Ingestion, open_ingestion
@@ -76,12 +85,29 @@ class _Recorder:
             return ingestion.record(request)
         except BaseException as error:
             return translate_error(error) or describe_error(error)
+        finally:
+            self._is_recording = False
+
+    def _receive(self) -> Message:
+        message = self._messages.get()
+        if message is None:
+            self._end_dead_run()
+        return message
+
+    def _read(self, pipe: BinaryIO) -> None:
+        with suppress(OSError, EOFError, pickle.UnpicklingError):
+            while True:
+                self._messages.put(pickle.load(pipe))
+        if self._is_recording:
+            self._end_dead_run()
+        self._messages.put(None)
 
     def _end_dead_run(self) -> NoReturn:
         """Mark the run as failed, unless another process does so first, and end at once, as the parent has."""
         try:
             sleep(_SECONDS_TO_NOTICE)
-            self._ingestion.fail_dead_runs()
+            if self._ingestion is not None:
+                self._ingestion.fail_dead_runs()
         finally:
             os._exit(1)
 

@@ -13,10 +13,12 @@ from threading import Thread, active_count
 from typing import IO
 
 from fhir_assets.errors import FhirAssetsError, PermanentError, WorkerLost
+from fhir_assets.foreign_errors import was_interrupted
 from fhir_assets.ingestion.outcome import Outcome
 from fhir_assets.ingestion.recorder import Answer, serve
-from fhir_assets.ingestion.relay import Interrupted, LoadRequest, Message
+from fhir_assets.ingestion.relay import Ended, LoadRequest, Message
 from fhir_assets.process_ends import describe_exit, read_memory_kills
+from fhir_assets.steps.records import describe_error
 
 _SECONDS_TO_STOP = 60.0
 """The time that an interrupted recorder may take to end its run."""
@@ -65,11 +67,11 @@ class RecorderProcess:
         """Send a message, without waiting until the recorder has read it."""
         self._messages.put(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
 
-    def require(self) -> None:
-        """Raise as ``finish`` does if the recorder has ended the run early."""
+    @property
+    def has_ended_run(self) -> bool:
+        """Whether the recorder has ended the run, or was killed."""
         assert self._reader is not None
-        if not self._reader.is_alive():
-            self._get_outcome()
+        return not self._reader.is_alive()
 
     def finish(self) -> Outcome:
         """Wait until the run is recorded, and return its outcome. The results of all steps must be sent.
@@ -82,16 +84,22 @@ class RecorderProcess:
         self._reader.join()
         return self._get_outcome()
 
-    def interrupt(self, reason: str) -> None:
-        """Tell the recorder that no further step will end, and wait until it has ended the run."""
+    def end_run(self, error: BaseException, reason: str) -> bool:
+        """Tell the recorder that no further step will end, and wait until it has ended the run.
+
+        Return False if it has not: Dagster does not know how the run has ended, if it knows the run.
+        """
         assert self._child is not None
         assert self._reader is not None
-        if self._executes_itself:
-            with suppress(ProcessLookupError):
-                os.kill(self._child.pid, signal.SIGTERM)  # It executes the steps after the layers.
-        else:
-            self.send(Interrupted(reason))
+        interrupted = was_interrupted(error)
+        if interrupted and self._executes_itself:
+            self._kill(signal.SIGTERM)  # It executes the steps after the layers.
+        elif not self.has_ended_run:
+            self.send(Ended(reason, interrupted))
         self._reader.join(_SECONDS_TO_STOP)
+        if self._reader.is_alive():
+            self._kill(signal.SIGKILL)  # For example, it waits for a slot of a pool of Dagster.
+        return self._answer is not None
 
     def close(self, *, wait: bool) -> None:
         """Close the pipes. A recorder that is in a load ends its run, one that is not ends; ``wait`` until it has."""
@@ -111,8 +119,17 @@ class RecorderProcess:
                 pipe.flush()
 
     def _read(self, pipe: IO[bytes]) -> None:
-        with suppress(OSError, EOFError, pickle.UnpicklingError):
+        try:
             self._answer = pickle.load(pipe)
+        except (OSError, EOFError):
+            pass  # It was killed.
+        except Exception as error:
+            self._answer = describe_error(error)
+
+    def _kill(self, number: signal.Signals) -> None:
+        assert self._child is not None
+        with suppress(ProcessLookupError):
+            os.kill(self._child.pid, number)
 
     def _get_outcome(self) -> Outcome:
         match self._answer:

@@ -4,11 +4,11 @@ The first sends a LoadRequest, then the result of each step. The second executes
 RelayedSteps: each takes the result of the step from the messages.
 """
 
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal, NoReturn
+from typing import Any, Literal
 
+from fhir_assets.errors import DEFECT_EXIT_CODE
 from fhir_assets.foreign_errors import was_interrupted
 from fhir_assets.pipeline.refresh import Refresh
 from fhir_assets.process_ends import ProcessIdentity
@@ -58,30 +58,28 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Interrupted:
-    """The process was told to stop. No step will end after it."""
+class Ended:
+    """The process has ended the load early: it was interrupted, or has failed. No step will end after it."""
 
     reason: str
+    is_interruption: bool
 
 
-Message = LoadRequest | StepEnd | Progress | Interrupted
+Message = LoadRequest | StepEnd | Progress | Ended
 
 
 class RelayedSteps:
-    """The steps of runs that another process executes.
+    """The steps of runs that another process executes. ``receive`` waits for its next message."""
 
-    ``end_run`` is called if that process has ended, and does not return.
-    """
-
-    def __init__(self, messages: BinaryIO, *, end_run: Callable[[], NoReturn]) -> None:
-        self._messages = messages
-        self._end_run = end_run
+    def __init__(self, receive: Callable[[], Message]) -> None:
+        self._receive = receive
         self._results: dict[StepKey, Any] = {}
-        self._interrupted = ""
+        self._ended: Ended | None = None
 
     def begin(self) -> None:
         """Forget the results of the last run."""
         self._results.clear()
+        self._ended = None
 
     def fetch(self, run: RunContext, resource_types: Sequence[str], report: Report) -> Mapping[str, FetchedType]:
         """Return what was fetched of the types, and report the progress until then."""
@@ -99,28 +97,24 @@ class RelayedSteps:
 
     def _take(self, run: RunContext, key: StepKey, report: Report = lambda text: None) -> Any:
         try:
-            while key not in self._results and not self._interrupted:
-                self._read(report)
+            while key not in self._results and self._ended is None:
+                match self._receive():
+                    case StepEnd(step, result):
+                        self._results[step] = result
+                    case Progress(text):
+                        report(text)
+                    case Ended() as ended:
+                        self._ended = ended
         except BaseException as error:
             if was_interrupted(error):
                 raise type(error)(describe_interruption(run)) from None
             raise
-        if key not in self._results:
-            raise KeyboardInterrupt(self._interrupted)
-        result = self._results.pop(key)
-        if isinstance(result, StepFailed):
-            raise result
-        return result
-
-    def _read(self, report: Report) -> None:
-        try:
-            message = pickle.load(self._messages)
-        except (OSError, EOFError, pickle.UnpicklingError):
-            self._end_run()
-        match message:
-            case StepEnd():
-                self._results[message.key] = message.result
-            case Progress():
-                report(message.text)
-            case Interrupted():
-                self._interrupted = message.reason
+        if key in self._results:
+            result = self._results.pop(key)
+            if isinstance(result, StepFailed):
+                raise result
+            return result
+        assert self._ended is not None
+        if self._ended.is_interruption:
+            raise KeyboardInterrupt(self._ended.reason)
+        raise StepFailed(self._ended.reason, DEFECT_EXIT_CODE)

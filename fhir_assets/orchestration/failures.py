@@ -7,13 +7,17 @@ server was unavailable: see ``run_retries`` in ``dagster.yaml``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import dagster as dg
+import psycopg
 
 from fhir_assets.deployment.warehouse import Warehouse
+from fhir_assets.errors import FhirAssetsError
+from fhir_assets.foreign_errors import was_interrupted
 from fhir_assets.steps import records
 from fhir_assets.steps.run_context import RunContext
+from fhir_assets.warehouse.ops import runs
 
 EXIT_CODE = "exit_code"
 """The metadata of a failure with the exit code for a command that executes the run."""
@@ -29,6 +33,25 @@ def record_step(
     """
     with sanitized_errors(), records.record_step(run, warehouse, resource_types, check=check):
         yield
+
+
+@contextmanager
+def record_unreported(run: RunContext, warehouse: Warehouse, resource_types: Sequence[str]) -> Iterator[None]:
+    """Record in ``ops.ingestion_runs`` that the result of a step that has succeeded was not recorded in Dagster.
+
+    A step yields its outputs inside the block, so that an error of the IO manager is recorded too.
+    """
+    try:
+        with sanitized_errors():
+            yield
+    except BaseException as error:
+        if was_interrupted(error):
+            reason = records.describe_interruption(run)
+        else:
+            reason = (error.description if isinstance(error, dg.Failure) else None) or records.describe_error(error)
+        with suppress(FhirAssetsError, psycopg.Error), warehouse.connect() as conn:
+            runs.fail_ended(conn, run.run_id, resource_types, run.partition_keys, error=reason)
+        raise
 
 
 @contextmanager

@@ -11,7 +11,9 @@ from typing import Any
 import psutil
 import pytest
 
-from fhir_assets.sandbox.faults import Fault, FaultKind
+from fhir_assets.ingestion import dagster_state
+from fhir_assets.orchestration.tags import FHIR_SERVER_POOL
+from fhir_assets.sandbox.faults import Fault, FaultKind, RequestKind
 from fhir_assets.sandbox.process import SandboxServer
 from fhir_assets.warehouse.postgres.db.connections import connect
 from fhir_assets_tests.support.content import encounter, patient
@@ -183,3 +185,54 @@ def test_no_recorder_is_left_behind(deploy: Deploy, tmp_path: Path) -> None:
         home = str(deployment.settings.home)
         environments = [process.info["environ"] or {} for process in psutil.process_iter(["environ"])]
         assert [environment for environment in environments if environment.get("FHIR_ASSETS_HOME") == home] == []
+
+
+@pytest.mark.parametrize("begin", ["", "import dagster"])
+def test_every_range_is_tried_when_the_source_fails(deploy: Deploy, begin: str) -> None:
+    """The first type of the settings is not the first that is fetched, so that Dagster skips before it has read all."""
+    refused = Fault(kind=FaultKind.ERROR, on=frozenset({RequestKind.KICK_OFF}), status=403)
+    with SandboxServer(BODIES, faults=(refused,)) as sandbox:
+        deployment = deploy(
+            fhir_base_url=sandbox.url,
+            fhir_source="bulk",
+            fhir_resource_types="Organization,Patient,Encounter",
+            fhir_last_updated_gte="2024-01-01",
+        )
+        with command(deployment, *LOAD, begin=begin, FHIR_WINDOWS_PER_RUN="1") as process:
+            output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    assert output.count("failed") == 2, output
+    assert "defect" not in output
+    assert deployment.query("SELECT status, count(*) FROM runs GROUP BY status") == [("FAILURE", 2)]
+
+
+BROKEN_OUTPUT = """
+import sys
+from fhir_assets.ingestion import recorder
+original = recorder.serve
+def serve(messages, answers):
+    from fhir_assets.orchestration.io_managers.ndjson import NdjsonIOManager
+    def fail(self, context, obj):
+        raise OSError(28, "No space left on device")
+    NdjsonIOManager.handle_output = fail
+    original(messages, answers)
+from fhir_assets.ingestion import recorder_process
+recorder_process.serve = serve
+"""
+
+
+def test_a_result_that_cannot_be_recorded_in_dagster_fails_the_windows(deploy: Deploy, server: SandboxServer) -> None:
+    deployment = deploy(fhir_base_url=server.url, fhir_resource_types=TYPES, fhir_last_updated_gte="2024-01-01")
+    with command(deployment, *LOAD, begin=BROKEN_OUTPUT) as process:
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0, output
+    assert "could not be stored" in output
+    code, output = run(deployment, *LOAD)
+    assert (code, deployment.count_dead_letters()) == (0, {"required-binding": 1}), output
+
+
+def test_a_limit_of_the_pool_of_the_server_is_kept(deploy: Deploy, server: SandboxServer) -> None:
+    deployment = deploy(fhir_base_url=server.url, fhir_resource_types=TYPES, fhir_last_updated_gte="2024-01-01")
+    assert not dagster_state.limits_fetches(deployment.settings)
+    deployment.instance.event_log_storage.set_concurrency_slots(FHIR_SERVER_POOL, 1)
+    assert dagster_state.limits_fetches(deployment.settings)

@@ -1,13 +1,10 @@
 """The steps of a run that another process executes: results in any order, failures, interruptions and its death."""
 
-import io
-import pickle
 from datetime import UTC, datetime
-from typing import NoReturn
 
 import pytest
 
-from fhir_assets.ingestion.relay import Interrupted, Message, Progress, RelayedSteps, StepEnd
+from fhir_assets.ingestion.relay import Ended, Message, Progress, RelayedSteps, StepEnd
 from fhir_assets.pipeline.fetch.step import RawUpdate
 from fhir_assets.pipeline.load.result import LoadResult
 from fhir_assets.pipeline.refresh import Refresh
@@ -21,20 +18,12 @@ WINDOWS = WindowRange([Window(START, datetime(2024, 1, 2, tzinfo=UTC), "2024-01-
 RUN = RunContext("a run", WINDOWS, Refresh.MISSING, "cli", START)
 
 
-class ParentEndedError(Exception):
-    """Raised in place of the end of the recorder."""
-
-
-def end_run() -> NoReturn:
-    raise ParentEndedError
-
-
 def ignore(text: str) -> None:
     """Take a message about progress, and show nothing."""
 
 
 def relay(*messages: Message) -> RelayedSteps:
-    return RelayedSteps(io.BytesIO(b"".join(map(pickle.dumps, messages))), end_run=end_run)
+    return RelayedSteps(iter(messages).__next__)
 
 
 def fetched(name: str) -> FetchedType:
@@ -70,19 +59,18 @@ def test_a_step_that_failed_fails_with_the_same_reason_and_exit_code() -> None:
 
 
 def test_an_interruption_ends_every_step_that_has_no_result() -> None:
-    steps = relay(StepEnd(("raw", "Patient"), fetched("Patient")), Interrupted("signal 15"))
+    steps = relay(StepEnd(("raw", "Patient"), fetched("Patient")), Ended("signal 15", is_interruption=True))
     assert steps.fetch(RUN, ["Patient"], ignore)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt, match="signal 15"):
             steps.validate(RUN, "Patient")
 
 
-@pytest.mark.parametrize("cut", [1, 20])
-def test_the_end_of_the_messages_is_the_end_of_the_process_that_sends_them(cut: int) -> None:
-    whole = pickle.dumps(StepEnd(("raw", "Patient"), fetched("Patient")))
-    steps = RelayedSteps(io.BytesIO(whole[:-cut]), end_run=end_run)
-    with pytest.raises(ParentEndedError):
-        steps.fetch(RUN, ["Patient"], ignore)
+def test_an_error_of_the_process_fails_every_step_that_has_no_result() -> None:
+    steps = relay(Ended("the database is down", is_interruption=False))
+    for _ in range(2):
+        with pytest.raises(StepFailed, match="the database is down"):
+            steps.validate(RUN, "Patient")
 
 
 def test_results_of_a_run_are_not_those_of_the_next() -> None:
@@ -91,5 +79,5 @@ def test_results_of_a_run_are_not_those_of_the_next() -> None:
     )
     assert steps.fetch(RUN, ["Patient"], ignore)
     steps.begin()
-    with pytest.raises(ParentEndedError):
+    with pytest.raises(StopIteration):
         steps.load(RUN, "Patient", ["patient"])

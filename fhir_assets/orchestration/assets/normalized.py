@@ -12,7 +12,7 @@ from fhir_assets.orchestration.asset_attributes import build_asset_attributes, b
 from fhir_assets.orchestration.check_names import DEAD_LETTER_RATE
 from fhir_assets.orchestration.checks.after_load import log_checks_after_load
 from fhir_assets.orchestration.checks.window import WindowChecks, window_check_specs
-from fhir_assets.orchestration.failures import sanitized_errors
+from fhir_assets.orchestration.failures import record_unreported, sanitized_errors
 from fhir_assets.orchestration.io_managers.postgres import LoadedView
 from fhir_assets.orchestration.run_context import read_run_context, step_tags
 from fhir_assets.orchestration.step_log import describe_counts, describe_rules, log_line
@@ -93,6 +93,7 @@ def _build_normalized_step(
         if selected:
             with sanitized_errors():
                 done = steps.load(run, name, [view.name for view in selected])
+            with record_unreported(run, warehouse, [name]):
                 loaded = done.result
                 resolved_windows = sorted(loaded.resolved_windows.difference(run.partition_keys))[:MAX_OTHER_WINDOWS]
                 _log_load(context, name, done)
@@ -103,27 +104,27 @@ def _build_normalized_step(
                         conn, selected, name, run.partition_keys, loaded.find_new_windows()
                     )
                     window_counts = runs.find_counts(conn, run.run_id, name, run.partition_keys)
-            for view in selected:
-                metadata_by_window = {
-                    key: {
-                        PARTITION_ROW_COUNT: window_rows[view.name][key],
-                        **window_counts.get(key, {}),
-                        **metadata,
+                for view in selected:
+                    metadata_by_window = {
+                        key: {
+                            PARTITION_ROW_COUNT: window_rows[view.name][key],
+                            **window_counts.get(key, {}),
+                            **metadata,
+                        }
+                        for key in run.partition_keys
                     }
-                    for key in run.partition_keys
-                }
-                add_window_metadata(
-                    context.op_execution_context.get_step_execution_context(),
-                    dg.AssetKey(["normalized", view.name]),
-                    metadata_by_window,
-                )
-                table = LoadedView(view.name, written[view.name], rows[view.name])
-                yield dg.Output(table, output_name=view.name)
+                    add_window_metadata(
+                        context.op_execution_context.get_step_execution_context(),
+                        dg.AssetKey(["normalized", view.name]),
+                        metadata_by_window,
+                    )
+                    table = LoadedView(view.name, written[view.name], rows[view.name])
+                    yield dg.Output(table, output_name=view.name)
         if any(view.name == resource_type.key for view in selected):
-            with sanitized_errors(), warehouse.connect() as conn:
+            with record_unreported(run, warehouse, [name]), warehouse.connect() as conn:
                 log_checks_after_load(context, conn, settings, resource_type, views)
         if check_names:
-            with sanitized_errors(), warehouse.connect() as conn:
+            with record_unreported(run, warehouse, [name]), warehouse.connect() as conn:
                 counts = evaluate_windows(conn, store, name, run.partition_keys, main_view=main_view)
                 yield from checks.evaluate(context, conn, counts, check_names)
                 if resolved_windows and DEAD_LETTER_RATE in check_names:

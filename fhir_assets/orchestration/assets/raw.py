@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 import dagster as dg
 
 from fhir_assets.catalog import BY_KEY, BY_NAME, ResourceType
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.orchestration.asset_attributes import build_asset_attributes, build_documentation, build_place
-from fhir_assets.orchestration.failures import sanitized_errors
+from fhir_assets.orchestration.failures import record_unreported, sanitized_errors
 from fhir_assets.orchestration.run_context import read_run_context, step_tags
 from fhir_assets.orchestration.step_log import describe_counts, log_line
 from fhir_assets.orchestration.tags import FHIR_SERVER_POOL
@@ -59,7 +60,11 @@ def _build_raw_step(
         pool=FHIR_SERVER_POOL,
         op_tags=step_tags([t.name for t in types]),
     )
-    def raw(context: dg.AssetExecutionContext, steps: dg.ResourceParam[LayerSteps]) -> Iterator[dg.Output[FetchedType]]:
+    def raw(
+        context: dg.AssetExecutionContext,
+        steps: dg.ResourceParam[LayerSteps],
+        warehouse: dg.ResourceParam[Warehouse],
+    ) -> Iterator[dg.Output[FetchedType]]:
         run = read_run_context(context, settings.window_scheme)
         names = {BY_KEY[key].name for key in context.op_execution_context.selected_output_names}
         selected = [t.name for t in types if t.name in names]
@@ -70,19 +75,20 @@ def _build_raw_step(
 
         with sanitized_errors():
             fetched = steps.fetch(run, selected, show)
-        for name in selected:
-            if not fetched[name].is_offered:
-                log_line(context, f"{name} is skipped: the source does not offer it")
-        for name in selected:
-            _log_fetch(context, fetched[name])
-            metadata = _metadata(fetched[name])
-            fetches = fetched[name].update.fetches
-            add_window_metadata(
-                context.op_execution_context.get_step_execution_context(),
-                dg.AssetKey(["raw", BY_NAME[name].key]),
-                {key: {**_window_metadata(fetches.get(key)), **metadata} for key in run.partition_keys},
-            )
-            yield dg.Output(fetched[name], output_name=BY_NAME[name].key)
+        with record_unreported(run, warehouse, selected):
+            for name in selected:
+                if not fetched[name].is_offered:
+                    log_line(context, f"{name} is skipped: the source does not offer it")
+            for name in selected:
+                _log_fetch(context, fetched[name])
+                metadata = _metadata(fetched[name])
+                fetches = fetched[name].update.fetches
+                add_window_metadata(
+                    context.op_execution_context.get_step_execution_context(),
+                    dg.AssetKey(["raw", BY_NAME[name].key]),
+                    {key: {**_window_metadata(fetches.get(key)), **metadata} for key in run.partition_keys},
+                )
+                yield dg.Output(fetched[name], output_name=BY_NAME[name].key)
 
     return raw
 

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 import dagster as dg
 
 from fhir_assets.catalog import BY_NAME, ResourceType
+from fhir_assets.deployment.warehouse import Warehouse
 from fhir_assets.orchestration.asset_attributes import build_asset_attributes, build_documentation, build_place
-from fhir_assets.orchestration.failures import sanitized_errors
+from fhir_assets.orchestration.failures import record_unreported, sanitized_errors
 from fhir_assets.orchestration.run_context import read_run_context, step_tags
 from fhir_assets.orchestration.step_log import describe_counts, describe_rules, log_line
 from fhir_assets.orchestration.window_metadata import add_window_metadata
@@ -48,24 +49,27 @@ def _build_validated_asset(
         ),
     )
     def validated(
-        context: dg.AssetExecutionContext, steps: dg.ResourceParam[LayerSteps]
+        context: dg.AssetExecutionContext,
+        steps: dg.ResourceParam[LayerSteps],
+        warehouse: dg.ResourceParam[Warehouse],
     ) -> Iterator[dg.Output[ValidatedType]]:
         run = read_run_context(context, settings.window_scheme)
         with sanitized_errors():
             checked = steps.validate(run, name)
-        _log_validation(context, name, checked)
-        metadata = _metadata(checked.update, checked.seconds)
-        window_counts = {
-            manifest.partition_key: {"valid": manifest.rows, "dead": sum(manifest.validated.dead.values())}
-            for manifest in checked.update.manifests
-            if manifest.validated
-        }
-        add_window_metadata(
-            context.op_execution_context.get_step_execution_context(),
-            context.asset_key,
-            {key: {**window_counts.get(key, {}), **metadata} for key in run.partition_keys},
-        )
-        yield dg.Output(checked)
+        with record_unreported(run, warehouse, [name]):
+            _log_validation(context, name, checked)
+            metadata = _metadata(checked.update, checked.seconds)
+            window_counts = {
+                manifest.partition_key: {"valid": manifest.rows, "dead": sum(manifest.validated.dead.values())}
+                for manifest in checked.update.manifests
+                if manifest.validated
+            }
+            add_window_metadata(
+                context.op_execution_context.get_step_execution_context(),
+                context.asset_key,
+                {key: {**window_counts.get(key, {}), **metadata} for key in run.partition_keys},
+            )
+            yield dg.Output(checked)
 
     return validated
 

@@ -10,7 +10,7 @@ from typing import Any
 import dagster as dg
 
 from fhir_assets.deployment.warehouse import Warehouse
-from fhir_assets.errors import StoreError
+from fhir_assets.errors import ConfigurationError, StoreError
 from fhir_assets.orchestration.failures import sanitized_errors
 from fhir_assets.orchestration.window_materializations import log_window_materializations
 from fhir_assets.orchestration.window_metadata import PARTITION_ROW_COUNT, ROW_COUNT, add_window_metadata
@@ -34,6 +34,11 @@ class NdjsonIOManager(dg.IOManager):
 
         The materialization of the run's newest window has the row count of all partitions.
         """
+        if not isinstance(obj, FetchedType | ValidatedType):
+            raise ConfigurationError(
+                f"the IO manager ndjson cannot store a {type(obj).__name__}: it describes partitions that raw "
+                "or validated has committed"
+            )
         if obj.manifests:
             self._add_metadata(context, obj.manifests)
         log_window_materializations(context)

@@ -50,6 +50,13 @@ def has_unfinished_runs(conn: Connection) -> bool:
     return bool(_count_unfinished_runs(conn))
 
 
+def has_limit(conn: Connection, pool: str) -> bool:
+    """Return whether a pool has a limit. Raises as ``has_unfinished_runs`` does."""
+    row = conn.execute("SELECT EXISTS (SELECT FROM concurrency_limits WHERE concurrency_key = %s)", [pool]).fetchone()
+    assert row is not None
+    return bool(row[0])
+
+
 def has_tables(conn: Connection) -> bool:
     """Return whether the database has Dagster's tables, in whatever schema. Without them Dagster has never run."""
     row = conn.execute("SELECT EXISTS (SELECT FROM pg_class WHERE relname = 'event_logs' AND relkind = 'r')").fetchone()

@@ -254,6 +254,20 @@ def fail(
     _end(conn, run_id, resource_types, partition_keys, "FAILED", _storable(error), seconds)
 
 
+def fail_ended(
+    conn: Connection, run_id: str, resource_types: Sequence[str], partition_keys: Sequence[str], *, error: str
+) -> None:
+    """Set the status of rows to FAILED whose step has succeeded, because its result was not recorded in Dagster."""
+    conn.execute(
+        """
+        UPDATE ops.ingestion_runs
+        SET status = 'FAILED', error = %s, finished_at = clock_timestamp()
+        WHERE run_id = %s AND resource_type = ANY(%s) AND partition_key = ANY(%s) AND status IN ('RUNNING', 'SUCCESS')
+        """,
+        [_storable(error), run_id, list(resource_types), list(partition_keys)],
+    )
+
+
 def _end(
     conn: Connection,
     run_id: str,
