@@ -78,19 +78,16 @@ def narrow_folder(folder: Path) -> None:
 
 
 def _create_missing(folder: Path, permissions: int) -> None:
-    missing = []
-    for part in (folder, *folder.parents):
-        if part.is_dir():
-            break
-        missing.append(part)
-    for part in reversed(missing):
-        try:
-            part.mkdir(0o700)
-        except FileExistsError:
-            if not part.is_dir():
-                raise
-        else:
-            _set_permissions(part, permissions)
+    try:
+        folder.mkdir(0o700)
+    except FileNotFoundError:
+        _create_missing(folder.parent, permissions)
+        _create_missing(folder, permissions)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+    else:
+        _set_permissions(folder, permissions)
 
 
 def _set_permissions(folder: Path, mode: int) -> None:

@@ -107,6 +107,32 @@ def test_an_existing_folder_keeps_its_permissions(tmp_path: Path) -> None:
     assert mode(tmp_path) == "0o755"
 
 
+def test_a_file_in_the_place_of_a_parent_folder_is_named_as_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        create_folders(tmp_path / "file" / "a" / "b")
+    with pytest.raises(FileExistsError):
+        create_folders(tmp_path / "file")
+
+
+def test_a_folder_that_another_process_removes_meanwhile_is_created_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir = Path.mkdir
+    removed: list[Path] = []
+
+    def remove_parent_once(self: Path, mode: int) -> None:
+        if self.name == "b" and self.parent.is_dir() and not removed:
+            removed.append(self.parent)
+            self.parent.rmdir()
+        mkdir(self, mode)
+
+    monkeypatch.setattr(Path, "mkdir", remove_parent_once)
+    create_folders(tmp_path / "a" / "b")
+    assert removed
+    assert mode(tmp_path / "a" / "b") == "0o700"
+
+
 @pytest.mark.parametrize("value", ["0666", "0755", "0400", "u=rw", "-1", "0o1600", "rw-------"])
 def test_a_setting_that_lets_others_write_or_execute_is_refused(value: str) -> None:
     with pytest.raises(ConfigurationError, match="FHIR_FILE_MODE: it is an octal number: 0600 for the owner"):

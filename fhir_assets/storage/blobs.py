@@ -156,7 +156,7 @@ class LocalBlobs:
         target = self.root / name
         with _translate_disk_errors(f"write {target}"):
             create_folders(target.parent, mode=self.mode)
-            with path.open("rb") as file:
+            with open(path, "rb", buffering=0) as file:
                 set_file_mode(file.fileno(), self.mode)
                 os.fsync(file.fileno())
             path.replace(target)
@@ -186,9 +186,10 @@ class LocalBlobs:
 
     def open(self, name: str) -> BinaryIO:
         """Open ``name`` for reading. Raises FileMissing if it does not exist, StoreError."""
-        with _translate_disk_errors(f"read {self.root / name}"):
+        path = f"{self.root}/{name}"
+        with _translate_disk_errors(f"read {path}"):
             try:
-                return open_regular(f"{self.root}/{name}")
+                return open_regular(path)
             except FileNotFoundError:
                 raise FileMissing(
                     f"{self.url} does not have {name}: restore it from a backup, or materialize its raw partition "
