@@ -36,8 +36,7 @@ class Meter:
 
     def __init__(self, home: Path, *, excluded: int | None = None) -> None:
         self._excluded = excluded
-        pid = (home / "postgres").resolve() / "postmaster.pid"
-        self._postgres = psutil.Process(int(pid.read_text().split()[0]))
+        self._postgres = find_postgres(home)
         self._own = psutil.Process()
         self._started: dict[str, Cost] = {}
         self.parts: defaultdict[str, Cost] = defaultdict(Cost)
@@ -76,7 +75,8 @@ class Meter:
             self.peak_workers = max(self.peak_workers, sum(map(_resident, self._own.children(recursive=True))))
 
     def _now(self) -> Cost:
-        return Cost(time.perf_counter(), _cpu(self._own, self._excluded), _cpu(self._postgres))
+        own = cpu_seconds_of(self._own, self._excluded)
+        return Cost(time.perf_counter(), own, cpu_seconds_of(self._postgres))
 
 
 def _resident(process: psutil.Process) -> int:
@@ -85,7 +85,13 @@ def _resident(process: psutil.Process) -> int:
     return 0
 
 
-def _cpu(process: psutil.Process, excluded: int | None = None) -> float:
+def find_postgres(home: Path) -> psutil.Process:
+    """Return the main process of the embedded Postgres in ``home``, which must run."""
+    pid = (home / "postgres").resolve() / "postmaster.pid"
+    return psutil.Process(int(pid.read_text().split()[0]))
+
+
+def cpu_seconds_of(process: psutil.Process, excluded: int | None = None) -> float:
     """Return the CPU seconds of a process and its ended and running children, without the child ``excluded``."""
     times = process.cpu_times()
     seconds = times.user + times.system + times.children_user + times.children_system

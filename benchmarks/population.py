@@ -5,6 +5,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 from isal import igzip
@@ -37,6 +38,15 @@ def write(folder: Path, resources: int) -> int:
     files = {path.name: gzip.decompress(path.read_bytes()).splitlines() for path in sorted(SYNTHEA.glob("*.ndjson.gz"))}
     copies = -(-resources // sum(map(len, files.values())))
     return sum(_write(folder / name, _copies(lines, copies)) for name, lines in files.items())
+
+
+def write_type(path: Path, resource_type: str, count: int) -> None:
+    """Write so many resources of a type to a file of NDJSON without compression: copies of the sample's."""
+    with sample() as folder:
+        lines = gzip.decompress((folder / f"{resource_type}.ndjson.gz").read_bytes()).splitlines()
+    with path.open("wb") as file:
+        for line in islice(_copies(lines, -(-count // len(lines))), count):
+            file.write(line + b"\n")
 
 
 def write_observations(path: Path, count: int) -> int:
