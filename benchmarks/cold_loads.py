@@ -8,16 +8,15 @@ process, its children and Postgres.
 import argparse
 import gzip
 import os
-import subprocess
 import sys
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from time import perf_counter
 
 import orjson
 
-from benchmarks.machine import cpu_seconds, scratch
+from benchmarks.figures import Figure, report
+from benchmarks.machine import scratch
+from benchmarks.processes import Spent, run
 from fhir_assets.sandbox.population import Population
 from fhir_assets.warehouse.postgres.db import embedded
 
@@ -30,51 +29,68 @@ ROUNDS = 3
 GOALS = {18_000: 1.5, 180_000: 4.0}
 """The least ratio of the peer's seconds to ours, by resources, with the default windows."""
 
-_INGEST = "from fhir_assets.cli import main; main()"
-
-
-@dataclass(frozen=True, slots=True)
-class Spent:
-    """Seconds and CPU seconds of one process."""
-
-    seconds: float
-    processor: float
-
-    def __str__(self) -> str:
-        return f"{self.seconds:>7.2f} s {self.processor:>7.2f} s CPU"
+NOTHING_DUE = "nothing due"
+_PROGRAM = "from fhir_assets.cli import main; main()"
 
 
 def main(resources: int = RESOURCES, rounds: int = ROUNDS) -> int:
     """Print the table. Return 1 if a goal is missed."""
     print(f"load {os.getloadavg()[0]:.1f}")
-    ratios = [_compare(resources) for _ in range(rounds)]
-    goal = GOALS.get(resources, 0.0)
-    best = sorted(ratios)[len(ratios) // 2]
-    print(f"median ratio with {PARTITIONS[0]} windows {best:.2f} (goal {goal})")
-    return int(best < goal)
+    measured = [_compare(resources) for _ in range(rounds)]
+    measured.sort(key=lambda spent: spent["dlt"].seconds / spent[PARTITIONS[0]].seconds)
+    spent = measured[len(measured) // 2]
+    figures = [
+        Figure(
+            1,
+            f"{resources:,} resources, cold ingest, {name} windows",
+            spent["dlt"].seconds / spent[name].seconds,
+            GOALS.get(resources) if name == PARTITIONS[0] else None,
+            " times dlt",
+            True,
+            spent[name],
+            spent["dlt"],
+            "dlt",
+        )
+        for name in PARTITIONS
+    ]
+    idle = spent[NOTHING_DUE]
+    return report(*figures, Figure(2, "ingest with nothing due, cold", idle.processor, None, " s CPU", ours=idle))
 
 
-def _compare(resources: int) -> float:
-    """Load by all, each into a database of its own; return the peer's seconds as a multiple of ours."""
+def _compare(resources: int) -> dict[str, Spent]:
+    """Load by all, each into a database of its own. Return what each spent."""
     with scratch() as folder:
         source = folder / "input"
         written = write(source, resources)
-        taken = {}
+        spent = {}
         for name in PARTITIONS:
             home = folder / name
-            settings = _settings(home, source, name)
-            embedded.ensure(home)
-            _run(home, [sys.executable, "-c", _INGEST, "migrate"], settings)
-            taken[name] = _run(home, [sys.executable, "-c", _INGEST, "ingest"], settings)
-            print(f"{written:,} resources, {name:<9} {taken[name]}")
-            print(f"  nothing due       {_run(home, [sys.executable, '-c', _INGEST, 'ingest'], settings)}")
+            spent[name] = load_cold(home, source, partition=name)
+            print(f"{written:,} resources, {name:<12} {spent[name]}")
+            spent[NOTHING_DUE] = _ingest(home, source, name)
+            print(f"  {NOTHING_DUE:<28} {spent[NOTHING_DUE]}")
             embedded.stop(home)
-        home = folder / "peer"
-        embedded.ensure(home)
-        peer = _run(home, [sys.executable, "-m", "benchmarks.peer", str(source), str(home)], {})
-        print(f"{written:,} resources, dlt       {peer}", flush=True)
-        embedded.stop(home)
-    return peer.seconds / taken[PARTITIONS[0]].seconds
+        spent["dlt"] = load_cold_peer(folder / "peer", source)
+        print(f"{written:,} resources, dlt          {spent['dlt']}", flush=True)
+        embedded.stop(folder / "peer")
+    return spent
+
+
+def load_cold(home: Path, source: Path, *, partition: str = PARTITIONS[0]) -> Spent:
+    """Load a folder by ``fhir-assets ingest`` into a new deployment, whose Postgres runs and is migrated."""
+    embedded.ensure(home)
+    run([sys.executable, "-c", _PROGRAM, "migrate"], _settings(home, source, partition))
+    return _ingest(home, source, partition)
+
+
+def load_cold_peer(home: Path, source: Path) -> Spent:
+    """Load a folder by dlt into a new Postgres that runs."""
+    embedded.ensure(home)
+    return run([sys.executable, "-m", "benchmarks.peer", str(source), str(home)], home=home)[1]
+
+
+def _ingest(home: Path, source: Path, partition: str) -> Spent:
+    return run([sys.executable, "-c", _PROGRAM, "ingest"], _settings(home, source, partition), home=home)[1]
 
 
 def write(folder: Path, resources: int) -> int:
@@ -102,14 +118,6 @@ def _settings(home: Path, source: Path, partition: str) -> dict[str, str]:
         "FHIR_PARTITION": partition,
         "FHIR_RESOURCE_TYPES": ",".join(TYPES),
     }
-
-
-def _run(home: Path, command: list[str], settings: dict[str, str]) -> Spent:
-    """Run a command in a process of its own."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FHIR_", "DB_", "DAGSTER"))}
-    before, started = cpu_seconds(home), perf_counter()
-    subprocess.run(command, env={**inherited, **settings}, stdout=subprocess.DEVNULL, check=True)
-    return Spent(perf_counter() - started, cpu_seconds(home) - before)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import dagster as dg
 import yaml
 
 from benchmarks.machine import cpu_seconds
+from benchmarks.meter import cpu_seconds_of, find_postgres
 from fhir_assets.definitions import build_definitions
 from fhir_assets.ingestion.outcome import select_failed
 from fhir_assets.ingestion.runs import Ingestion, Listener
@@ -26,11 +27,15 @@ from fhir_assets.windows import Granularity
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One load: the resources in the tables at its end, its seconds, its processor seconds, and its seconds by part."""
+    """One load: the resources in the tables at its end, its seconds, its processor seconds, and its seconds by part.
+
+    ``processor`` includes ``postgres``, the processor seconds of Postgres.
+    """
 
     resources: int
     seconds: float
     processor: float
+    postgres: float
     parts: Mapping[str, float]
 
     @property
@@ -85,7 +90,8 @@ def load(home: Path, source: Path, *, listener: Listener | None = None, **settin
     }
     with deployed(home, **source_settings, **settings) as (ingestion, instance):
         parts: defaultdict[str, float] = defaultdict(float)
-        before = cpu_seconds(home)
+        postgres = find_postgres(home)
+        before, postgres_before = cpu_seconds(home), cpu_seconds_of(postgres)
         started = perf_counter()
         due = ingestion.due_loads.find()
         ingestion.due_loads.begin_checkpoints(due)
@@ -95,7 +101,7 @@ def load(home: Path, source: Path, *, listener: Listener | None = None, **settin
             for windows in due
         ]
         seconds = perf_counter() - started
-        processor = cpu_seconds(home) - before
+        processor, in_postgres = cpu_seconds(home) - before, cpu_seconds_of(postgres) - postgres_before
         if select_failed(outcomes):
             raise SystemExit("the load failed: there is nothing to measure")
         for outcome in outcomes:
@@ -105,4 +111,4 @@ def load(home: Path, source: Path, *, listener: Listener | None = None, **settin
         parts["Dagster between the steps"] = seconds - sum(parts.values())
         with connect(embedded.ensure(home)) as conn:
             (count,) = conn.execute("SELECT count(*) FROM fhir.resource").fetchone() or (0,)
-        return Load(count, seconds, processor, parts)
+        return Load(count, seconds, processor, in_postgres, parts)

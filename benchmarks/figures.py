@@ -29,7 +29,8 @@ class Figure:
     goal: int
     work: str
     value: float
-    limit: float
+    limit: float | None
+    """None for a figure without a goal, which the table shows beside those that have one."""
     unit: str = ""
     at_least: bool = False
     """Whether the value must reach the limit; otherwise it must not exceed it."""
@@ -40,12 +41,17 @@ class Figure:
     @property
     def held(self) -> bool:
         """Whether the goal holds. A value that is not a number misses it."""
+        if self.limit is None:
+            return True
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     def __str__(self) -> str:
+        figure = f"goal {self.goal}: {self.work}: {_number(self.value)}{self.unit}"
+        if self.limit is None:
+            return figure
         bound = "at least" if self.at_least else "at most"
         state = "held" if self.held else "MISSED"
-        return f"goal {self.goal}: {self.work}: {_number(self.value)}{self.unit} ({bound} {self.limit:g}): {state}"
+        return f"{figure} ({bound} {self.limit:g}): {state}"
 
 
 def report(*figures: Figure) -> int:
@@ -70,9 +76,12 @@ def render(figures: Sequence[Figure]) -> str:
     for figure in figures:
         ratio = f"{figure.peer.seconds / figure.ours.seconds:.2f}" if figure.ours and figure.peer else ""
         peer = f"{figure.peer_name}: {figure.peer}" if figure.peer else figure.peer_name
+        if figure.limit is None:
+            goal, state = "", ""
+        else:
+            goal, state = f"{'≥' if figure.at_least else '≤'} {figure.limit:g}", "held" if figure.held else "**missed**"
         rows.append(
-            f"| {figure.goal} | {figure.work} | {_number(figure.value)}{figure.unit} "
-            f"| {'≥' if figure.at_least else '≤'} {figure.limit:g} | {'held' if figure.held else '**missed**'} "
+            f"| {figure.goal} | {figure.work} | {_number(figure.value)}{figure.unit} | {goal} | {state} "
             f"| {figure.ours or ''} | {peer} | {ratio} |"
         )
     return "\n".join(rows)
