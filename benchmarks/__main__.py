@@ -1,4 +1,4 @@
-"""Run every benchmark: ``python -m benchmarks``. It takes some minutes; each benchmark is also a module of its own.
+"""Run every benchmark: ``python -m benchmarks``. It takes an hour; each benchmark is also a module of its own.
 
 At the end it prints one table of all figures that have a goal. ``--goals`` runs only the benchmarks with such figures,
 ``--large`` also with millions of resources (hours), ``--small`` with a few, to see that they work.
@@ -17,11 +17,14 @@ from benchmarks.figures import COLLECTED, collect, render
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A benchmark with its arguments. One with figures of the goals has arguments for few resources, ``small``."""
+    """A benchmark with its arguments."""
 
     command: str
     title: str
     small: str | None = None
+    """Arguments for few resources, of a benchmark with figures of the goals."""
+    goals: bool = False
+    """Whether it has figures of the goals, although it has no arguments for few resources."""
     large: bool = False
     """Whether it runs only with ``--large``."""
 
@@ -29,21 +32,40 @@ class Part:
 PARTS = (
     Part("machine", "The machine"),
     Part("definitions", "Loading the definitions, each time in a process of its own"),
-    Part("commands", "Commands: CPU time, as multiples of `import dagster`"),
+    Part("commands", "Commands: CPU time, as multiples of `import dagster`", ""),
     Part("cold_loads", "18,000 resources by processes that start cold, compared with dlt", "--rounds 1"),
-    Part("cold_loads 180000 --rounds 1", "180,000 resources by processes that start cold, compared with dlt"),
-    Part("end_to_end", "NDJSON to loaded tables through a Dagster run, compared with dlt and COPY", "10000"),
+    Part(
+        "cold_loads 180000 --rounds 1", "180,000 resources by processes that start cold, compared with dlt", goals=True
+    ),
+    Part(
+        "curve --csv build/curve.csv --svg build/curve.svg",
+        "Seconds of cold loads over their resources",
+        "--maximum 1000",
+    ),
+    Part(
+        "curve --maximum 4000000 --csv build/curve.csv --svg build/curve.svg",
+        "Seconds of cold loads over their resources, to 4,000,000",
+        goals=True,
+        large=True,
+    ),
+    Part("end_to_end", "NDJSON to loaded tables through a Dagster run, compared with dlt and COPY", "8000"),
+    Part("end_to_end 400000", "The same, of 400,000 resources", goals=True, large=True),
     Part("scale", "Cost of a million resources by layer: time, CPU, memory and bytes"),
     Part("workers", "Worker processes: two compared with one"),
-    Part("windows", "A load of a thousand nearly empty windows, and of an empty window"),
+    Part("windows", "A thousand windows: nearly empty, empty, and with one resource each", "20"),
+    Part("idle_tick", "A tick of the schedule when there is nothing new", ""),
     Part("backfill", "A backfill of a thousand nearly empty windows through Dagster's daemon"),
-    Part("memory", "Peak memory of one window"),
+    Part("memory", "Peak memory of one window", "20000"),
     Part("validation", "Validation, compared with fhir.resources"),
     Part("views", "Views, compared with sqlonfhir"),
+    Part("view_exports", "Views from NDJSON to Parquet, compared with DuckDB", "10000"),
+    Part("view_exports 2000000", "The same, of 2,000,000 resources", goals=True, large=True),
     Part("loader", "The loader without Dagster"),
-    Part("dead_letters", "Dead letters: listing among a million, replay"),
+    Part("dead_letters", "Dead letters: listing among a million, replay", "5000 5000"),
+    Part("deep_reconcile", "A deep comparison of the tables with the source", "20000"),
+    Part("search_fetch", "A fetch by search from a server that answers after 50 ms", "4000"),
     Part("privacy", "Encryption and consent, compared with a plain load"),
-    Part("exports", "Exports: peak memory"),
+    Part("exports", "Exports: peak memory, and speed compared with DuckDB", "20000"),
     Part("bulk", "Bulk export: speed, peak memory, small files"),
     Part("rotation", "Key rotation: speed, peak memory"),
     Part("upgrade", "The upgrade of a loaded database, beside readers and a load"),
@@ -63,10 +85,13 @@ def main(*, goals: bool, large: bool, small: bool) -> int:
         path.touch()
         environment = {**os.environ, COLLECTED: str(path)}
         for part in PARTS:
-            if (part.large and not large) or ((goals or small) and part.small is None):
+            if small:
+                if part.small is None:
+                    continue
+            elif (part.large and not large) or (goals and part.small is None and not part.goals):
                 continue
-            command = part.command if not small else f"{part.command.split()[0]} {part.small}"
-            print(f"\n## {part.title}\n\n`python -m benchmarks.{command.strip()}`\n", flush=True)
+            command = f"{part.command.split()[0]} {part.small}".strip() if small else part.command
+            print(f"\n## {part.title}\n\n`python -m benchmarks.{command}`\n", flush=True)
             # One process per benchmark, so that none starts with the memory and the caches of another.
             words = f"benchmarks.{command}".split()
             if subprocess.run([sys.executable, "-m", *words], env=environment).returncode:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.figures import Figure, report
 from fhir_assets.sandbox.process import SandboxProcess
 
 ROUNDS = 5
@@ -31,8 +32,8 @@ _VIEW = (
 )
 
 
-def main() -> None:
-    """Print the table. Exit with 1 if a command exceeds its goal."""
+def main() -> int:
+    """Print the figures. Return 1 if a command exceeds its goal."""
     with tempfile.TemporaryDirectory() as folder, SandboxProcess() as sandbox:
         home = Path(folder)
         (home / "patient.json").write_text('{"resourceType":"Patient","id":"p1"}')
@@ -50,13 +51,12 @@ def main() -> None:
                 words = ["-c", BASE] if name == BASE else ["-c", _PROGRAM, *name.split()]
                 best[name] = min(best[name], _run([sys.executable, *words], home, environment))
     print(f"{BASE:<44}{best[BASE]:>8.2f} s")
-    exceeded = False
-    for name, goal in GOALS.items():
-        ratio = best[name] / best[BASE]
-        exceeded |= ratio > goal
-        print(f"{name:<44}{best[name]:>8.2f} s{ratio:>8.2f} times (goal {goal})")
-    if exceeded:
-        raise SystemExit(1)
+    return report(
+        *(
+            Figure(1, f"`{name}`, {best[name]:.2f} s CPU", best[name] / best[BASE], goal, f" times `{BASE}`")
+            for name, goal in GOALS.items()
+        )
+    )
 
 
 def _run(command: list[str], folder: Path, environment: dict[str, str]) -> float:
@@ -70,4 +70,4 @@ def _run(command: list[str], folder: Path, environment: dict[str, str]) -> float
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

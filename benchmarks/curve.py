@@ -27,7 +27,7 @@ _FIELDS = ("name", "resources", "seconds", "own", "postgres", "peak_mib")
 _WIDTH, _HEIGHT = 640, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 90, 20, 50
 _COLORS = {OURS: "#2f81f7", PEER: "#d1661a"}
-"""Colors that have enough contrast on white and on black."""
+"""Colors that can be read on white and on black, as that of the text: a page does not tell an image its scheme."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,8 @@ def main(maximum: int, csv_path: Path | None, svg_path: Path | None) -> None:
     """Load and print the points, and write the files. They are written after each load, so that none is lost."""
     print(f"load {os.getloadavg()[0]:.1f}")
     points: list[Point] = []
+    for path in filter(None, (csv_path, svg_path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     for count in (count for count in COUNTS if count <= maximum):
         with scratch() as folder:
             written = write(folder / "input", count)
@@ -85,8 +87,7 @@ def draw(points: Sequence[Point]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" '
         'font-size="12" role="img">',
         "<title>Seconds of a cold load over its resources, both axes logarithmic</title>",
-        "<style>text { fill: #1f2328 } .grid { stroke: #8b949e; stroke-opacity: 0.4 } "
-        "@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } }</style>",
+        "<style>text { fill: #6e7781 } .grid { stroke: #8b949e; stroke-opacity: 0.4 }</style>",
     ]
     for value in across.ticks():
         x = across.place(value)
