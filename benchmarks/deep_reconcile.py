@@ -1,7 +1,8 @@
 """Measure ``fhir-assets reconcile --deep``, which compares the id and version of every resource of the source.
 
 ``python -m benchmarks.deep_reconcile [observations]`` loads that many Observations of a folder. CPU is that of the
-command, in a process of its own, and of Postgres; the limits are for a million resources, and are scaled.
+command, in a process of its own, and of Postgres. It is judged from a million resources on: of fewer, too much of it
+is the start of the process.
 """
 
 import argparse
@@ -43,9 +44,10 @@ def main(count: int = COUNT) -> int:
         raise SystemExit("not all resources were compared: there is nothing to measure")
     print(f"{count:,} Observations compared: {spent}")
     work = f"reconcile --deep of {count:,} resources"
-    seconds = spent.processor * COUNT / count
+    million = spent.processor * COUNT / count
+    goal = GOAL_SECONDS if count >= COUNT else None
     return report(
-        Figure(6, f"{work}, CPU of a million", seconds, GOAL_SECONDS, " s", ours=spent),
+        Figure(6, f"{work}, CPU of a million", million, goal, " s", ours=spent),
         Figure(6, f"{work}, memory", spent.peak_mib, GOAL_MIB, " MiB", ours=spent),
     )
 

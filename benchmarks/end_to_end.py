@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.end_to_end [resources]``. fhir_assets reads, stores the raw bytes, validates with all rules,
 fills the tables of all views, stores the JSON and reconciles; dlt flattens (nesting 2) and merges. Then Postgres' COPY
-alone stores the rows that our load has stored: the share of its speed that the load reaches.
+alone stores the rows that our load has stored: the share of its speed that the load reaches. Fewer resources than the
+default are measured, but not judged.
 """
 
 import argparse
@@ -51,11 +52,32 @@ def main(resources: int = RESOURCES) -> int:
         print(f"{'dlt, no validation':<30}{written / peer.seconds:>8,.0f} resources/s  {peer}")
     wall = ours.seconds / (ours.processor / (os.cpu_count() or 1))
     title = f"{written:,} resources in one warm run"
+    many = written >= RESOURCES
     share = plain.spent.seconds / ours.seconds
     return report(
-        Figure(3, title, peer.seconds / ours.seconds, GOAL_RATIO, " times dlt", True, ours, peer, "dlt, no validation"),
-        Figure(3, f"{title}, the same rows", share, GOAL_SHARE, " of COPY", True, ours, plain.spent, "COPY alone"),
-        Figure(4, f"{title}, wall", wall, GOAL_WALL, " times CPU / cores", ours=ours),
+        Figure(
+            3,
+            title,
+            peer.seconds / ours.seconds,
+            GOAL_RATIO if many else None,
+            " times dlt",
+            True,
+            ours,
+            peer,
+            "dlt, no validation",
+        ),
+        Figure(
+            3,
+            f"{title}, the same rows",
+            share,
+            GOAL_SHARE if many else None,
+            " of COPY",
+            True,
+            ours,
+            plain.spent,
+            "COPY alone",
+        ),
+        Figure(4, f"{title}, wall", wall, GOAL_WALL if many else None, " times CPU / cores", ours=ours),
     )
 
 
