@@ -1,12 +1,9 @@
-"""Measure what windows cost: nearly empty ones, empty ones, and ones with a single resource.
+"""Measure the load of nearly empty windows, and of one empty window.
 
 ``python -m benchmarks.windows [windows]`` loads daily windows of all types by search. Every tenth day has one resource.
 The runs load FHIR_WINDOWS_PER_RUN windows each, one after another, as ``fhir-assets ingest`` does. CPU is the time of
 the loading process and of its Postgres, without the sandbox server. ``--storage stock`` measures with the storage
 of dagster-postgres.
-
-As many empty windows, and then as many windows with one resource, follow in deployments of their own. The cost of a
-window is the time that the runs take beyond runs of a single window. It includes that of its resource.
 """
 
 import argparse
@@ -17,11 +14,9 @@ from datetime import timedelta
 from pathlib import Path
 
 from benchmarks.deployment import Storage, deployed
-from benchmarks.figures import Figure, report
 from benchmarks.loader import START, observation
 from benchmarks.machine import scratch
 from benchmarks.meter import Cost, Meter
-from benchmarks.processes import Spent
 from fhir_assets.ingestion.outcome import select_failed
 from fhir_assets.ingestion.runs import Ingestion
 from fhir_assets.pipeline.refresh import Refresh
@@ -34,86 +29,50 @@ LIMIT_SECONDS = 180.0
 """The limit for ``WINDOWS`` windows."""
 
 LIMIT_EMPTY_SECONDS = 5.0
-GOAL_MILLISECONDS = 10.0
-"""The most that a window of all types costs, beyond the run in which it is loaded."""
-GOAL_MIB = 260.0
-"""The most memory of a load of ``WINDOWS`` windows."""
-
 _DAY = timedelta(days=1)
 DAYS_PER_RESOURCE = 10
 _ROUNDS = 3
-_FIRST_DAYS = 4
 
 
 def main(count: int = WINDOWS, storage: Storage = Storage.OWN) -> int:
-    """Print the table. Return 1 if a duration exceeds its limit, scaled to the windows, or a goal is missed."""
+    """Print the table. Return 1 if a duration exceeds its limit, scaled to the number of windows."""
     load = os.getloadavg()[0]
     with scratch() as home, SandboxProcess(write_nearly_empty(home / "data", count)) as server:
         total, empty = _measure(home, server, count, storage)
     seconds = total.seconds * WINDOWS / count
     print(f"{count:,} windows at load {load:.1f}, scaled to {WINDOWS:,}: {seconds:.0f} s (limit {LIMIT_SECONDS:.0f} s)")
     print(f"an empty window: {empty:.1f} s (limit {LIMIT_EMPTY_SECONDS:.0f} s)")
-    exceeded = seconds > LIMIT_SECONDS or empty > LIMIT_EMPTY_SECONDS
-    missed = report(*(figure for step in (0, 1) for figure in _measure_cost(count, step, storage)))
-    return int(exceeded or missed)
-
-
-def _measure_cost(count: int, days_per_resource: int, storage: Storage) -> tuple[Figure, Figure]:
-    """Return the milliseconds of each window, and the peak memory of the load of all.
-
-    The windows are empty if ``days_per_resource`` is 0.
-    """
-    content = "with one resource each" if days_per_resource else "that are empty"
-    with scratch() as home:
-        data = write_nearly_empty(home / "data", count + _FIRST_DAYS, days_per_resource)
-        with SandboxProcess(data) as server, deployed(home, storage, **_settings(server)) as (ingestion, _):
-            meter = Meter(home, excluded=server.pid)
-            find = ingestion.due_loads.find
-            # The first run creates the tables. The others say what a run costs whose window costs next to nothing.
-            days = [START + number * _DAY for number in range(_FIRST_DAYS)]
-            _, *single = (_cost(ingestion, meter, windows) for day in days for windows in find(first=day, last=day))
-            due = find(first=days[-1] + _DAY, last=days[-1] + count * _DAY)
-            with meter.record_peaks():
-                total = sum((_cost(ingestion, meter, windows) for windows in due), Cost())
-            windows = sum(len(part.windows) for part in due)
-    run = min(single, key=lambda cost: cost.seconds)
-    print(_format_cost(f"{windows:,} windows {content}", total))
-    print(_format_cost("a run of one of them", run))
-    milliseconds = (total.seconds - len(due) * run.seconds) / (windows - len(due)) * 1000
-    ours = Spent(total.seconds, total.load, total.postgres, meter.peak_own / 2**20)
-    title = f"{windows:,} windows of all types {content}"
-    return (
-        Figure(2, f"a window, of {title}", milliseconds, GOAL_MILLISECONDS, " ms", ours=ours),
-        Figure(8, f"memory, {title}", ours.peak_mib, GOAL_MIB, " MiB"),
-    )
+    return int(seconds > LIMIT_SECONDS or empty > LIMIT_EMPTY_SECONDS)
 
 
 def write_nearly_empty(folder: Path, days: int, days_per_resource: int = DAYS_PER_RESOURCE) -> Path:
-    """Write an Observation of every tenth day to a folder and return it. If ``days_per_resource`` is 0, write one."""
+    """Write an Observation of every tenth day, or another number of days, to a folder and return it."""
     folder.mkdir()
-    bodies = [observation(day * 86_400).body for day in range(0, days, days_per_resource or days)]
+    bodies = [observation(day * 86_400).body for day in range(0, days, days_per_resource)]
     (folder / "Observation.ndjson").write_bytes(b"\n".join([*bodies, b""]))
     return folder
 
 
 def _measure(home: Path, server: SandboxProcess, count: int, storage: Storage) -> tuple[Cost, float]:
     """Return the cost of all windows, and the seconds of an empty window, the best of some rounds."""
-    with deployed(home, storage, **_settings(server)) as (ingestion, _):
+    with deployed(home, storage, **search_settings(server)) as (ingestion, _):
         meter = Meter(home, excluded=server.pid)
         end = START + (count - 1) * _DAY
         find = ingestion.due_loads.find
         total = sum(
-            (_cost(ingestion, meter, windows) for windows in ingestion.due_loads.find(first=START, last=end)), Cost()
+            (measure_run(ingestion, meter, windows) for windows in ingestion.due_loads.find(first=START, last=end)),
+            Cost(),
         )
-        print(_format_cost(f"all {count:,}", total))
+        print(format_cost(f"all {count:,}", total))
         later = [end + number * _DAY for number in range(1, _ROUNDS + 1)]
-        empty = [_cost(ingestion, meter, windows) for day in later for windows in find(first=day, last=day)]
+        empty = [measure_run(ingestion, meter, windows) for day in later for windows in find(first=day, last=day)]
         best = min(empty, key=lambda cost: cost.seconds)
-        print(_format_cost("an empty window", best))
+        print(format_cost("an empty window", best))
         return total, best.seconds
 
 
-def _settings(server: SandboxProcess) -> Mapping[str, object]:
+def search_settings(server: SandboxProcess) -> Mapping[str, object]:
+    """Return the settings for daily windows of all types by search."""
     return {
         "fhir_base_url": server.url,
         "fhir_source": SourceKind.SEARCH,
@@ -122,7 +81,7 @@ def _settings(server: SandboxProcess) -> Mapping[str, object]:
     }
 
 
-def _cost(ingestion: Ingestion, meter: Meter, windows: WindowRange) -> Cost:
+def measure_run(ingestion: Ingestion, meter: Meter, windows: WindowRange) -> Cost:
     """Load a range of windows in one run and return the cost, from the request to its success."""
     name = windows.windows[0].key
     with meter.measure_part(name):
@@ -130,11 +89,12 @@ def _cost(ingestion: Ingestion, meter: Meter, windows: WindowRange) -> Cost:
     if select_failed([outcome]):
         raise SystemExit("a run failed: there is nothing to measure")
     if len(windows.windows) > 1:
-        print(_format_cost(f"{len(windows.windows)} windows from {name}", meter.parts[name]), flush=True)
+        print(format_cost(f"{len(windows.windows)} windows from {name}", meter.parts[name]), flush=True)
     return meter.parts[name]
 
 
-def _format_cost(title: str, cost: Cost) -> str:
+def format_cost(title: str, cost: Cost) -> str:
+    """Return a line with the cost."""
     return f"{title:<32}{cost.seconds:>8.1f} s, CPU {cost.load:>7.1f} s, CPU of Postgres {cost.postgres:>6.1f} s"
 
 
