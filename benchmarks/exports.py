@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.exports [observations]`` loads that many Observations. ``fhir-assets export`` then exports the
 valid resources and the tables as Parquet, in a process of its own. The tables alone are compared with DuckDB's COPY.
-DuckDB's extension for Postgres is downloaded when it is first used; so that none is needed, DuckDB reads what Postgres' COPY gives as CSV, through a pipe.
+DuckDB would download its extension for Postgres, so it reads what Postgres' COPY gives as CSV, through a pipe.
 """
 
 import argparse
