@@ -40,16 +40,16 @@ def serve(messages: BinaryIO, answers: BinaryIO) -> NoReturn:
     os.dup2(2, 1)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
     code = 1
-    try:
-        with infrequent_gc():
+    with infrequent_gc():
+        try:
             recorder = _Recorder(messages)
             while (request := recorder.receive_request()) is not None:
                 pickle.dump(recorder.record(request), answers)
                 answers.flush()
-        finish_marks()
-        code = 0
-    finally:
-        os._exit(code)
+            finish_marks()
+            code = 0
+        finally:
+            os._exit(code)
 
 
 class _Recorder:
