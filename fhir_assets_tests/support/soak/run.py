@@ -25,6 +25,7 @@ _SAMPLE_SECONDS = 30.0
 _ACTION_SECONDS = 0.25
 _SETTLE_SECONDS = 1200.0
 _COMMAND_SECONDS = 600.0
+_START_SECONDS = 25.0
 _GROWTH = 1.25
 """How many times its memory of the second quarter a process may use in the last one, beside 50 MiB."""
 
@@ -123,6 +124,8 @@ class Soak:
     def _sample(self) -> None:
         for name, processes in self._deployment.find_processes():
             with suppress(psutil.NoSuchProcess):
+                if processes and time.time() - processes[0].create_time() < _START_SECONDS:
+                    continue  # It was killed, and has not imported what it needs: its memory says nothing yet.
                 used = sum(process.memory_info().rss for process in processes)
                 self._memory[name].append((time.monotonic(), used / 2**20))
 
