@@ -70,7 +70,7 @@ def _build_raw_step(
         selected = [t.name for t in types if t.name in names]
 
         def show(text: str) -> None:
-            # The progress of an export is logged as observations, because the command line prints only those.
+            # An observation, because the command line prints only those of a run in its own process.
             context.log_event(dg.AssetObservation(["raw", types[0].key], description=text))
 
         with sanitized_errors():
